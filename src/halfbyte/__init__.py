@@ -1,0 +1,1 @@
+"""halfbyte: QLoRA fine-tuning under a memory budget, on the machine you have."""
