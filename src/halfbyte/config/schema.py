@@ -68,7 +68,7 @@ class LoraConfig:
     """The update is scaled by lora_alpha / r."""
     dropout: float = 0.0
     """Dropout on the adapter's input (the paper: 0.1 up to 13B, 0.05 above; small runs do better without)."""
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """all-linear (every linear layer but the head), or names of layers, by full name or last part."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""

@@ -1,0 +1,6 @@
+"""What a 4-bit weight means: codebooks, block geometry, packing, double quantization, and the plain-torch reference."""
+
+from halfbyte.quant.blocks import bits_per_weight, quantized_bytes
+from halfbyte.quant.weight import QuantizedWeight, quantize, quantize_slices, slice_rows
+
+__all__ = ["QuantizedWeight", "bits_per_weight", "quantize", "quantize_slices", "quantized_bytes", "slice_rows"]

@@ -1,0 +1,39 @@
+"""Double quantization: the float32 scales of the blocks, held in 8 bits (arXiv 2305.14314 §3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
+from halfbyte.quant.codebook import dynamic_boundaries, dynamic_map
+
+TINY = 1e-38
+"""Stands in for an all-zero block's scale when dividing by it."""
+
+
+def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Scales in 8 bits: subtract their mean, then blocks of 256 of the dynamic map.
+
+    Args:
+        absmax: (num_blocks,) float32.
+
+    Returns:
+        absmax_codes (num_blocks,) uint8, nested_absmax (ceil(num_blocks/256),) float32, nested_offset.
+    """
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    centred = absmax - offset
+    groups = num_blocks(absmax.numel(), NESTED_BLOCKSIZE)
+    padded = torch.nn.functional.pad(centred, (0, groups * NESTED_BLOCKSIZE - centred.numel()))
+    padded = padded.view(groups, NESTED_BLOCKSIZE)
+    nested_absmax = padded.abs().amax(dim=1) if groups else centred.new_zeros(0)
+    scaled = padded * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)
+    codes = torch.bucketize(scaled.reshape(-1), dynamic_boundaries().to(absmax.device), out_int32=True)
+    return codes[: absmax.numel()].to(torch.uint8), nested_absmax, float(offset)
+
+
+def expand_absmax(absmax_codes: Tensor, nested_absmax: Tensor, nested_offset: float) -> Tensor:
+    """Inverse of `compress_absmax`, to (num_blocks,) float32: a float32 multiply, then a float32 add (no FMA)."""
+    values = dynamic_map().to(absmax_codes.device)[absmax_codes.int()]
+    groups = torch.arange(absmax_codes.numel(), device=absmax_codes.device) // NESTED_BLOCKSIZE
+    return values * nested_absmax[groups] + torch.tensor(nested_offset, dtype=torch.float32)

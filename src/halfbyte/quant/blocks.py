@@ -1,0 +1,30 @@
+"""Geometry of a 4-bit weight: how many blocks, bytes and bits (pure Python; the planner uses it)."""
+
+from __future__ import annotations
+
+from math import prod
+
+NESTED_BLOCKSIZE = 256
+"""Scales that share one second-level scale under double quantization."""
+
+
+def num_blocks(num_weights: int, blocksize: int) -> int:
+    """Blocks of a weight of `num_weights` elements; the last one may be short."""
+    return -(-num_weights // blocksize)
+
+
+def num_code_bytes(num_weights: int) -> int:
+    """Bytes of packed codes: two to a byte, an odd last one padded."""
+    return -(-num_weights // 2)
+
+
+def quantized_bytes(shape: tuple[int, ...], blocksize: int, double_quant: bool) -> int:
+    """Bytes of the codes and scales of a weight of `shape` (16-entry and 256-entry tables are shared, not counted)."""
+    blocks = num_blocks(prod(shape), blocksize)
+    scales = blocks + 4 * num_blocks(blocks, NESTED_BLOCKSIZE) if double_quant else 4 * blocks
+    return num_code_bytes(prod(shape)) + scales
+
+
+def bits_per_weight(blocksize: int, double_quant: bool) -> float:
+    """Bits of a weight in a large layer: 4.127 for blocks of 64 with double quantization, 4.5 without."""
+    return 4 + (8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double_quant else 32 / blocksize)

@@ -1,0 +1,126 @@
+"""The operators: one schema each, a fake, and the plain-torch default; `kernels` registers faster ones under them.
+
+A quantized weight travels as flat tensors and numbers, so that torch.compile sees plain schema types.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte.quant.blocks import num_blocks, num_code_bytes
+from halfbyte.quant.reference import dequantize_reference, quantize_reference
+
+_WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float nested_offset, str quant_type, int blocksize"
+
+torch.library.define("halfbyte::quantize_4bit", "(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)")
+torch.library.define("halfbyte::dequantize_4bit", f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor")
+torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor")
+torch.library.define("halfbyte::linear_4bit_dx", f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor")
+
+
+def _check_weight(codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, blocksize: int, count: int) -> None:
+    torch._check(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
+    torch._check(codes.numel() == num_code_bytes(count), lambda: f"{codes.numel()} code bytes for {count} weights")
+    scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
+    torch._check(absmax.dtype == scale_dtype, lambda: f"absmax must be {scale_dtype}, not {absmax.dtype}")
+    torch._check(
+        absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights"
+    )
+
+
+@torch.library.impl("halfbyte::quantize_4bit", "CompositeExplicitAutograd")
+def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    return quantize_reference(weight, quant_type, blocksize)
+
+
+@torch.library.register_fake("halfbyte::quantize_4bit")
+def _quantize_4bit_fake(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    torch._check(weight.is_floating_point(), lambda: f"cannot quantize {weight.dtype}")
+    codes = weight.new_empty(num_code_bytes(weight.numel()), dtype=torch.uint8)
+    return codes, weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+
+
+@torch.library.impl("halfbyte::dequantize_4bit", "CompositeExplicitAutograd")
+def _dequantize_4bit(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_weight(codes, absmax, nested_absmax, blocksize, prod(shape))
+    return dequantize_reference(
+        codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, tuple(shape), dtype
+    )
+
+
+@torch.library.register_fake("halfbyte::dequantize_4bit")
+def _dequantize_4bit_fake(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_weight(codes, absmax, nested_absmax, blocksize, prod(shape))
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.impl("halfbyte::linear_4bit", "CompositeExplicitAutograd")
+def _linear_4bit(
+    x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    weight = torch.ops.halfbyte.dequantize_4bit(
+        codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, [out_features, x.shape[-1]], x.dtype
+    )
+    return F.linear(x, weight, bias)
+
+
+@torch.library.register_fake("halfbyte::linear_4bit")
+def _linear_4bit_fake(
+    x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _check_weight(codes, absmax, nested_absmax, blocksize, out_features * x.shape[-1])
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl("halfbyte::linear_4bit_dx", "CompositeExplicitAutograd")
+def _linear_4bit_dx(
+    grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    weight = torch.ops.halfbyte.dequantize_4bit(
+        codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, [grad.shape[-1], in_features], grad.dtype
+    )
+    return grad @ weight
+
+
+@torch.library.register_fake("halfbyte::linear_4bit_dx")
+def _linear_4bit_dx_fake(
+    grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    _check_weight(codes, absmax, nested_absmax, blocksize, in_features * grad.shape[-1])
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the 4-bit weight, never its decoded values: that is what makes it QLoRA."""
+    x, codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, _, bias = inputs
+    ctx.save_for_backward(codes, absmax, nested_absmax)
+    ctx.numbers = (nested_offset, quant_type, blocksize)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dims = list(range(x.dim() - 1)) if bias is not None else None
+
+
+def _linear_4bit_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.halfbyte.linear_4bit_dx(grad, *ctx.saved_tensors, *ctx.numbers, ctx.in_features)
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad.sum(ctx.bias_dims) if ctx.bias_dims else grad
+    return grad_x, None, None, None, None, None, None, None, grad_bias
+
+
+torch.library.register_autograd("halfbyte::linear_4bit", _linear_4bit_backward, setup_context=_save_codes)

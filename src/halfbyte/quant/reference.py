@@ -1,0 +1,66 @@
+"""Quantize and dequantize in plain torch. Slow, and the specification: every kernel is tested against it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.absmax import TINY, expand_absmax
+from halfbyte.quant.blocks import num_blocks
+from halfbyte.quant.codebook import codebook
+from halfbyte.quant.nibbles import pack_nibbles, unpack_nibbles
+
+
+def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `weight`, block by block over its flat row-major elements.
+
+    Each block is divided by its largest magnitude; a code counts the boundaries strictly below the result, so ties
+    go to the lower value. A short last block is divided directly where full ones are multiplied by the reciprocal:
+    that is bitsandbytes' arithmetic, and what makes the codes equal.
+
+    Args:
+        weight: any shape, float32, bfloat16 or float16, finite.
+
+    Returns:
+        codes (ceil(n/2),) uint8, absmax (ceil(n/blocksize),) float32.
+    """
+    table = codebook(quant_type)
+    flat = weight.detach().reshape(-1).float()
+    full = flat.numel() - flat.numel() % blocksize
+    blocks, tail = flat[:full].view(-1, blocksize), flat[full:]
+    absmax = blocks.abs().amax(dim=1) if full else flat.new_zeros(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).reshape(-1)
+    if tail.numel():
+        # Unlike bitsandbytes the stored scale of an all-zero tail is 0, not 1e-38, so that zeros stay exactly zero.
+        tail_absmax = tail.abs().amax()
+        absmax = torch.cat([absmax, tail_absmax.unsqueeze(0)])
+        scaled = torch.cat([scaled, tail / tail_absmax.clamp(min=TINY)])
+    ranks = torch.bucketize(scaled, table.boundaries.to(flat.device), out_int32=True)
+    codes = table.order.to(flat.device)[ranks]
+    return pack_nibbles(codes, table.zero_code), absmax
+
+
+def dequantize_reference(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: float,
+    quant_type: str,
+    blocksize: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``codebook[code] * scale`` in float32, then one rounding to `dtype`; shape `shape`.
+
+    Args:
+        codes: (ceil(n/2),) uint8, any view of it.
+        absmax: (ceil(n/blocksize),) float32; uint8 under double quantization, when `nested_absmax` is given.
+    """
+    if nested_absmax is not None:
+        absmax = expand_absmax(absmax, nested_absmax, nested_offset)
+    count = prod(shape)
+    values = codebook(quant_type).values.to(codes.device)[unpack_nibbles(codes.reshape(-1), count).int()]
+    scales = absmax.repeat_interleave(blocksize)[:count] if num_blocks(count, blocksize) else absmax
+    return (values * scales).view(shape).to(dtype)

@@ -1,0 +1,225 @@
+"""QuantizedWeight: codes and scales as one object that is never parted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.config.schema import QuantConfig
+from halfbyte.errors import ModelError
+from halfbyte.quant import ops  # noqa: F401  (defines torch.ops.halfbyte)
+from halfbyte.quant.absmax import compress_absmax
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE
+from halfbyte.quant.codebook import codebook, dynamic_map
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight matrix in 4 bits.
+
+    Attributes:
+        codes: (ceil(n/2),) uint8, two codes to a byte, the first in the high nibble.
+        absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization.
+        nested_absmax: (ceil(len(absmax)/256),) float32 under double quantization, else None.
+        nested_offset: mean of the scales under double quantization, else 0.
+        quant_type: "nf4" or "fp4".
+        blocksize: weights to a block.
+        shape: of the weight, (out_features, in_features) for a linear layer.
+        dtype: of the weight before quantization, and of what `dequantize` returns.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: float
+    quant_type: str
+    blocksize: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are themselves quantized."""
+        return self.nested_absmax is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(t.nbytes for t in (self.codes, self.absmax, self.nested_absmax) if t is not None)
+
+    @property
+    def op_args(self) -> tuple[Tensor, Tensor, Tensor | None, float, str, int]:
+        """The arguments every ``torch.ops.halfbyte`` operator takes for its weight."""
+        return (self.codes, self.absmax, self.nested_absmax, self.nested_offset, self.quant_type, self.blocksize)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight, `shape`, in `dtype` (default: `self.dtype`)."""
+        result: Tensor = torch.ops.halfbyte.dequantize_4bit(*self.op_args, list(self.shape), dtype or self.dtype)
+        return result
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight on `device`."""
+        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device), nested_absmax=nested)
+
+    # -- bitsandbytes' representation ---------------------------------------------------------------------------
+
+    def bnb_tensors(self) -> dict[str, Tensor]:
+        """What bitsandbytes stores beside the codes, by key suffix ("absmax", "quant_map", ...; docs/format.md)."""
+        numbers: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        tensors = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).values}
+        if self.nested_absmax is not None:
+            tensors["nested_absmax"] = self.nested_absmax
+            tensors["nested_quant_map"] = dynamic_map()
+            numbers |= {
+                "nested_blocksize": NESTED_BLOCKSIZE,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested_offset,
+            }
+        text = json.dumps(numbers).encode()
+        tensors[f"quant_state.bitsandbytes__{self.quant_type}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return tensors
+
+    @classmethod
+    def from_bnb_tensors(cls, codes: Tensor, tensors: dict[str, Tensor], *, name: str = "weight") -> QuantizedWeight:
+        """Inverse of `bnb_tensors`; `codes` may be stored in any dtype of the same bytes.
+
+        Raises:
+            ModelError: keys are missing or unknown, or the tables are not the ones the codes are decoded by.
+        """
+        state_keys = [key for key in tensors if key.startswith("quant_state.bitsandbytes__")]
+        if len(state_keys) != 1:
+            raise ModelError("has no single quant_state", where=name, why=f"its keys are {sorted(tensors)}")
+        try:
+            numbers = json.loads(bytes(tensors[state_keys[0]].cpu().tolist()))
+            quant_type, shape = str(numbers["quant_type"]), tuple(map(int, numbers["shape"]))
+            blocksize, dtype = int(numbers["blocksize"]), getattr(torch, str(numbers["dtype"]))
+            double_quant = "nested_offset" in numbers
+            offset = float(numbers["nested_offset"]) if double_quant else 0.0
+            table = codebook(quant_type)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError("has an unreadable quant_state", where=name, why=str(error)) from None
+        if double_quant and numbers.get("nested_blocksize") != NESTED_BLOCKSIZE:
+            raise ModelError(f"has a nested blocksize other than {NESTED_BLOCKSIZE}", where=name)
+        expected = {"absmax": None, "quant_map": table.values}
+        if double_quant:
+            expected |= {"nested_absmax": None, "nested_quant_map": dynamic_map()}
+        if set(tensors) - {state_keys[0]} != set(expected):
+            raise ModelError(f"has the keys {sorted(tensors)}", where=name, why=f"expected {sorted(expected)}")
+        for key, values in expected.items():
+            # bitsandbytes' kernels ignore the stored tables and go by quant_type: another table would decode wrongly.
+            if values is not None and not torch.allclose(tensors[key].cpu().float(), values, rtol=0, atol=1e-6):
+                raise ModelError(f"its {key} is not the table of {quant_type}", where=name)
+        weight = cls(
+            codes=codes.contiguous().view(torch.uint8).reshape(-1),
+            absmax=tensors["absmax"].reshape(-1),
+            nested_absmax=tensors["nested_absmax"].float().reshape(-1) if double_quant else None,
+            nested_offset=offset,
+            quant_type=quant_type,
+            blocksize=blocksize,
+            shape=shape,
+            dtype=dtype,
+        )
+        try:
+            ops._check_weight(weight.codes, weight.absmax, weight.nested_absmax, blocksize, prod(shape))
+        except RuntimeError as error:
+            raise ModelError("does not hold what its quant_state says", where=name, why=str(error)) from None
+        return weight
+
+    def to_bnb(self) -> tuple[Tensor, QuantState]:
+        """bitsandbytes' pair: packed codes (ceil(n/2), 1) and a QuantState sharing this weight's tensors."""
+        from bitsandbytes.functional import QuantState
+
+        tensors = {f"weight.{key}": value for key, value in self.bnb_tensors().items()}
+        return self.codes.view(-1, 1), QuantState.from_dict(tensors, device=self.codes.device)
+
+    @classmethod
+    def from_bnb(cls, packed: Tensor, quant_state: QuantState) -> QuantizedWeight:
+        """From bitsandbytes' packed codes and QuantState."""
+        return cls.from_bnb_tensors(packed, dict(quant_state.as_dict(packed=True)))
+
+
+def quantize(
+    weight: Tensor,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Quantize `weight` to 4 bits.
+
+    Args:
+        weight: any shape; float32, bfloat16 or float16; every element finite.
+        name: what an error calls it.
+
+    Raises:
+        ModelError: the weight has NaN or Inf, or is not a floating-point tensor.
+        ConfigError: `quant_type` or `blocksize` is not one of those supported.
+    """
+    return quantize_slices(
+        [weight], tuple(weight.shape), weight.dtype, QuantConfig(  # type: ignore[arg-type]
+            quant_type=quant_type, blocksize=blocksize, double_quant=double_quant
+        ), name=name,
+    )  # fmt: skip
+
+
+def quantize_slices(
+    slices: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype, config: QuantConfig, *, name: str
+) -> QuantizedWeight:
+    """Quantize a weight that arrives in slices of its first dimension, so that it need never be whole in memory.
+
+    Args:
+        slices: in order; each but the last holds a multiple of ``2 * blocksize`` elements (see `slice_rows`).
+    """
+    codes: list[Tensor] = []
+    scales: list[Tensor] = []
+    bad = 0
+    for part in slices:
+        if not part.is_floating_point() or part.dtype == torch.float64:
+            raise ModelError(f"has dtype {part.dtype}", where=name, why="float32, bfloat16 and float16 are supported")
+        part_codes, part_scales = torch.ops.halfbyte.quantize_4bit(part, config.quant_type, config.blocksize)
+        # A NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
+        if not torch.isfinite(part_scales).all():
+            bad += int((~torch.isfinite(part)).sum())
+        codes.append(part_codes)
+        scales.append(part_scales)
+    if bad:
+        raise ModelError(f"has {bad} NaN or Inf", where=name, fix="Use a checkpoint whose weights are finite")
+    absmax = scales[0] if len(scales) == 1 else torch.cat(scales)
+    nested_absmax, offset = None, 0.0
+    if config.double_quant:
+        absmax, nested_absmax, offset = compress_absmax(absmax)
+    return QuantizedWeight(
+        codes=codes[0] if len(codes) == 1 else torch.cat(codes),
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        nested_offset=offset,
+        quant_type=config.quant_type,
+        blocksize=config.blocksize,
+        shape=shape,
+        dtype=dtype,
+    )
+
+
+def slice_rows(shape: tuple[int, ...], blocksize: int, max_elements: int) -> int:
+    """Rows of a slice for `quantize_slices`: at most `max_elements` where whole pairs of blocks allow it."""
+    row = prod(shape[1:])
+    unit = 1
+    while unit * row % (2 * blocksize):
+        unit *= 2
+    return max(max_elements // (unit * row), 1) * unit
