@@ -1,0 +1,97 @@
+// Run-time choice of the ISA, and the exported functions. Compiled without ISA flags: it runs on any CPU.
+#include "table.h"
+
+namespace {
+
+const hb_table* table_of(int isa) {
+    switch (isa) {
+        case HB_BASELINE: return &hb_table_baseline;
+#if defined(HB_X86)
+        case HB_AVX2: return &hb_table_avx2;
+        case HB_AVX512: return &hb_table_avx512;
+#endif
+        default: return nullptr;
+    }
+}
+
+bool cpu_runs(int isa) {
+    if (isa == HB_BASELINE) return true;
+#if defined(HB_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == HB_AVX2) return avx2;
+    if (isa == HB_AVX512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return false;
+}
+
+int best_isa() {
+    int isa = HB_AVX512;
+    while (!table_of(isa) || !cpu_runs(isa)) --isa;
+    return isa;
+}
+
+int current_isa = -1;  // -1: not chosen yet. Choosing twice from two threads gives the same answer.
+
+const hb_table* current() {
+    if (current_isa < 0) current_isa = best_isa();
+    return table_of(current_isa);
+}
+
+}  // namespace
+
+int hb_abi_version(void) { return HB_ABI_VERSION; }
+
+int hb_isa_supported(int isa) { return table_of(isa) && cpu_runs(isa); }
+
+int hb_isa_current(void) {
+    current();
+    return current_isa;
+}
+
+int hb_isa_force(int isa) {
+    if (!hb_isa_supported(isa)) return HB_UNSUPPORTED;
+    current_isa = isa;
+    return HB_OK;
+}
+
+int hb_has_fused_linear(void) { return current()->linear != nullptr; }
+
+int hb_openmp(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const float* bounds, const uint8_t* order,
+                uint8_t* codes, float* absmax, int threads) {
+    if (blocksize <= 0 || blocksize % 32) return HB_UNSUPPORTED;
+    current()->quantize(w, dtype, n, blocksize, bounds, order, codes, absmax, threads);
+    return HB_OK;
+}
+
+int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads) {
+    return current()->count_nonfinite(x, dtype, n, threads);
+}
+
+int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads) {
+    if (w->blocksize <= 0 || w->blocksize % 32 || first % w->blocksize) return HB_UNSUPPORTED;
+    current()->dequantize(w, first, n, dtype, out, threads);
+    return HB_OK;
+}
+
+int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads) {
+    const hb_table* table = current();
+    if (!table->linear || w->blocksize <= 0 || w->blocksize % 32 || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    return table->linear(w, x, dtype, m, bias, y, threads);
+}
+
+int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads) {
+    const hb_table* table = current();
+    if (!table->linear_dx || w->blocksize <= 0 || w->blocksize % 32 || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    return table->linear_dx(w, g, dtype, m, dx, threads);
+}

@@ -1,0 +1,54 @@
+// The C ABI of halfbyte's CPU kernels: plain pointers, no torch, no Python, no exceptions across it.
+//
+// A weight is bitsandbytes' bytes as they lie (docs/design.md, "formats"): blocks over the flat row-major weight,
+// two codes to a byte, the first in the HIGH nibble. Tables are handed in by the caller; none is typed here.
+// Every function takes the number of threads; no result depends on it.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define HB_API extern "C" __declspec(dllexport)
+#else
+#define HB_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { HB_ABI_VERSION = 1 };
+enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
+enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
+enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
+
+struct hb_weight {
+    const uint8_t* codes;
+    const void* absmax;          // float[blocks], or uint8_t[blocks] when nested_absmax is set
+    const float* nested_absmax;  // NULL: absmax holds the scales themselves
+    const float* dynamic_map;    // [256]; read only with nested_absmax
+    const float* codebook;       // [16]
+    int64_t blocksize;           // a multiple of 32
+    int64_t nested_blocksize;
+    int64_t rows;  // out_features; the linear functions need cols % blocksize == 0
+    int64_t cols;  // in_features
+    float nested_offset;
+};
+
+HB_API int hb_abi_version(void);
+HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs it
+HB_API int hb_isa_current(void);
+HB_API int hb_isa_force(int isa);       // HB_OK or HB_UNSUPPORTED
+HB_API int hb_has_fused_linear(void);   // does the current ISA have the two linear functions?
+HB_API int hb_openmp(void);             // 1 when built with OpenMP
+HB_API void hb_release_workspace(void); // gives the linear functions' kept buffers back to the system
+
+// n elements -> codes[(n + 1) / 2], absmax[ceil(n / blocksize)]. `bounds` are the 15 ascending midpoints, `order` the code
+// of each interval. A block with a NaN or Inf gets a NaN or Inf absmax, so that the caller can find it without a pass.
+HB_API int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const float* bounds,
+                       const uint8_t* order, uint8_t* codes, float* absmax, int threads);
+HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads);
+
+// Elements [first, first + n) of the flat weight; `first` is a multiple of the block size. Exact: one fp32 multiply, one
+// round-to-nearest-even cast.
+HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads);
+
+// y(m, rows) = x(m, cols) @ W^T + bias, and dx(m, cols) = g(m, rows) @ W; accumulated in fp32. x, y, bias, g and dx are
+// contiguous and share `dtype`; bias may be NULL.
+HB_API int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads);
+HB_API int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads);

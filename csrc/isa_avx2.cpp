@@ -1,0 +1,22 @@
+// AVX2 + FMA + F16C. Nothing here may have external linkage but the table: this file runs only where dispatch says so.
+#if defined(HB_X86)
+#include <immintrin.h>
+
+#include "table.h"
+
+namespace {
+namespace hb_avx2 {
+
+#include "numbers.inl"
+#include "avx2_convert.inl"
+#include "avx2_codec.inl"
+#include "quantize.inl"
+#include "dequantize.inl"
+
+}  // namespace hb_avx2
+}  // namespace
+
+extern const hb_table hb_table_avx2 = {
+    hb_avx2::quantize, hb_avx2::count_nonfinite, hb_avx2::dequantize, nullptr, nullptr,
+};
+#endif

@@ -1,0 +1,22 @@
+// AVX-512 F/BW/DQ/VL. Nothing here may have external linkage but the table: this file runs only where dispatch says so.
+#if defined(HB_X86)
+#include <immintrin.h>
+
+#include "table.h"
+
+namespace {
+namespace hb_avx512 {
+
+#include "numbers.inl"
+#include "avx2_convert.inl"
+#include "avx2_codec.inl"
+#include "quantize.inl"
+#include "dequantize.inl"
+
+}  // namespace hb_avx512
+}  // namespace
+
+extern const hb_table hb_table_avx512 = {
+    hb_avx512::quantize, hb_avx512::count_nonfinite, hb_avx512::dequantize, nullptr, nullptr,
+};
+#endif

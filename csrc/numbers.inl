@@ -1,0 +1,81 @@
+// Number formats and block scales, in plain scalar code: every ISA's tails, and all of the baseline.
+// Included inside an ISA's namespace: internal linkage, so that no copy compiled for one ISA can be linked into another.
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float float_of(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(fp16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 1023u;
+    if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13));
+    if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24 is exact
+        const float magnitude = float(mantissa) * float_of(0x33800000u);
+        return float_of(bits_of(magnitude) | sign);
+    }
+    return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, bf16* out) {
+    const uint32_t bits = bits_of(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        out->bits = uint16_t((bits >> 16) | 64u);  // keep a NaN a NaN
+    } else {
+        out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+}
+inline void narrow(float x, fp16* out) {
+    const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (magnitude >= 0x477ff000u) {
+        half = 0x7c00u;  // rounds to 65536 or more: infinity
+    } else if (magnitude >= 0x38800000u) {
+        half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    } else {
+        // Subnormal half: adding 0.5 puts the unit of 2^-24 at the last mantissa bit, and the FPU rounds to even.
+        half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    }
+    out->bits = uint16_t(sign | half);
+}
+
+// The scale of block b; multiply, then add (the whole build has -ffp-contract=off), as bitsandbytes does.
+inline float scale_of(const hb_weight& w, int64_t b) {
+    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[b];
+    const uint8_t code = static_cast<const uint8_t*>(w.absmax)[b];
+    const float scaled = w.dynamic_map[code] * w.nested_absmax[b / w.nested_blocksize];
+    return scaled + w.nested_offset;
+}
+
+inline float decode_one(const hb_weight& w, int64_t i, float scale) {
+    const uint8_t byte = w.codes[i >> 1];
+    return w.codebook[i & 1 ? byte & 15 : byte >> 4] * scale;
+}
+
+inline uint8_t encode_one(float x, const float* bounds, const uint8_t* order) {
+    int interval = 0;
+    for (int i = 0; i < 15; ++i) interval += x > bounds[i];
+    return order[interval];
+}
+
+// Elements below this are not worth waking a thread for (about 10 us of work).
+constexpr int64_t serial_elements = 1 << 16;
+
+inline int threads_for(int64_t elements, int threads) {
+    const int64_t useful = elements / serial_elements + 1;
+    return useful < threads ? int(useful) : (threads < 1 ? 1 : threads);
+}

@@ -1,0 +1,21 @@
+// What one ISA offers. Each isa_*.cpp fills one table; dispatch.cpp picks one at run time.
+#pragma once
+#include "halfbyte.h"
+
+struct hb_table {
+    void (*quantize)(const void*, int, int64_t, int64_t, const float*, const uint8_t*, uint8_t*, float*, int);
+    int64_t (*count_nonfinite)(const void*, int, int64_t, int);
+    void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
+    int (*linear)(const hb_weight*, const void*, int, int64_t, const void*, void*, int);  // NULL: not offered
+    int (*linear_dx)(const hb_weight*, const void*, int, int64_t, void*, int);
+};
+
+extern const hb_table hb_table_baseline;
+#if defined(HB_X86)
+extern const hb_table hb_table_avx2;
+extern const hb_table hb_table_avx512;
+#endif
+
+// A kept, grown-on-demand buffer (64-byte aligned). hb_workspace_take returns NULL when memory is out.
+void* hb_workspace_take(int64_t bytes);
+void hb_workspace_give(void* buffer);

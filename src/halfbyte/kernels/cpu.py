@@ -1,0 +1,193 @@
+"""The native CPU library: loading it, and one Python function for each of its functions.
+
+ctypes, because the library knows nothing of Python: one wheel a platform for every Python version, and the GIL is
+released during each call. The library takes plain pointers, so every function here makes its tensors contiguous.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import importlib.util
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
+from halfbyte.quant.codebook import codebook, dynamic_map
+
+MODULE = "halfbyte.kernels._halfbyte_cpu"
+ABI_VERSION = 1
+ISAS = ("baseline", "avx2", "avx512")
+"""Instruction sets in the library's numbering."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Element types in the library's numbering."""
+
+BLOCK_MULTIPLE = 32
+"""The library handles block sizes that are multiples of this."""
+
+OK, UNSUPPORTED, NO_MEMORY = 0, 1, 2
+
+
+class _Weight(ct.Structure):
+    """`hb_weight` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("codes", ct.c_void_p),
+        ("absmax", ct.c_void_p),
+        ("nested_absmax", ct.c_void_p),
+        ("dynamic_map", ct.c_void_p),
+        ("codebook", ct.c_void_p),
+        ("blocksize", ct.c_int64),
+        ("nested_blocksize", ct.c_int64),
+        ("rows", ct.c_int64),
+        ("cols", ct.c_int64),
+        ("nested_offset", ct.c_float),
+    )
+
+
+_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
+# Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "hb_abi_version": (_INT, ()),
+    "hb_isa_supported": (_INT, (_INT,)),
+    "hb_isa_current": (_INT, ()),
+    "hb_isa_force": (_INT, (_INT,)),
+    "hb_has_fused_linear": (_INT, ()),
+    "hb_openmp": (_INT, ()),
+    "hb_release_workspace": (None, ()),
+    "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
+    "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
+    "hb_linear": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
+    "hb_linear_dx": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
+}
+
+
+class Library:
+    """The loaded library. Raises OSError, AttributeError or ValueError when it cannot serve."""
+
+    def __init__(self, path: str) -> None:
+        handle = ct.CDLL(path)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+        self.path = path
+        self.call: Any = handle
+        if (found := handle.hb_abi_version()) != ABI_VERSION:
+            raise ValueError(f"ABI {found} where {ABI_VERSION} is needed: it was built from other sources")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return ISAS[self.call.hb_isa_current()]
+
+    @property
+    def fused_linear(self) -> bool:
+        """Does the instruction set in use have the fused matrix products?"""
+        return bool(self.call.hb_has_fused_linear())
+
+    @property
+    def openmp(self) -> bool:
+        return bool(self.call.hb_openmp())
+
+    def supported(self) -> tuple[str, ...]:
+        """Instruction sets that this build has and this CPU runs."""
+        return tuple(isa for number, isa in enumerate(ISAS) if self.call.hb_isa_supported(number))
+
+    def force(self, isa: str) -> bool:
+        """Use `isa` from now on; False when it is not among `supported`."""
+        return isa in ISAS and self.call.hb_isa_force(ISAS.index(isa)) == OK
+
+    def release_workspace(self) -> None:
+        """Give the buffers that the matrix products keep back to the system."""
+        self.call.hb_release_workspace()
+
+    def quantize(self, weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+        """`quant.reference.quantize_reference`, bit for bit."""
+        table, flat = codebook(quant_type), weight.detach().contiguous()
+        count = flat.numel()
+        codes = torch.empty(num_code_bytes(count), dtype=torch.uint8)
+        absmax = torch.empty(num_blocks(count, blocksize), dtype=torch.float32)
+        status = self.call.hb_quantize(
+            flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.boundaries.data_ptr(), table.order.data_ptr(),
+            codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        assert status == OK, status
+        return codes, absmax
+
+    def count_nonfinite(self, tensor: Tensor) -> int:
+        """NaN and Inf in a float32, bfloat16 or float16 CPU tensor."""
+        flat = tensor.detach().contiguous()
+        count = self.call.hb_count_nonfinite(
+            flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), torch.get_num_threads()
+        )
+        return int(count)
+
+
+class WeightView:
+    """A quantized weight as the library sees it. Keeps alive the tensors it points into."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        nested_offset: float,
+        quant_type: str,
+        blocksize: int,
+        shape: tuple[int, int],
+    ) -> None:
+        values, dynamic = codebook(quant_type).values, dynamic_map()
+        codes, absmax = codes.contiguous(), absmax.contiguous()
+        count = prod(shape)
+        scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
+        # The library would read past the end: these are checks, not assertions.
+        if codes.dtype != torch.uint8 or codes.numel() != num_code_bytes(count):
+            raise ValueError(f"{codes.numel()} {codes.dtype} codes for a weight of {count}")
+        if absmax.dtype != scale_dtype or absmax.numel() != num_blocks(count, blocksize):
+            raise ValueError(f"{absmax.numel()} {absmax.dtype} scales for {num_blocks(count, blocksize)} blocks")
+        nested = None
+        if nested_absmax is not None:
+            nested = nested_absmax.contiguous()
+            if nested.dtype != torch.float32 or nested.numel() != num_blocks(absmax.numel(), NESTED_BLOCKSIZE):
+                raise ValueError(f"{nested.numel()} {nested.dtype} second-level scales for {absmax.numel()} blocks")
+        self._kept = (codes, absmax, nested, values, dynamic)
+        self._struct = _Weight(
+            codes.data_ptr(), absmax.data_ptr(), None if nested is None else nested.data_ptr(), dynamic.data_ptr(),
+            values.data_ptr(), blocksize, NESTED_BLOCKSIZE, shape[0], shape[1], nested_offset,
+        )  # fmt: skip
+        self.pointer = ct.addressof(self._struct)
+        self.count = count
+
+    def dequantize_into(self, library: Library, out: Tensor, first: int = 0) -> None:
+        """Elements `first` and on of the flat weight into all of `out`; `first` is a multiple of the block size."""
+        assert out.is_contiguous()
+        assert first + out.numel() <= self.count
+        status = library.call.hb_dequantize(
+            self.pointer, first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+        )
+        assert status == OK, status
+
+    def linear(self, library: Library, x: Tensor, bias: Tensor | None, out: Tensor) -> int:
+        """x (m, cols) @ W^T + bias into out (m, rows); all contiguous, one dtype. Returns the library's status."""
+        status = library.call.hb_linear(
+            self.pointer, x.data_ptr(), DTYPES[x.dtype], x.shape[0], None if bias is None else bias.data_ptr(),
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return int(status)
+
+    def linear_dx(self, library: Library, grad: Tensor, out: Tensor) -> int:
+        """grad (m, rows) @ W into out (m, cols); contiguous, one dtype. Returns the library's status."""
+        status = library.call.hb_linear_dx(
+            self.pointer, grad.data_ptr(), DTYPES[grad.dtype], grad.shape[0], out.data_ptr(), torch.get_num_threads()
+        )
+        return int(status)
+
+
+def find_library() -> str | None:
+    """The library's path; None where it was not built. Python's own search also serves editable installs."""
+    spec = importlib.util.find_spec(MODULE)
+    return spec.origin if spec is not None else None

@@ -1,0 +1,88 @@
+"""The CPU implementations of the operators. Importing this module registers them; nothing is loaded before first use.
+
+Each one falls back when the library does not serve or does not know the case: to the reference for the codec, to
+panels (decode some rows, multiply, repeat) for the matrix products, so that no path holds a whole decoded weight.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import panel
+from halfbyte.kernels.cpu import BLOCK_MULTIPLE, DTYPES, NO_MEMORY, Library, WeightView
+from halfbyte.kernels.registry import cpu_choice
+from halfbyte.quant.reference import dequantize_reference, quantize_reference
+
+
+def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
+    """The native library, when it knows this case."""
+    return cpu_choice().library if dtype in DTYPES and blocksize % BLOCK_MULTIPLE == 0 else None
+
+
+def _fused(dtype: torch.dtype, blocksize: int, in_features: int) -> Library | None:
+    """The native library, when it has the fused products and each row is made of whole blocks."""
+    library = _library(dtype, blocksize)
+    return library if library is not None and library.fused_linear and in_features % blocksize == 0 else None
+
+
+@torch.library.impl("halfbyte::quantize_4bit", "CPU")
+def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    library = _library(weight.dtype, blocksize)
+    if library is None:
+        return quantize_reference(weight, quant_type, blocksize)
+    return library.quantize(weight, quant_type, blocksize)
+
+
+@torch.library.impl("halfbyte::dequantize_4bit", "CPU")
+def _dequantize_4bit(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    library = _library(dtype, blocksize)
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    if library is None:
+        return dequantize_reference(*weight, tuple(shape), dtype)
+    out = torch.empty(shape, dtype=dtype)
+    WeightView(*weight, (1, prod(shape))).dequantize_into(library, out)
+    return out
+
+
+@torch.library.impl("halfbyte::linear_4bit", "CPU")
+def _linear_4bit(
+    x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    in_features = x.shape[-1]
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    rows = x.reshape(-1, in_features) if in_features else x.new_empty(prod(x.shape[:-1]), 0)
+    rows = rows.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    out = x.new_empty(rows.shape[0], out_features)
+    if out.numel():
+        library = _fused(x.dtype, blocksize, in_features)
+        view = WeightView(*weight, (out_features, in_features))
+        if library is None or view.linear(library, rows, bias, out) == NO_MEMORY:
+            panel.linear(rows, weight, bias, out, _library(x.dtype, blocksize))
+    return out.view(*x.shape[:-1], out_features)
+
+
+@torch.library.impl("halfbyte::linear_4bit_dx", "CPU")
+def _linear_4bit_dx(
+    grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    out_features = grad.shape[-1]
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    rows = grad.reshape(-1, out_features) if out_features else grad.new_empty(prod(grad.shape[:-1]), 0)
+    rows = rows.contiguous()
+    out = grad.new_empty(rows.shape[0], in_features)
+    if out.numel():
+        library = _fused(grad.dtype, blocksize, in_features)
+        view = WeightView(*weight, (out_features, in_features))
+        if library is None or view.linear_dx(library, rows, out) == NO_MEMORY:
+            panel.linear_dx(rows, weight, out, _library(grad.dtype, blocksize))
+    return out.view(*grad.shape[:-1], in_features)

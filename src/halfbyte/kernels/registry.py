@@ -1,0 +1,101 @@
+"""Which kernel serves which operator, and why.
+
+The native library is loaded at the first use of an operator on the CPU. Where it is missing or broken, or the
+environment says so, the plain-torch reference serves; the reason is kept for `halfbyte doctor`.
+
+``HALFBYTE_ISA`` = baseline, avx2, avx512 or reference overrides the choice (tests run every path on one machine).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import ConfigError
+from halfbyte.kernels import cpu
+
+ISA_VARIABLE = "HALFBYTE_ISA"
+OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One line of `halfbyte doctor`: `kernel` serves `op` on `device`, because of `reason`."""
+
+    op: str
+    device: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """The library that serves the CPU (None: the reference does) and why."""
+
+    library: cpu.Library | None
+    reason: str
+
+
+@cache
+def cpu_choice() -> CpuChoice:
+    """Load the native library once. Only a wrong ``HALFBYTE_ISA`` raises; everything else falls back."""
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted not in ("", "reference", *cpu.ISAS):
+        names = ", ".join((*cpu.ISAS, "reference"))
+        raise ConfigError(f"unknown instruction set {wanted!r}", where=ISA_VARIABLE, fix=f"Choose one of {names}")
+    if wanted == "reference":
+        return CpuChoice(None, f"{ISA_VARIABLE}=reference")
+    path = cpu.find_library()
+    if path is None:
+        return CpuChoice(None, "the native library was not built: no C++ compiler at install time")
+    try:
+        library = cpu.Library(path)
+    except (OSError, AttributeError, ValueError) as error:
+        return CpuChoice(None, f"the native library cannot be used: {error}")
+    if not wanted:
+        return CpuChoice(library, f"the best of {', '.join(library.supported())} on this CPU")
+    if not library.force(wanted):
+        raise ConfigError(
+            f"this CPU or build has no {wanted}",
+            where=ISA_VARIABLE,
+            fix=f"Choose one of {', '.join((*library.supported(), 'reference'))}",
+        )
+    return CpuChoice(library, f"{ISA_VARIABLE}={wanted}")
+
+
+def count_nonfinite(tensor: Tensor) -> int:
+    """NaN and Inf in a floating tensor; one pass over it, without a temporary where the library serves."""
+    choice = cpu_choice() if tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES else None
+    if choice is not None and choice.library is not None:
+        return choice.library.count_nonfinite(tensor)
+    return int(tensor.numel() - torch.isfinite(tensor).sum().item())
+
+
+def release_workspace() -> None:
+    """Give the few megabytes that the CPU kernels keep between calls back to the system."""
+    if (library := cpu_choice().library) is not None:
+        library.release_workspace()
+
+
+def kernel_report() -> list[KernelRow]:
+    """What serves each operator on each device of this machine."""
+    choice = cpu_choice()
+    rows = []
+    for op in OPS:
+        if choice.library is None:
+            kernel, reason = "torch reference", choice.reason
+        elif op.startswith("linear") and not choice.library.fused_linear:
+            kernel = f"{choice.library.isa} decode in panels + torch matmul"
+            reason = f"{choice.reason}; it has no fused matrix product"
+        elif op.startswith("linear"):
+            kernel, reason = f"{choice.library.isa} fused", choice.reason
+        else:
+            kernel, reason = choice.library.isa, choice.reason
+        if choice.library is not None and not choice.library.openmp:
+            reason += "; built without OpenMP: one thread"
+        rows.append(KernelRow(op, "cpu", kernel, reason))
+    return rows
