@@ -1,0 +1,168 @@
+"""Tokenized samples -> batches without padding; where it stands is (seed, epoch, index) and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.data.pack import pack_sequences
+from halfbyte.data.tokenize import IGNORE_INDEX, TokenizedData
+from halfbyte.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The place of the next batch. `dataclasses.asdict` gives its JSON, `Cursor(**json)` reads it."""
+
+    seed: int
+    epoch: int = 0
+    index: int = 0
+    """Packs (with packing) or samples of this epoch that are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences end to end in one row of T tokens; see `pack_sequences` for a drawing."""
+
+    input_ids: Tensor
+    """(1, T) int64"""
+    labels: Tensor
+    """(1, T) int64: -100 where not a target, and at the first token of every sequence (the loss shifts)."""
+    position_ids: Tensor
+    """(1, T) int64: from 0 in every sequence."""
+    seq_starts: Tensor
+    """(sequences + 1,) int32: cumulative lengths, 0 to T."""
+    num_targets: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedBatch:
+    """One sequence a row, padded on the right."""
+
+    input_ids: Tensor
+    """(sequences, longest) int64"""
+    labels: Tensor
+    """(sequences, longest) int64, -100 in the padding"""
+    attention_mask: Tensor
+    """(sequences, longest) int64: 1 for a token, 0 for padding"""
+
+
+class BatchLoader:
+    """Shuffled batches for training.
+
+    The order of epoch e is ``torch.randperm(n, generator=torch.Generator().manual_seed(seed + e))``. `next_batch` is
+    a pure function of its cursor, so a resumed run continues exactly as an uninterrupted one, over epochs too.
+
+    Args:
+        data: the samples.
+        micro_batch_size: packs (with packing) or samples in a batch; the last batch of an epoch may have fewer.
+        packing: put several samples into one sequence of up to `max_seq_len` tokens.
+        max_seq_len: tokens of the longest pack.
+        seed: of the order.
+
+    Raises:
+        DataError: a sample is longer than `max_seq_len`.
+    """
+
+    def __init__(
+        self, data: TokenizedData, *, micro_batch_size: int, packing: bool, max_seq_len: int, seed: int
+    ) -> None:
+        longest = int(data.lengths.max())
+        if packing and longest > max_seq_len:
+            raise DataError(f"a sample of {longest} tokens does not fit max_seq_len {max_seq_len}")
+        self.data = data
+        self.micro_batch_size = micro_batch_size
+        self.packing = packing
+        self.max_seq_len = max_seq_len
+        self.seed = seed
+        self._plan: tuple[int, list[list[int]]] | None = None  # the last epoch planned: a cache, never a state
+
+    def start(self) -> Cursor:
+        """The cursor of the first batch."""
+        return Cursor(self.seed)
+
+    def next_batch(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """The batch at `cursor`, and the cursor of the one after it (in the next epoch, after the last).
+
+        Raises:
+            ConfigError: the cursor has another seed.
+            DataError: the cursor lies outside its epoch (the data or the packing has changed).
+        """
+        if cursor.seed != self.seed:
+            raise ConfigError(
+                f"the data position is of seed {cursor.seed}, the run has {self.seed}", where="train.seed"
+            )
+        plan = self._groups(cursor.epoch)
+        if not 0 <= cursor.index < len(plan):
+            raise DataError(
+                f"position {cursor.index} of epoch {cursor.epoch}, which has {len(plan)}", where=self.data.report.path,
+                why="the data, or how it is packed, is not that of the saved run",
+            )  # fmt: skip
+        groups = plan[cursor.index : cursor.index + self.micro_batch_size]
+        index = cursor.index + len(groups)
+        after = replace(cursor, index=index) if index < len(plan) else Cursor(cursor.seed, cursor.epoch + 1)
+        return make_batch(self.data, [sample for group in groups for sample in group]), after
+
+    def batches_per_epoch(self, epoch: int = 0) -> int:
+        """Batches of one epoch; with packing it may differ a little from epoch to epoch."""
+        return -(-len(self._groups(epoch)) // self.micro_batch_size)
+
+    def _groups(self, epoch: int) -> list[list[int]]:
+        """The epoch's packs, or its samples as lists of one."""
+        if self._plan is None or self._plan[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.data), generator=generator).tolist()
+            lengths = self.data.lengths.tolist()
+            packs = pack_sequences(lengths, self.max_seq_len, order) if self.packing else [[i] for i in order]
+            self._plan = epoch, packs
+        return self._plan[1]
+
+
+def eval_batches(data: TokenizedData, max_tokens: int) -> Iterator[Batch]:
+    """All samples in file order, as many in a batch as stay within `max_tokens` (at least one)."""
+    group: list[int] = []
+    total = 0
+    for index, length in enumerate(data.lengths.tolist()):
+        if group and total + length > max_tokens:
+            yield make_batch(data, group)
+            group, total = [], 0
+        group.append(index)
+        total += length
+    if group:
+        yield make_batch(data, group)
+
+
+def make_batch(data: TokenizedData, samples: Sequence[int]) -> Batch:
+    """The batch of these samples, in this order."""
+    examples = [data[i] for i in samples]
+    lengths = [len(example.input_ids) for example in examples]
+    labels = torch.from_numpy(np.concatenate([example.labels for example in examples]))
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([example.input_ids for example in examples]).astype(np.int64))[None],
+        labels=labels[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        seq_starts=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        num_targets=int((labels != IGNORE_INDEX).sum()),
+        num_tokens=len(labels),
+    )
+
+
+def to_padded(batch: Batch, pad_token_id: int = 0) -> PaddedBatch:
+    """The same sequences, one a row, for models that cannot take packed rows."""
+    lengths = batch.seq_starts.diff().tolist()
+
+    def pad(row: Tensor, value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            list(torch.split(row[0], lengths)), batch_first=True, padding_value=value
+        )
+
+    return PaddedBatch(
+        input_ids=pad(batch.input_ids, pad_token_id),
+        labels=pad(batch.labels, IGNORE_INDEX),
+        attention_mask=pad(torch.ones_like(batch.input_ids), 0),
+    )

@@ -1,0 +1,263 @@
+"""JSON lines -> records: every complaint names the file, the line and the place inside the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.config import DataConfig
+from halfbyte.errors import DataError
+
+Message = dict[str, str]
+"""One turn: {"role": ..., "content": ...}."""
+
+ROLES = ("system", "user", "assistant")
+"""Roles every chat format knows; a template may know fewer or also "tool"."""
+
+MAX_LINE_BYTES = 16 * 2**20
+"""A longer line is a broken file, not a sample."""
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+"""The fields by which each format is known, in the order in which they are looked for."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One sample as text: either `messages` or `text`."""
+
+    line: int
+    """1-based line in the file."""
+    messages: tuple[Message, ...] = ()
+    """A checked conversation: at most one system turn, then a user turn; at least one assistant turn."""
+    text: str = ""
+    """Running text, when there are no messages."""
+    first_target: int = 0
+    """Assistant turns before this message are context: they came in a `prompt` field."""
+    needs_template: bool = True
+    """False for a prompt and a completion given as strings: these also work without a chat template."""
+
+
+class RecordReader:
+    """Iterates over the records of a JSONL file, holding one line at a time.
+
+    UTF-8 with or without a byte order mark, LF or CRLF; blank lines are ignored. After the iteration `format`,
+    `read` (records seen), `dropped` (reason -> count), `first_dropped` (reason -> message), `unused_fields` and
+    `sha256` (of the file's bytes) are complete.
+
+    Args:
+        path: the file.
+        format: a key of `FIELDS`, or "auto": the first readable record decides, for the whole file.
+        on_bad_line: "error" raises at the first unusable line, "skip" counts it.
+        roles: the roles a conversation may have.
+
+    Raises:
+        DataError: (while iterating) the file cannot be read, or a line is unusable and `on_bad_line` is "error".
+    """
+
+    def __init__(
+        self, path: str | Path, *, format: str = "auto", on_bad_line: str = "error", roles: Sequence[str] = ROLES
+    ) -> None:
+        self.path = str(path)
+        self.format = format
+        self.on_bad_line = on_bad_line
+        self.roles = roles
+        self.read = 0
+        self.dropped: Counter[str] = Counter()
+        self.first_dropped: dict[str, str] = {}
+        self.unused_fields: set[str] = set()
+        self.sha256 = ""
+
+    @classmethod
+    def from_config(cls, path: str | Path, config: DataConfig, roles: Sequence[str] = ROLES) -> RecordReader:
+        """A reader with the format and the strictness of `config`."""
+        return cls(path, format=config.format, on_bad_line=config.on_bad_line, roles=roles)
+
+    def __iter__(self) -> Iterator[Record]:
+        for line, raw in self._lines():
+            self.read += 1
+            try:
+                record = self._parse(line, raw)
+            except DataError as error:
+                self.reject(error)
+                continue
+            yield record
+
+    def where(self, line: int, place: str = "") -> str:
+        """`file:line`, or `file:line place` with the path inside the record."""
+        return f"{self.path}:{line} {place}".rstrip()
+
+    def reject(self, error: DataError) -> None:
+        """Count `error` under what it says if bad lines are skipped, else raise it."""
+        if self.on_bad_line == "error":
+            raise error
+        self.dropped[error.what] += 1
+        self.first_dropped.setdefault(error.what, str(error))
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """(line number, bytes) of every line that is not blank; an over-long line comes cut off, over the cap."""
+        digest = hashlib.sha256()
+        try:
+            with Path(self.path).open("rb") as file:
+                number, start = 0, True
+                while chunk := file.readline(MAX_LINE_BYTES + 1):
+                    digest.update(chunk)
+                    if start:
+                        number += 1
+                        if number == 1:
+                            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
+                        if chunk.strip():
+                            yield number, chunk
+                    start = chunk.endswith(b"\n")
+        except OSError as error:
+            raise DataError("cannot be read", where=self.path, why=error.strerror or str(error)) from None
+        self.sha256 = digest.hexdigest()
+
+    def _parse(self, line: int, raw: bytes) -> Record:
+        record = self._object(line, raw)
+        looks_like = next((name for name, fields in FIELDS.items() if all(f in record for f in fields)), None)
+        if self.format == "auto":
+            if looks_like is None:
+                known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS.items())
+                raise DataError(
+                    "no known format", where=self.where(line), why=f"the record has {_names(record)}",
+                    fix=f"Give records the fields of one format ({known})",
+                )  # fmt: skip
+            self.format = looks_like
+        fields = FIELDS[self.format]
+        if any(field not in record for field in fields):
+            it_is = f"this record is of format {looks_like}" if looks_like else f"this record has {_names(record)}"
+            raise DataError(
+                "a record of another format", where=self.where(line),
+                why=f"the file is read as format {self.format} ({', '.join(fields)}) and {it_is}",
+                fix="Keep one format per file, or set data.format",
+            )  # fmt: skip
+        used = {*fields, "input"} if self.format == "alpaca" else {*fields}
+        self.unused_fields.update(record.keys() - used)
+        return self._record(line, record)
+
+    def _object(self, line: int, raw: bytes) -> dict[str, Any]:
+        where = self.where(line)
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError("line over 16 MiB", where=where, fix="Write one sample per line")
+        try:
+            record = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            why = f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}"
+            raise DataError("not valid UTF-8", where=where, why=why, fix="Save the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise DataError("not valid JSON", where=f"{where}:{error.colno}", why=error.msg) from None
+        except RecursionError:
+            raise DataError("nested too deeply", where=where) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise DataError("not valid JSON", where=where, why=str(error)) from None
+        if not isinstance(record, dict):
+            fix = "Write one JSON object per line"
+            raise DataError("not a JSON object", where=where, why=f"it is {_kind(record)}", fix=fix)
+        return record
+
+    def _record(self, line: int, record: dict[str, Any]) -> Record:
+        if self.format == "text":
+            return Record(line=line, text=self._string(line, "text", record["text"]))
+        if self.format == "messages":
+            return self._chat(line, self._messages(line, "messages", record["messages"]))
+        if self.format == "sharegpt":
+            return self._chat(line, self._messages(line, "conversations", record["conversations"]))
+        if self.format == "alpaca":
+            user = self._string(line, "instruction", record["instruction"])
+            if record.get("input") not in (None, ""):
+                user += "\n\n" + self._string(line, "input", record["input"])
+            answer = self._string(line, "output", record["output"])
+            return Record(line=line, messages=_exchange(user, answer))
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            pair = self._string(line, "prompt", prompt), self._string(line, "completion", completion)
+            return Record(line=line, messages=_exchange(*pair), needs_template=False)
+        before = self._messages(line, "prompt", prompt)
+        return self._chat(line, before + self._messages(line, "completion", completion), first_target=len(before))
+
+    def _string(self, line: int, place: str, value: Any, *, may_be_empty: bool = False) -> str:
+        where = self.where(line, place)
+        if not isinstance(value, str):
+            raise DataError("not a string", where=where, why=f"it is {_kind(value)}")
+        if not may_be_empty and not value.strip():
+            raise DataError("empty text", where=where)
+        if "\0" in value:
+            raise DataError("NUL character", where=where, why=f"character {value.index(chr(0)) + 1}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(value[error.start]):04x}"
+            raise DataError("lone surrogate", where=where, why=f"{code} at character {error.start + 1}") from None
+        return value
+
+    def _messages(self, line: int, place: str, value: Any) -> tuple[Message, ...]:
+        if not isinstance(value, list):
+            raise DataError("not a list of messages", where=self.where(line, place), why=f"it is {_kind(value)}")
+        return tuple(self._message(line, f"{place}[{i}]", item) for i, item in enumerate(value))
+
+    def _message(self, line: int, place: str, value: Any) -> Message:
+        where = self.where(line, place)
+        if not isinstance(value, dict):
+            raise DataError("not a message", where=where, why=f"it is {_kind(value)}")
+        sharegpt = self.format == "sharegpt" and "from" in value
+        role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+        for key in (role_key, text_key):
+            if key not in value:
+                raise DataError(f"message without {key!r}", where=where, why=f"it has {_names(value)}")
+        if value.get("tool_calls"):
+            raise DataError("tool calls are not supported", where=f"{where}.tool_calls")
+        self.unused_fields.update(f"{place.partition('[')[0]}[].{key}" for key in value.keys() - {role_key, text_key})
+        name = self._string(line, f"{place}.{role_key}", value[role_key])
+        role = _SHAREGPT_ROLES.get(name, name) if sharegpt else name
+        if role not in self.roles:
+            why = f"{name!r} is none of those the template knows ({', '.join(self.roles)})"
+            raise DataError("unknown role", where=f"{where}.{role_key}", why=why)
+        content = self._string(line, f"{place}.{text_key}", value[text_key], may_be_empty=role in ("system", "tool"))
+        return {"role": role, "content": content}
+
+    def _chat(self, line: int, messages: tuple[Message, ...], first_target: int = 0) -> Record:
+        where = self.where(line, "messages" if self.format == "messages" else "")
+        roles = [message["role"] for message in messages]
+        if roles.count("system") > 1:
+            raise DataError("more than one system message", where=where)
+        if "system" in roles[1:]:
+            raise DataError("system message is not the first", where=where)
+        if "assistant" not in roles[first_target:]:
+            raise DataError("no assistant turn", where=where, why="there is nothing to learn")
+        if next(role for role in roles if role != "system") != "user":
+            raise DataError("the user does not speak first", where=where)
+        return Record(line=line, messages=messages, first_target=first_target)
+
+
+def _exchange(user: str, assistant: str) -> tuple[Message, ...]:
+    return {"role": "user", "content": user}, {"role": "assistant", "content": assistant}
+
+
+def _names(record: dict[str, Any]) -> str:
+    names = [name[:40] for name in record][:8]
+    return "the fields " + ", ".join(map(repr, names)) if names else "no fields"
+
+
+def _kind(value: Any) -> Literal["null", "a boolean", "a number", "a string", "a list", "an object"]:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "an object"
