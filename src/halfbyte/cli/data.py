@@ -1,0 +1,145 @@
+"""``halfbyte data``: what a file becomes, before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from halfbyte.data import Example, TokenizedData
+
+data_app = typer.Typer(help="See what a data file becomes before training on it.", no_args_is_help=True)
+
+Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .gguf file, or a hub id.")]
+Data = Annotated[str | None, typer.Option("--data", help="JSON lines; default: data.train of the config.")]
+Config = Annotated[Path | None, typer.Option("--config", help="A TOML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@data_app.command()
+def preview(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    settings: Set = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many samples.")] = 3,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the first samples token by token, and which tokens are learned."""
+    tokenizer, tokenized = _load(model, data, config, settings)
+    shown = range(min(samples, len(tokenized)))
+    if as_json:
+        rows = [_sample_json(tokenizer, tokenized[i], int(tokenized.lines[i])) for i in shown]
+        print(json.dumps({"format": tokenized.report.format, "samples": rows}))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    legend = Text.assemble("format ", tokenized.report.format, "   ", ("⟦learned⟧", "bold green"), "   not learned   ")
+    console.print(legend + Text.assemble(("special token", "magenta"), "   | between tokens   ⏎ newline   ⇥ tab"))
+    for i in shown:
+        example = tokenized[i]
+        targets = int((example.labels >= 0).sum())
+        title = f"line {tokenized.lines[i]}: {len(example.input_ids)} tokens, {targets} learned"
+        console.print(Text("\n" + title, "bold"), _marked(tokenizer, example), sep="\n")
+    for note in tokenized.report.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+
+
+@data_app.command()
+def check(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Count records, tokens and what is learned; say what is dropped, and why."""
+    _, tokenized = _load(model, data, config, settings)
+    report = tokenized.report
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    rows = [
+        ("file", report.path),
+        ("format", report.format),
+        ("records read", f"{report.read:,}"),
+        ("samples kept", f"{report.kept:,}"),
+        *(("dropped", f"{count:,}  {reason}") for reason, count in report.dropped.items()),
+        ("tokens", f"{report.tokens:,}  (longest sample {report.longest:,})"),
+        ("learned tokens", f"{report.supervised_tokens:,}  ({report.supervised_share:.1%})"),
+        *(("note", note) for note in report.notes),
+    ]
+    for name, value in rows:
+        print(f"{name:<15} {value}")
+
+
+def _load(
+    model: str | None, data: str | None, config: Path | None, settings: list[str] | None
+) -> tuple[Any, TokenizedData]:
+    """(tokenizer, tokenized data) as a run with these options would have them."""
+    from halfbyte.config import load_config
+    from halfbyte.errors import ConfigError
+
+    run = load_config(config, settings or (), model__path=model, data__train=data)
+    if not run.model.path:
+        raise ConfigError("no model is given", where="--model", fix="Name a folder, a .gguf file or a hub id")
+    if not run.data.train:
+        raise ConfigError("no data file is given", where="--data", fix="Name a .jsonl file")
+    from halfbyte.data import load_data
+    from halfbyte.model import load_tokenizer
+
+    tokenizer = load_tokenizer(run.model.path)
+    return tokenizer, load_data(run.data.train, tokenizer, run.data)
+
+
+def _sample_json(tokenizer: Any, example: Example, line: int) -> dict[str, Any]:
+    targets = (example.labels >= 0).tolist()
+    tokens = [_token_text(tokenizer, token) for token in example.input_ids.tolist()]
+    return {"line": line, "num_tokens": len(tokens), "num_targets": sum(targets), "tokens": tokens, "targets": targets}
+
+
+def _marked(tokenizer: Any, example: Example) -> Text:
+    """The sample with a bar between tokens and brackets around what is learned: legible without colour, too."""
+    from rich.text import Text
+
+    text, inside, at_line_start = Text(), False, True
+    special = set(tokenizer.all_special_ids)
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+        is_target = label >= 0
+        if inside and not is_target:
+            text.append("⟧", "bold green")
+        if not at_line_start:
+            text.append("|", "dim")
+        if is_target and not inside:
+            text.append("⟦", "bold green")
+        style = "bold green" if is_target else "dim"
+        shown = _visible(_token_text(tokenizer, token))
+        text.append(shown, "magenta" + (" bold" if is_target else "") if token in special else style)
+        inside, at_line_start = is_target, shown.endswith("\n")
+    return text.append("⟧", "bold green") if inside else text
+
+
+def _token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token, with the leading space that decoding a single SentencePiece token drops."""
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    raw = str(tokenizer.convert_ids_to_tokens(token))
+    return " " + text if raw.startswith("▁") and not text.startswith(" ") else text
+
+
+def _visible(text: str) -> str:
+    """Newlines and tabs as glyphs, other control characters escaped (a data file must not drive the terminal)."""
+    glyphs = {"\n": "⏎\n", "\t": "⇥"}
+    return "".join(
+        glyphs.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii")) for c in text
+    )
