@@ -22,3 +22,12 @@ inline void store8(bf16* p, __m256 x) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+
+// T is bf16 or fp16.
+template <class T>
+void narrow_row(const float* x, int64_t n, T* out) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) store8(out + i, _mm256_loadu_ps(x + i));
+    for (; i < n; ++i) narrow(x[i], out + i);
+}
+inline void narrow_row(const float*, int64_t, float*) {}  // never called: fp32 sums are the result

@@ -13,10 +13,14 @@ namespace hb_avx2 {
 #include "quantize.inl"
 #include "dequantize.inl"
 
+#include "avx2_tile.inl"
+#include "micro.inl"
+#include "linear.inl"
+
 }  // namespace hb_avx2
 }  // namespace
 
 extern const hb_table hb_table_avx2 = {
-    hb_avx2::quantize, hb_avx2::count_nonfinite, hb_avx2::dequantize, nullptr, nullptr,
+    hb_avx2::quantize, hb_avx2::count_nonfinite, hb_avx2::dequantize, hb_avx2::linear, hb_avx2::linear_dx,
 };
 #endif

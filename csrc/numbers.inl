@@ -1,6 +1,10 @@
 // Number formats and block scales, in plain scalar code: every ISA's tails, and all of the baseline.
 // Included inside an ISA's namespace: internal linkage, so that no copy compiled for one ISA can be linked into another.
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
@@ -78,4 +82,12 @@ constexpr int64_t serial_elements = 1 << 16;
 inline int threads_for(int64_t elements, int threads) {
     const int64_t useful = elements / serial_elements + 1;
     return useful < threads ? int(useful) : (threads < 1 ? 1 : threads);
+}
+
+inline int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
 }

@@ -2,6 +2,10 @@
 #pragma once
 #include "halfbyte.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 struct hb_table {
     void (*quantize)(const void*, int, int64_t, int64_t, const float*, const uint8_t*, uint8_t*, float*, int);
     int64_t (*count_nonfinite)(const void*, int, int64_t, int);

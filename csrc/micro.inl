@@ -1,0 +1,50 @@
+// The inner kernel of both matrix products: C(rows x 2 vectors) += A(rows x depth) * B(depth x 2 vectors).
+// A is packed [depth][ROWS], B [depth][2 vectors]. The accumulators have names because gcc 12 keeps an array of them on
+// the stack inside the loop (0.60 of peak where names give 0.85).
+
+constexpr int panel_width = 2 * vec_width;
+
+#define HB_EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13)
+
+// `base` is added to the product: C itself, or a row of biases (stride 0) for the first part of the depth.
+template <int ROWS>
+void micro(const float* a, const float* b, int64_t depth, const float* base, int64_t base_stride, float* c,
+           int64_t stride) {
+#define HB_DECLARE(i) [[maybe_unused]] vec l##i = vzero(), r##i = vzero();
+    HB_EACH_ROW(HB_DECLARE)
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; ++k) {
+        const vec left = vload(b), right = vload(b + vec_width);
+#define HB_MULTIPLY(i)                   \
+    if constexpr (i < ROWS) {            \
+        const vec x = vbroadcast(a + i); \
+        l##i = vfma(x, left, l##i);      \
+        r##i = vfma(x, right, r##i);     \
+    }
+        HB_EACH_ROW(HB_MULTIPLY)
+        a += ROWS;
+        b += panel_width;
+    }
+#define HB_STORE(i)                                                                                \
+    if constexpr (i < ROWS) {                                                                      \
+        vstore(c + i * stride, vadd(vload(base + i * base_stride), l##i));                         \
+        vstore(c + i * stride + vec_width, vadd(vload(base + i * base_stride + vec_width), r##i)); \
+    }
+    HB_EACH_ROW(HB_STORE)
+#undef HB_DECLARE
+#undef HB_MULTIPLY
+#undef HB_STORE
+}
+
+typedef void (*micro_fn)(const float*, const float*, int64_t, const float*, int64_t, float*, int64_t);
+
+// The kernel for panels of `rows` rows, 1 to max_panel_rows.
+inline micro_fn micro_of(int rows) {
+    static const micro_fn kernels[] = {
+        micro<1>, micro<2>, micro<3>, micro<4>, micro<5>, micro<6>,
+#if HB_PANEL_ROWS > 6
+        micro<7>, micro<8>, micro<9>, micro<10>, micro<11>, micro<12>, micro<13>, micro<14>,
+#endif
+    };
+    return kernels[rows - 1];
+}
