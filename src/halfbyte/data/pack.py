@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
-_OPEN_PACKS = 64
-"""More fill packs better and mix the order less: a sample moves at most about this many packs."""
+_OPEN_PACKS = 16
+"""A sample moves by about this many packs. Measured on log-normal lengths: 8 fill 96 to 99 %, 16 fill 97 to 99 %,
+64 hardly more; on lengths uniform from 2 to 88 % of a pack, the worst met, 92, 95 and 98 %."""
 
 
 def pack_sequences(lengths: Sequence[int], max_seq_len: int, order: Iterable[int]) -> list[list[int]]:
