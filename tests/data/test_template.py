@@ -99,8 +99,8 @@ CASES = {
     # name: (template, bos, eos, system works, targets of TALK)
     "chatml": (None, None, "<|im_end|>", True, ["four<|im_end|>", "  I think\nso \n<|im_end|>"]),
     "generation": (GENERATION, None, "<|im_end|>", True, ["four<|im_end|>", "I think\nso \n<|im_end|>"]),
-    "llama2": (LLAMA2, "<s>", "</s>", True, ["four </s>", "I think\nso </s>"]),
-    "mistral": (MISTRAL, "<s>", "</s>", True, ["four</s>", "I think\nso \n</s>"]),
+    "llama2": (LLAMA2, "<s>", "</s>", True, [" four </s>", " I think\nso </s>"]),
+    "mistral": (MISTRAL, "<s>", "</s>", True, [" four</s>", "   I think\nso \n</s>"]),
     "qwen3": (
         QWEN3, None, "<|im_end|>", True,
         ["four<|im_end|>", "<think>\n\n</think>\n\n  I think\nso \n<|im_end|>"],
@@ -121,6 +121,8 @@ def test_targets_are_what_the_assistant_says(make_tokenizer, chat, name, system,
     if system and not system_works:
         assert "system" not in ChatTemplate(tokenizer).roles
         return
+    if name == "mistral" and system:  # no prompt of an earlier turn is a prefix: there the content itself is left
+        expected = [expected[0].lstrip(), expected[1]]
     messages = chat(*TALK, system=system)
     rendered = render(tokenizer, messages)
     assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -207,7 +209,7 @@ def test_a_tokenizer_that_cannot_keep_special_text_as_text_says_so(chat) -> None
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = NO_END
-    with pytest.raises(DataError, match=r"cannot encode '</s>' as text"):
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: cannot encode '</s>' as text: the tokenizer makes"):
         encode(tokenizer, [render(tokenizer, chat("what </s> ?", "what"))])
 
 

@@ -102,7 +102,9 @@ def test_no_end_token_is_mended_and_said(write, make_tokenizer, chat) -> None:
     assert data[0].labels[-1] == tokenizer.eos_token_id
     assert "1 samples: the chat template ends in no end token, EOS is appended" in data.report.notes
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"the tokenizer has no EOS token: the model would not learn to stop\. Set"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:1: the tokenizer has no EOS token: the model would not learn to stop\. Set"
+    ):
         load_data(write([{"messages": chat("What?", "four")}]), tokenizer, BOTH)
 
 

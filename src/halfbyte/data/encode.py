@@ -43,7 +43,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> 
         if r.add_eos:
             if tokenizer.eos_token_id is None:
                 raise DataError(
-                    "the tokenizer has no EOS token", why="the model would not learn to stop",
+                    "the tokenizer has no EOS token", where=r.where, why="the model would not learn to stop",
                     fix="Set eos_token in the tokenizer's tokenizer_config.json",
                 )  # fmt: skip
             ids, targets = [*ids, tokenizer.eos_token_id], np.append(targets, np.True_)
@@ -73,8 +73,10 @@ def _tokenize_cut(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Tok
             if as_text and not set(ids).isdisjoint(tokenizer.all_special_ids):
                 raise DataError(
                     f"cannot encode {rendered.text[start:end]!r} as text",
-                    why="the tokenizer makes a special token of it in any case", fix="Remove it from the data",
-                )  # fmt: skip
+                    where=rendered.where,
+                    why="the tokenizer makes a special token of it in any case",
+                    fix="Remove it from the data",
+                )
             all_ids += ids
             all_ranges += [(a + start, b + start) for a, b in ranges]
         done = plain_end

@@ -46,6 +46,8 @@ class Rendered:
     """The text comes from no template: it begins with BOS if the tokenizer puts one."""
     add_eos: bool = False
     """The text does not end in an end token: EOS is to follow, as a target."""
+    where: str = ""
+    """File and line, for errors."""
 
     @property
     def spans(self) -> list[tuple[str, bool]]:
@@ -83,7 +85,7 @@ class ChatTemplate:
         """
         if record.text:
             everything = (0, len(record.text))
-            return self._untemplated(record.text, everything)
+            return self._untemplated(record.text, everything, where)
         if self.exists:
             return self._chat(record, where)
         if record.needs_template:
@@ -92,11 +94,11 @@ class ChatTemplate:
                 fix="Take the instruct variant of the model, or data with prompt and completion as strings",
             )  # fmt: skip
         prompt, completion = (message["content"] for message in record.messages)
-        return self._untemplated(prompt + completion, (len(prompt), len(prompt) + len(completion)))
+        return self._untemplated(prompt + completion, (len(prompt), len(prompt) + len(completion)), where)
 
-    def _untemplated(self, text: str, target: Range) -> Rendered:
+    def _untemplated(self, text: str, target: Range, where: str) -> Rendered:
         plain = tuple(match.span() for match in self._special.finditer(text))
-        return Rendered(text=text, targets=(target,), plain=plain, add_bos=True, add_eos=True)
+        return Rendered(text=text, targets=(target,), plain=plain, add_bos=True, add_eos=True, where=where)
 
     def _chat(self, record: Record, where: str) -> Rendered:
         messages = record.messages
@@ -121,23 +123,25 @@ class ChatTemplate:
                 done, add_eos = len(text), True
             if i >= record.first_target:
                 targets.append((start, done))
-        return Rendered(text=text, targets=tuple(targets), plain=tuple(plain), add_eos=add_eos)
+        return Rendered(text=text, targets=tuple(targets), plain=tuple(plain), add_eos=add_eos, where=where)
 
     def _turn_start(
         self, before: Sequence[Message], text: str, least: int, mark: int | None, content_end: int
     ) -> int | None:
         """Where the generation prompt after `before` ends in `text`; where that does not hold, the content's start.
 
-        The first differs from the second where the template prints something that the model has to say (an empty
-        thinking block); it does not hold where the template shows earlier turns otherwise (without their thinking)
-        or opens the answer in the generation prompt. A template without generation prompts has the content's start.
+        The first differs from the second where the template prints something that the model has to say (Llama-2's
+        space, Qwen3's empty thinking). It does not hold where the template shows earlier turns otherwise (without
+        their thinking), or opens the answer in the generation prompt (`<think>`), or has a header but no generation
+        prompt: a header is not for the model to say.
         """
         try:
             prompt = self._render(before, add_generation_prompt=True)
-            length = len(prompt)
-            fits = text.startswith(prompt) and least <= length <= (content_end if mark is None else mark)
-            if fits and (length == mark or prompt != self._render(before)):
-                return length
+            length, limit = len(prompt), content_end if mark is None else mark
+            if text.startswith(prompt) and least <= length <= limit:
+                only_space = mark is not None and not text[length:mark].strip()
+                if only_space or prompt != self._render(before):
+                    return length
         except _TEMPLATE_ERRORS:
             pass  # some templates refuse a conversation that stops here
         return mark

@@ -177,7 +177,7 @@ class _Builder:
     def _add_sample(
         self, line: int, rendered: Rendered, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.bool_]
     ) -> None:
-        self._check_ids(line, rendered, ids)
+        self._check_ids(rendered, ids)
         longest = self.config.max_seq_len
         if not self.config.mask_prompt:
             targets = np.ones_like(targets)
@@ -185,7 +185,7 @@ class _Builder:
         if len(ids) > longest:
             if self.config.on_long == "error":
                 raise DataError(
-                    f"a sample of {len(ids)} tokens", where=self.reader.where(line), why=f"max_seq_len is {longest}",
+                    f"a sample of {len(ids)} tokens", where=rendered.where, why=f"max_seq_len is {longest}",
                     fix="Raise data.max_seq_len, or set data.on_long to skip or truncate",
                 )  # fmt: skip
             if self.config.on_long == "skip":
@@ -204,17 +204,17 @@ class _Builder:
         self.lines.append(line)
         self.offsets.append(len(self.ids))
 
-    def _check_ids(self, line: int, rendered: Rendered, ids: npt.NDArray[np.int32]) -> None:
+    def _check_ids(self, rendered: Rendered, ids: npt.NDArray[np.int32]) -> None:
         bos = self.tokenizer.bos_token_id
         if not rendered.add_bos and bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             raise DataError(
-                "two BOS tokens at the start", where=self.reader.where(line), why="the chat template prints both",
+                "two BOS tokens at the start", where=rendered.where, why="the chat template prints both",
                 fix="Remove one from the tokenizer's chat template",
             )  # fmt: skip
         if self.vocab_size is not None and len(ids) and ids.max() >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
             raise DataError(
-                f"token {token!r} has id {ids.max()}", where=self.reader.where(line),
+                f"token {token!r} has id {ids.max()}", where=rendered.where,
                 why=f"the model's vocabulary ends at {self.vocab_size - 1}",
                 fix="Use the tokenizer that belongs to the model",
             )  # fmt: skip
