@@ -31,3 +31,9 @@ void narrow_row(const float* x, int64_t n, T* out) {
     for (; i < n; ++i) narrow(x[i], out + i);
 }
 inline void narrow_row(const float*, int64_t, float*) {}  // never called: fp32 sums are the result
+
+inline float sum_of(__m256 x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}

@@ -61,8 +61,8 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
         __m256 scales = _mm256_setzero_ps();
         int64_t block = -1;
         for (int64_t k = 0; k < depth; k += 32) {
-            if ((k0 + k) / w.blocksize != block) {
-                block = (k0 + k) / w.blocksize;
+            if (over(k0 + k, w.blocksize) != block) {
+                block = over(k0 + k, w.blocksize);
                 alignas(32) float s[8];
                 for (int i = 0; i < 8; ++i)  // rows past the end multiply by 0
                     s[i] = r + i < rows ? scale_of(w, (row + r + i) * row_blocks + block) : 0.0f;
@@ -86,8 +86,8 @@ void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t d
         __m256 scale = _mm256_setzero_ps();
         int64_t block = -1;
         for (int64_t c = 0; c < columns; c += 32) {
-            if ((start + c) / w.blocksize != block) {
-                block = (start + c) / w.blocksize;
+            if (over(start + c, w.blocksize) != block) {
+                block = over(start + c, w.blocksize);
                 scale = _mm256_set1_ps(scale_of(w, block));
             }
             __m256 v[4];

@@ -33,6 +33,12 @@ int best_isa() {
     return isa;
 }
 
+bool power_of_two(int64_t x, int64_t least) { return x >= least && (x & (x - 1)) == 0; }
+
+bool decodable(const hb_weight* w) {
+    return power_of_two(w->blocksize, 32) && (!w->nested_absmax || power_of_two(w->nested_blocksize, 1));
+}
+
 int current_isa = -1;  // -1: not chosen yet. Choosing twice from two threads gives the same answer.
 
 const hb_table* current() {
@@ -69,7 +75,7 @@ int hb_openmp(void) {
 
 int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const float* bounds, const uint8_t* order,
                 uint8_t* codes, float* absmax, int threads) {
-    if (blocksize <= 0 || blocksize % 32) return HB_UNSUPPORTED;
+    if (!power_of_two(blocksize, 32)) return HB_UNSUPPORTED;
     current()->quantize(w, dtype, n, blocksize, bounds, order, codes, absmax, threads);
     return HB_OK;
 }
@@ -79,19 +85,19 @@ int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads) {
 }
 
 int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads) {
-    if (w->blocksize <= 0 || w->blocksize % 32 || first % w->blocksize) return HB_UNSUPPORTED;
+    if (!decodable(w) || first % w->blocksize) return HB_UNSUPPORTED;
     current()->dequantize(w, first, n, dtype, out, threads);
     return HB_OK;
 }
 
 int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads) {
     const hb_table* table = current();
-    if (!table->linear || w->blocksize <= 0 || w->blocksize % 32 || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    if (!table->linear || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
     return table->linear(w, x, dtype, m, bias, y, threads);
 }
 
 int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads) {
     const hb_table* table = current();
-    if (!table->linear_dx || w->blocksize <= 0 || w->blocksize % 32 || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    if (!table->linear_dx || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
     return table->linear_dx(w, g, dtype, m, dx, threads);
 }

@@ -23,8 +23,8 @@ struct hb_weight {
     const float* nested_absmax;  // NULL: absmax holds the scales themselves
     const float* dynamic_map;    // [256]; read only with nested_absmax
     const float* codebook;       // [16]
-    int64_t blocksize;           // a multiple of 32
-    int64_t nested_blocksize;
+    int64_t blocksize;           // a power of two from 32 on
+    int64_t nested_blocksize;    // a power of two
     int64_t rows;  // out_features; the linear functions need cols % blocksize == 0
     int64_t cols;  // in_features
     float nested_offset;

@@ -15,6 +15,8 @@ namespace hb_avx2 {
 
 #include "avx2_tile.inl"
 #include "micro.inl"
+#include "avx2_dot.inl"
+#include "small.inl"
 #include "linear.inl"
 
 }  // namespace hb_avx2

@@ -13,10 +13,16 @@ namespace hb_avx512 {
 #include "quantize.inl"
 #include "dequantize.inl"
 
+#include "avx512_tile.inl"
+#include "micro.inl"
+#include "avx512_dot.inl"
+#include "small.inl"
+#include "linear.inl"
+
 }  // namespace hb_avx512
 }  // namespace
 
 extern const hb_table hb_table_avx512 = {
-    hb_avx512::quantize, hb_avx512::count_nonfinite, hb_avx512::dequantize, nullptr, nullptr,
+    hb_avx512::quantize, hb_avx512::count_nonfinite, hb_avx512::dequantize, hb_avx512::linear, hb_avx512::linear_dx,
 };
 #endif

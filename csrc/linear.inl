@@ -101,6 +101,7 @@ void run_task(const hb_weight& w, const Decoder& decoder, const Plan& p, int64_t
 template <bool BACKWARD, class T>
 int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
     constexpr bool wide = sizeof(T) == 4;  // y itself takes the fp32 sums
+    if (!BACKWARD && m <= max_dot_rows) return small_linear(w, x, m, bias, y, threads);
     const int64_t depth = BACKWARD ? w.rows : w.cols, width = BACKWARD ? w.cols : w.rows;
     if (threads < 1) threads = 1;
     const int64_t longest = at_least(wide ? depth : at_least(depth, width), 1);

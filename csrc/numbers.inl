@@ -2,6 +2,8 @@
 // Included inside an ISA's namespace: internal linkage, so that no copy compiled for one ISA can be linked into another.
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// a / power without a division: one per block of 64 weights would cost as much as decoding it.
+inline int64_t over(int64_t a, int64_t power_of_two) { return a >> __builtin_ctzll(uint64_t(power_of_two)); }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -61,7 +63,7 @@ inline void narrow(float x, fp16* out) {
 inline float scale_of(const hb_weight& w, int64_t b) {
     if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[b];
     const uint8_t code = static_cast<const uint8_t*>(w.absmax)[b];
-    const float scaled = w.dynamic_map[code] * w.nested_absmax[b / w.nested_blocksize];
+    const float scaled = w.dynamic_map[code] * w.nested_absmax[over(b, w.nested_blocksize)];
     return scaled + w.nested_offset;
 }
 

@@ -25,8 +25,8 @@ ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types in the library's numbering."""
 
-BLOCK_MULTIPLE = 32
-"""The library handles block sizes that are multiples of this."""
+LEAST_BLOCKSIZE = 32
+"""The library handles block sizes that are powers of two from this on."""
 
 OK, UNSUPPORTED, NO_MEMORY = 0, 1, 2
 

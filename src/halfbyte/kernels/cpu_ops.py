@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import panel
-from halfbyte.kernels.cpu import BLOCK_MULTIPLE, DTYPES, NO_MEMORY, Library, WeightView
+from halfbyte.kernels.cpu import DTYPES, LEAST_BLOCKSIZE, NO_MEMORY, Library, WeightView
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 
 def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
     """The native library, when it knows this case."""
-    return cpu_choice().library if dtype in DTYPES and blocksize % BLOCK_MULTIPLE == 0 else None
+    power_of_two = blocksize >= LEAST_BLOCKSIZE and blocksize & (blocksize - 1) == 0
+    return cpu_choice().library if dtype in DTYPES and power_of_two else None
 
 
 def _fused(dtype: torch.dtype, blocksize: int, in_features: int) -> Library | None:
