@@ -3,7 +3,10 @@
 #define HB_PANEL_ROWS 6
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
 constexpr int64_t vec_width = 8;
+// Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
+inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
 typedef __m256 vec;
+constexpr int64_t panel_width = 2 * vec_width;
 inline vec vzero() { return _mm256_setzero_ps(); }
 inline vec vload(const float* p) { return _mm256_loadu_ps(p); }
 inline vec vbroadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -57,7 +60,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
     for (int64_t r = 0; r < rows; r += 8) {
         const uint8_t* codes[8];
         for (int i = 0; i < 8; ++i) codes[i] = w.codes + (row + at_most(r + i, rows - 1)) * (w.cols / 2);
-        float* out = tile + r / 16 * 16 * depth + r % 16;
+        float* out = tile + r / 16 * panel_stride(depth) + r % 16;
         __m256 scales = _mm256_setzero_ps();
         int64_t block = -1;
         for (int64_t k = 0; k < depth; k += 32) {
@@ -72,7 +75,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
         }
     }
     if (rows % 16 && rows % 16 <= 8) {  // the last panel's right half holds no row
-        float* out = tile + rows / 16 * 16 * depth + 8;
+        float* out = tile + rows / 16 * panel_stride(depth) + 8;
         for (int64_t k = 0; k < depth; ++k) _mm256_storeu_ps(out + k * 16, _mm256_setzero_ps());
     }
 }
@@ -92,10 +95,10 @@ void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t d
             }
             __m256 v[4];
             lookup32(spread32(codes + c / 2), d.plane, v);
-            float* out = tile + (c * depth) + r * 16;
+            float* out = tile + c / 16 * panel_stride(depth) + r * 16;
             _mm256_storeu_ps(out, _mm256_mul_ps(v[0], scale));
             _mm256_storeu_ps(out + 8, _mm256_mul_ps(v[1], scale));
-            out += 16 * depth;
+            out += panel_stride(depth);
             _mm256_storeu_ps(out, _mm256_mul_ps(v[2], scale));
             _mm256_storeu_ps(out + 8, _mm256_mul_ps(v[3], scale));
         }

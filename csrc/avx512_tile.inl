@@ -4,7 +4,10 @@
 #define HB_PANEL_ROWS 14
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
 constexpr int64_t vec_width = 16;
+// Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
+inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
 typedef __m512 vec;
+constexpr int64_t panel_width = 2 * vec_width;
 inline vec vzero() { return _mm512_setzero_ps(); }
 inline vec vload(const float* p) { return _mm512_loadu_ps(p); }
 inline vec vbroadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -34,7 +37,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
     for (int64_t r = 0; r < divide_up(rows, 32) * 32; r += 16) {
         const uint8_t* codes[16];
         for (int i = 0; i < 16; ++i) codes[i] = w.codes + (row + at_most(r + i, rows - 1)) * (w.cols / 2);
-        float* out = tile + r / 32 * 32 * depth + r % 32;
+        float* out = tile + r / 32 * panel_stride(depth) + r % 32;
         __m512 scales = _mm512_setzero_ps();
         int64_t block = -1;
         for (int64_t k = 0; k < depth; k += 32) {
@@ -98,7 +101,7 @@ void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t d
             }
             __m512 v[2];
             decode32(codes + c / 2, table, v);
-            float* out = tile + c * depth + r * 32;
+            float* out = tile + c / 32 * panel_stride(depth) + r * 32;
             _mm512_storeu_ps(out, v[0]);
             _mm512_storeu_ps(out + 16, v[1]);
         }

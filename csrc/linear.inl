@@ -57,7 +57,7 @@ inline void multiply_block(const Plan& p, const float* tile, int64_t column, int
     const micro_fn kernel = micro_of(int(p.panel_rows));
     alignas(64) float edge[max_panel_rows * panel_width];
     for (int64_t j = 0; j < columns; j += panel_width) {
-        const float* b = tile + j * depth;
+        const float* b = tile + j / panel_width * panel_stride(depth);
         const int64_t n = at_most(panel_width, columns - j);
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             const float* a = p.packed + (panel * p.depth + k0) * p.panel_rows;
@@ -108,7 +108,7 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
     int64_t part = at_least(packed_bytes / 4 / longest, min_packed_rows) / max_panel_rows * max_panel_rows;
     part = at_most(part, m);
     const int64_t padded_width = divide_up(width, panel_width) * panel_width;
-    const int64_t packed_floats = (part + max_panel_rows) * depth, tile_floats = max_depth * max_tile_columns;
+    const int64_t packed_floats = (part + max_panel_rows) * depth, tile_floats = panel_stride(max_depth) * (max_tile_columns / panel_width);
     const int64_t sums = wide ? 0 : part * width;
     const int64_t floats = tile_floats * threads + packed_floats + padded_width + sums + 64;
     float* workspace = static_cast<float*>(hb_workspace_take(floats * 4));

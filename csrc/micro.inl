@@ -2,8 +2,6 @@
 // A is packed [depth][ROWS], B [depth][2 vectors]. The accumulators have names because gcc 12 keeps an array of them on
 // the stack inside the loop (0.60 of peak where names give 0.85).
 
-constexpr int panel_width = 2 * vec_width;
-
 #define HB_EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13)
 
 // `base` is added to the product: C itself, or a row of biases (stride 0) for the first part of the depth.
