@@ -37,6 +37,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     Attributes:
         inventory: dtypes and bytes of the loaded model, and what of it is not in 4 bits and why.
+        reasons: why a linear layer was left as it is, by its name.
     """
 
     requires_calibration = False
@@ -54,7 +55,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.loaded: dict[str, QuantizedWeight] = {}
         self.refused: list[HalfbyteError] = []
         self.merged_targets: set[tuple[str, ...]] = set()
-        self._reasons: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self._skip: list[str] = []
 
     # -- what transformers asks ---------------------------------------------------------------------------------
@@ -99,14 +100,14 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     # -- before, while and after the weights are read -----------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._skip, self._reasons = self._modules_to_skip(model)
+        self._skip, self.reasons = self._modules_to_skip(model)
         settings = self.quantization_config
         for name, module in list(model.named_modules()):
             # A subclass of nn.Linear computes something else, which Linear4bit would silently drop.
             if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
                 continue
             if not should_convert_module(name, self._skip):
-                self._reasons.setdefault(name, "named in llm_int8_skip_modules")
+                self.reasons.setdefault(name, "named in llm_int8_skip_modules")
                 continue
             out_features, in_features = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
             layer = Linear4bit(
@@ -138,7 +139,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if not (isinstance(entry, WeightConverter) and _is_ours(entry, self.merged_targets))
         ]
         self.quantization_config.resolve(skip_modules=sorted(set(self._skip)), model_dtype=model.config.dtype)
-        self.inventory = inventory(model, self._reasons)
+        self.inventory = inventory(model, self.reasons)
         logger.info("%s\n%s", type(model).__name__, self.inventory)
         if experts := expert_weights(model):
             logger.warning("%d tensors stay unquantized, %s first: %s", len(experts), experts[0], EXPERTS)
@@ -174,7 +175,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             fresh.bias = nn.Parameter(torch.empty_like(fresh.bias))
         model.set_submodule(name, fresh)
         model.initialize_weights()
-        self._reasons[name] = "not in the checkpoint: newly initialised"
+        self.reasons[name] = "not in the checkpoint: newly initialised"
         self._skip.append(name)
         logger.warning("%s is not in the checkpoint: newly initialised, not quantized", name)
 
