@@ -126,6 +126,6 @@ def tiny(request: pytest.FixtureRequest, save_tiny: Callable[[str], Saved]) -> S
     return save_tiny(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def llama(save_tiny: Callable[[str], Saved]) -> Saved:
     return save_tiny("llama")

@@ -74,7 +74,7 @@ def test_importing_the_config_registers_both_halves_once() -> None:
         "assert auto.AUTO_QUANTIZER_MAPPING['halfbyte'].__name__ == 'HalfbyteHfQuantizer';"
         "import sys; assert 'bitsandbytes' not in sys.modules and 'peft' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before = AUTO_QUANTIZATION_CONFIG_MAPPING["halfbyte"], AUTO_QUANTIZER_MAPPING["halfbyte"]
     config, quantizer = hf_config.__dict__.copy(), hf_quantizer.__dict__.copy()
     try:
@@ -89,7 +89,7 @@ def test_importing_the_config_registers_both_halves_once() -> None:
 # -- the ways back from a saved folder --------------------------------------------------------------------------
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(llama: Any, tmp_path: Path) -> Path:
     llama.load(quantization_config=HalfbyteConfig()).save_pretrained(tmp_path)
     return tmp_path

@@ -135,6 +135,12 @@ def test_skip_modules_and_the_head_are_left_and_written_for_other_readers(llama:
     assert layers(again).keys() == layers(model).keys()
 
 
+def test_a_skip_module_that_names_nothing_is_said(llama: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        llama.load(quantization_config=HalfbyteConfig(llm_int8_skip_modules=["lm_head", "down_prj"]))
+    assert "llm_int8_skip_modules names no layer: down_prj" in caplog.text
+
+
 def test_tied_heads_stay_tied(save_tiny: Any, tmp_path: Path) -> None:
     saved = save_tiny("qwen2")
     model = saved.load(quantization_config=HalfbyteConfig())

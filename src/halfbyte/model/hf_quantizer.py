@@ -160,6 +160,10 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:  # the file was written by this rule of transformers, and is read by it
             skip = self.get_modules_to_not_convert(model, wished, kept)
         else:
+            names = [name for name, _ in model.named_modules()]
+            idle = [wish for wish in wished or () if all(should_convert_module(name, [wish]) for name in names)]
+            if idle:
+                logger.warning("llm_int8_skip_modules names no layer: %s", ", ".join(idle))
             skip = self.get_modules_to_not_convert(model, wished, kept, add_default_skips=True)
             # transformers takes the last parameter for the head, and misses a head whose last parameter is its bias.
             last = next(name for name, _ in reversed(list(model.named_parameters()))).rpartition(".")[0]

@@ -1,0 +1,97 @@
+"""The standard recipe with one import changed, on transformers' Trainer and TRL's SFTTrainer as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from halfbyte.model.hf_config import HalfbyteConfig
+from halfbyte.nn import Linear4bit
+
+# peft 0.21, trl 1.16 and every recipe use the names transformers 5.23 has replaced by activation_checkpointing*.
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+
+
+def packed(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [m.weight.detach().clone() for m in model.modules() if isinstance(m, Linear4bit)]
+
+
+def check(trainer: Any, before: list[torch.Tensor], output: Path, base: Path) -> None:
+    """The loss fell, the base did not move, every adapter did, and PEFT reads what was saved."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    assert all(torch.equal(a, b) for a, b in zip(packed(trainer.model), before, strict=True))
+    adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in adapters.items())
+    assert all(p.any() for name, p in adapters.items() if "lora_B" in name)
+    trainer.save_model(str(output))
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=HalfbyteConfig()), output
+    )
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def arguments(output: Path, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output), "max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "disable_tqdm": True, "bf16": False, "seed": 0, "dataloader_pin_memory": False,
+    } | kwargs  # fmt: skip
+
+
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_transformers_trainer(llama: Any, tmp_path: Path, reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 128, (4, 16)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    ))  # fmt: skip
+    before = packed(model)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    if reentrant:  # the old kind of checkpointing needs inputs with a gradient, with every quantizer
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True} if reentrant else None)
+    trainer = Trainer(model, TrainingArguments(**arguments(tmp_path)), train_dataset=data)
+    trainer.train()
+
+    check(trainer, before, tmp_path / "adapter", llama.folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(120))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_trl_sft_trainer(llama: Any, tmp_path: Path, checkpointing: bool) -> None:
+    trl = pytest.importorskip("trl", reason="needs the package trl")
+    from datasets import Dataset
+
+    texts = [" ".join(f"w{(7 * i + j * j) % 120}" for j in range(12)) for i in range(4)]
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    before = packed(model)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments(tmp_path, gradient_checkpointing=checkpointing, max_length=32)),
+        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+
+    check(trainer, before, tmp_path / "adapter", llama.folder)
