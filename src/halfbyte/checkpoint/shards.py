@@ -1,0 +1,227 @@
+"""Reading and writing safetensors folders tensor by tensor, so that memory holds what is being worked on.
+
+Files are read with plain reads, not mapped: mapped pages count as resident memory and would break a budget.
+Limits (a refusal names the file): header 100,000,000 bytes as in the safetensors library, index 16 MiB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
+from halfbyte.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_INDEX_BYTES = 16 * 2**20
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are byte offsets in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder, with or without an index.
+
+    Attributes:
+        tensors: TensorInfo by name, in file order.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        index = folder / INDEX_NAME
+        if index.exists():
+            weight_map = _read_index(index)
+            for file_name in dict.fromkeys(weight_map.values()):
+                _add_all(self.tensors, _read_header(folder / file_name))
+            missing = [name for name, file in weight_map.items() if self._file_name(name) != file]
+            if missing:
+                raise ModelError(
+                    f"{len(missing)} tensors are not where the index says, first {missing[0]!r}", where=str(index)
+                )
+            self.tensors = {name: info for name, info in self.tensors.items() if name in weight_map}
+            return
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError("no .safetensors file", where=str(folder), **_pickle_hint(folder))
+        for file in [folder / SINGLE_NAME] if folder / SINGLE_NAME in files else files:
+            _add_all(self.tensors, _read_header(file))
+
+    def _file_name(self, name: str) -> str | None:
+        return self.tensors[name].file.name if name in self.tensors else None
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name`."""
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of tensor `name`."""
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name`."""
+        info = self.tensors[name]
+        return _read_bytes(info, info.start, info.end).view(info.dtype).view(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of tensor `name`, (stop - start, ...)."""
+        info = self.tensors[name]
+        row = prod(info.shape[1:]) * info.dtype.itemsize
+        data = _read_bytes(info, info.start + start * row, info.start + stop * row)
+        return data.view(info.dtype).view(stop - start, *info.shape[1:])
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 500_000_000
+) -> tuple[list[Path], int]:
+    """Write `tensors` as they come into safetensors files of at most `max_shard_bytes` (or one tensor), and an index.
+
+    Holds one shard in memory. `folder` must exist; durability is the caller's (write into a temporary folder).
+
+    Returns:
+        The files written, and the bytes of all tensors.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        path = folder / f"shard-{len(shards):05d}.safetensors"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    if pending or not shards:
+        flush()
+    if len(shards) == 1:
+        return [shards[0][0].rename(folder / SINGLE_NAME)], total
+    files, weight_map = [], {}
+    for number, (path, names) in enumerate(shards, 1):
+        files.append(path.rename(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
+        weight_map.update(dict.fromkeys(names, files[-1].name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return [*files, folder / INDEX_NAME], total
+
+
+def _pickle_hint(folder: Path) -> dict[str, str]:
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
+    if not pickles:
+        return {"fix": "Give a folder that holds a model's safetensors files"}
+    return {
+        "why": f"{pickles[0]} is a pickle, which can run code when it is read, and is refused",
+        "fix": "Convert it: load it in transformers where you trust it, then save_pretrained() writes safetensors",
+    }
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise ModelError(f"the index is larger than {MAX_INDEX_BYTES} bytes", where=str(path))
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError("is not a safetensors index", where=str(path), why=f"{type(error).__name__}: {error}") from None
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"names {file!r}", where=str(path), why="only .safetensors files beside it are read")
+        if not (path.parent / file).is_file():
+            raise ModelError("the file is missing", where=str(path.parent / file), why=f"{path.name} names it")
+    return names
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, after checking that header and file agree to the byte."""
+
+    def refuse(what: str, why: str = "") -> ModelError:
+        return ModelError(what, where=str(path), why=why, fix="Download or write the file again")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise refuse("the header does not fit the file", f"it says {length} bytes, the file has {size}")
+        text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+        del text
+        base, position, infos = 8 + length, 0, {}
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if any(type(n) is not int or n < 0 for n in (start, end, *shape)):
+                raise refuse(f"tensor {name!r} has a bad shape or offset")
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise refuse(f"tensor {name!r} has dtype {entry['dtype']}", "it is not supported")
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            if start != position or end - start != prod(shape) * ITEMSIZE[dtype]:
+                raise refuse(f"tensor {name!r} does not fill its place", f"bytes {start} to {end}, shape {shape}")
+            position = end
+            infos[name] = TensorInfo(path, getattr(torch, dtype), shape, base + start, base + end)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise refuse("the header is not safetensors'", f"{type(error).__name__}: {error}") from None
+    if base + position != size:
+        raise refuse(f"the file has {size} bytes, its tensors need {base + position}")
+    return infos
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name stands twice")
+    return entries
+
+
+def _add_all(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> None:
+    twice = tensors.keys() & more.keys()
+    if twice:
+        name = min(twice)
+        raise ModelError(f"tensor {name!r} stands in two files", where=str(more[name].file))
+    tensors.update(more)
+
+
+def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
+    data = torch.empty(stop - start, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(start)
+        while view:
+            count = file.readinto(view)  # one read gives at most 2 GiB
+            if not count:
+                raise ModelError("the file became shorter while it was read", where=str(info.file))
+            view = view[count:]
+    return data

@@ -1,0 +1,82 @@
+"""LoRA on a loaded base, through PEFT: its layers, its names, its file format."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halfbyte.checkpoint.adapter import Adapter
+from halfbyte.config import LoraConfig
+from halfbyte.errors import AdapterError
+from halfbyte.model.targets import modules_to_adapt
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.PeftModel:
+    """Put a fresh adapter (A uniform, B zero, float32) on the layers that `lora` names; only it is trainable.
+
+    The random numbers come from `seed` alone, whatever ran before.
+    """
+    names = modules_to_adapt(model, lora.target_modules)
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
+        target_modules=_shortest_names(model, names), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
+    """Put a saved adapter on `model`, for evaluation and generation.
+
+    Raises:
+        AdapterError: its tensors and the model's layers do not match one to one.
+    """
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    config = peft.LoraConfig(**{key: value for key, value in adapter.config.items() if key in known})
+    config.inference_mode = True
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise AdapterError("does not fit this model", why=str(error).splitlines()[0]) from error
+    load_adapter_state(adapted, adapter.state)
+    return adapted
+
+
+def adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of PEFT's files."""
+    return dict(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor]) -> None:
+    """Put `state` into the adapter of `model`, every tensor of one into the other.
+
+    Raises:
+        AdapterError: names or shapes differ, listing the first five of each.
+    """
+    own = adapter_state(model)
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} has no place" for name in state if name not in own]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        raise AdapterError(f"{len(problems)} tensors do not fit this model", why="; ".join(problems[:5]))
+    peft.set_peft_model_state_dict(model, state)
+
+
+def _shortest_names(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Last parts such as "q_proj" where they name exactly the same layers, as other tools write them; else full names."""
+    last_parts = sorted({name.rpartition(".")[2] for name in names})
+    chosen = set(names)
+    covered = {
+        name for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name.rpartition(".")[2] in last_parts
+    }  # fmt: skip
+    return last_parts if covered == chosen else sorted(names)

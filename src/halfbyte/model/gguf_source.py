@@ -1,0 +1,95 @@
+"""Weights out of a .gguf file under transformers' names and orientation, decoded tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from halfbyte.errors import ModelError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""What can be read. llama.cpp permutes the rows of q and k for "llama" alone; other families change more."""
+
+
+class GgufFile:
+    """The tensors of one .gguf file.
+
+    Quantized tensors are decoded in float32 and given as bfloat16, the dtype such models were released in; F32 and
+    F16 tensors keep theirs.
+    """
+
+    def __init__(self, path: Path, config: PretrainedConfig) -> None:
+        import gguf
+
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # the reader raises ValueError, IndexError, UnicodeError ... on a bad file
+            raise ModelError("is not a readable GGUF file", where=str(path), why=str(error)) from error
+        architecture = str(reader.fields["general.architecture"].contents())
+        if architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"holds a {architecture!r} model", where=str(path),
+                why=f"GGUF input is built for {', '.join(ARCHITECTURES)}", fix="Use the model's safetensors folder",
+            )  # fmt: skip
+        by_gguf_name = {tensor.name: tensor for tensor in reader.tensors}
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        self._path = path
+        self._heads = (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else None
+        self._tensors = {}
+        for name in _parameter_names(config):
+            stem, _, suffix = name.rpartition(".")
+            gguf_stem = name_map.get_name(stem)
+            if gguf_stem is not None and f"{gguf_stem}.{suffix}" in by_gguf_name:
+                self._tensors[name] = by_gguf_name.pop(f"{gguf_stem}.{suffix}")
+        unread = [name for name in by_gguf_name if not name.startswith("rope_")]
+        if unread:
+            raise ModelError(f"{len(unread)} tensors have no place in the model, first {unread[0]!r}", where=str(path))
+
+    def names(self) -> list[str]:
+        """Every tensor's name, as transformers calls it."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name`."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which tensor `name` is given."""
+        kind = self._tensors[name].tensor_type.name
+        return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name`."""
+        return self.read_rows(name, 0, self.shape(name)[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of tensor `name`."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        rows: np.ndarray = tensor.data
+        order = self._row_order(name)
+        rows = rows[start:stop] if order is None else rows[order[start:stop]]
+        return torch.from_numpy(np.array(dequantize(rows, tensor.tensor_type))).to(self.dtype(name))
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Which stored row each row of `name` is: llama.cpp interleaves the two halves of every q and k head."""
+        which = {"q_proj": 0, "k_proj": 1}.get(name.split(".")[-2])
+        if self._heads is None or which is None:
+            return None
+        rows = np.arange(self.shape(name)[0])
+        return rows.reshape(self._heads[which], -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _parameter_names(config: PretrainedConfig) -> list[str]:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    return [name for name, _ in model.named_parameters()]

@@ -1,0 +1,211 @@
+"""A base model into memory in 4 bits: read a tensor, quantize it, drop it. Peak = the result plus one slice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.config import QuantConfig
+from halfbyte.errors import ModelError
+from halfbyte.model.inventory import Inventory, inventory
+from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
+from halfbyte.model.targets import modules_to_quantize
+from halfbyte.nn import FrozenLinear, Linear4bit
+from halfbyte.quant import QuantizedWeight, quantize_slices, slice_rows
+
+SLICE_ELEMENTS = 8 * 2**20
+"""Elements of a large weight that are in memory unquantized at a time (16 MB in 16 bits)."""
+Progress = Callable[[int, int, str], None]
+"""Called with (tensors done, tensors in all, name)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model, ready for adapters.
+
+    Attributes:
+        model: a transformers model whose linear layers are Linear4bit.
+        source: where it came from.
+        compute_dtype: of activations and matrix products.
+        base_sha256: hash over the names and bytes of all its tensors, 4-bit weights as they are in memory.
+        quant: {"quant_type": ..., "blocksize": ..., "double_quant": ...} of the weights in memory.
+        inventory: dtypes and bytes by group, and what was left unquantized and why.
+    """
+
+    model: PreTrainedModel
+    source: Source
+    compute_dtype: torch.dtype
+    base_sha256: str
+    quant: dict[str, Any]
+    inventory: Inventory
+
+
+def load_model(
+    path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, on_progress: Progress | None = None
+) -> LoadedModel:
+    """Load the causal language model called `path`, quantizing every linear layer but the head on the way.
+
+    A folder that already holds bitsandbytes' 4-bit weights is taken as it is. Matrices that stay unquantized
+    (embeddings, head) keep the dtype of the file; vectors (norms, biases) are held in `compute_dtype`.
+
+    Raises:
+        ModelError: files are missing, damaged, or do not fit the config; a weight has NaN or Inf.
+    """
+    source = open_source(path)
+    reader = source.open_tensors()
+    with init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError("no causal language model", where=path, why=str(error).splitlines()[0]) from error
+    names = _match_names(model, reader, path)
+    targets = set(modules_to_quantize(model, quant.skip_modules))
+    hashes: dict[str, bytes] = {}
+    for done, (name, stored_name) in enumerate(names.items()):
+        if on_progress:
+            on_progress(done, len(names), name)
+        module_name, _, leaf = name.rpartition(".")
+        if module_name in targets and leaf == "weight":
+            weight = _read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
+            _place_linear4bit(model, module_name, weight, compute_dtype)
+            hashes[name] = _digest(weight.codes, weight.absmax, weight.nested_absmax)
+        else:
+            tensor = reader.read(stored_name)
+            hashes[name] = _digest(tensor)  # as stored: the base is the same in every compute dtype
+            if tensor.is_floating_point() and tensor.dim() < 2:
+                tensor = tensor.to(compute_dtype)
+            _place(model, name, tensor, path)
+    model.tie_weights()
+    _finish(model, compute_dtype)
+    if on_progress:
+        on_progress(len(names), len(names), "")
+    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + hashes[name] for name in sorted(hashes)))
+    return LoadedModel(
+        model=model, source=source, compute_dtype=compute_dtype, base_sha256=digest.hexdigest(),
+        quant=_recipe(source, quant, model), inventory=inventory(model),
+    )  # fmt: skip
+
+
+def _match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:
+    """The stored name of each parameter and buffer of `model`; everything accounted for on both sides."""
+    stored = reader.names()
+    available = set(stored)
+    tied = set(model.all_tied_weights_keys)
+    prefix = model.base_model_prefix + "."
+    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]
+    names, missing = {}, []
+    for name in wanted:
+        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in available), None)
+        if found is None:
+            missing.append(name)
+        else:
+            names[name] = found
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(wanted)} tensors are missing, first {', '.join(missing[:5])}", where=path,
+            fix="Check that config.json and the weights belong together",
+        )  # fmt: skip
+    used = set(names.values())
+    ignored = tied | {prefix + n for n in tied} | {n.removeprefix(prefix) for n in tied}
+    buffers = {name for name, _ in model.named_buffers()}
+    extra = [
+        n for n in stored
+        if n not in used and n not in ignored and n not in buffers and n.partition(".weight.")[0] + ".weight" not in used
+        and not n.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
+    ]  # fmt: skip
+    if extra:
+        raise ModelError(
+            f"{len(extra)} tensors have no place in the model, first {', '.join(extra[:5])}", where=path,
+            fix="Check that config.json and the weights belong together",
+        )  # fmt: skip
+    return names
+
+
+def _read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig) -> QuantizedWeight:
+    state = {n.removeprefix(name + "."): reader.read(n) for n in _state_names(reader, name)}
+    if state:
+        return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=name)
+    shape = reader.shape(name)
+    if isinstance(module, Conv1D):  # stored as (in, out)
+        weight = reader.read(name).T.contiguous()
+        return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=name)
+    rows = slice_rows(shape, quant.blocksize, SLICE_ELEMENTS)
+    slices = _slices(reader, name, shape[0], rows)
+    return quantize_slices(slices, shape, reader.dtype(name), quant, name=name)
+
+
+def _state_names(reader: TensorReader, name: str) -> list[str]:
+    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map",
+                "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")  # fmt: skip
+    available = getattr(reader, "tensors", {})
+    return [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in available]
+
+
+def _slices(reader: TensorReader, name: str, count: int, rows: int) -> Iterator[Tensor]:
+    for start in range(0, count, rows):
+        yield reader.read_rows(name, start, min(start + rows, count))
+
+
+def _place_linear4bit(model: nn.Module, name: str, weight: QuantizedWeight, compute_dtype: torch.dtype) -> None:
+    old = model.get_submodule(name)
+    out_features, in_features = weight.shape
+    expected = tuple(old.weight.shape[::-1]) if isinstance(old, Conv1D) else (old.out_features, old.in_features)
+    if (out_features, in_features) != expected:
+        raise ModelError(f"has shape {weight.shape}, the config says {expected}", where=f"{name}.weight")
+    layer = Linear4bit.from_quantized(weight, compute_dtype=compute_dtype)
+    layer.bias = old.bias  # still empty, or already read
+    model.set_submodule(name, layer)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, path: str) -> None:
+    old = model.get_parameter(name)
+    if tensor.shape != old.shape:
+        raise ModelError(f"has shape {tuple(tensor.shape)}, the config says {tuple(old.shape)}", where=f"{path}: {name}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(f"has {bad} NaN or Inf", where=f"{path}: {name}", fix="Use a checkpoint whose weights are finite")
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Make activations `compute_dtype` wherever weights are not, and freeze."""
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ModelError(f"{len(left)} tensors were not loaded, first {left[0]!r}")
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.weight.dtype != compute_dtype:
+            model.set_submodule(name, FrozenLinear(module.weight, module.bias))
+        elif isinstance(module, nn.Embedding) and module.weight.dtype != compute_dtype:
+            module.register_forward_hook(partial(_cast_output, compute_dtype))
+    model.config.dtype = compute_dtype
+    model.requires_grad_(False)
+    model.eval()
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.to(dtype)
+
+
+def _digest(*tensors: Tensor | None) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.digest()
+
+
+def _recipe(source: Source, quant: QuantConfig, model: PreTrainedModel) -> dict[str, Any]:
+    layer = next((m for m in model.modules() if isinstance(m, Linear4bit)), None)
+    if source.stored_quantization is not None and layer is not None:
+        return {**stored_quant_settings(source.stored_quantization), "blocksize": layer.blocksize}
+    return {"quant_type": quant.quant_type, "double_quant": quant.double_quant, "blocksize": quant.blocksize}

@@ -1,0 +1,134 @@
+"""Where a base model comes from: a safetensors folder, a .gguf file, or a hub id; one reading interface for all."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.shards import PICKLE_SUFFIXES, SafetensorsFolder
+from halfbyte.errors import ModelError, ResourceError
+from halfbyte.model.gguf_source import GgufFile
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+class TensorReader(Protocol):
+    """Reads tensors one at a time, large ones in rows; names are the checkpoint's."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that has been found but not loaded.
+
+    Attributes:
+        label: what the user called it.
+        path: the local folder or .gguf file.
+        config: transformers' config, without quantization fields.
+        stored_quantization: the config's own quantization fields: bitsandbytes 4-bit, or None.
+    """
+
+    label: str
+    path: Path
+    config: PretrainedConfig
+    stored_quantization: dict[str, Any] | None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights come from a .gguf file."""
+        return self.path.is_file()
+
+    def open_tensors(self) -> TensorReader:
+        """The weights' reader."""
+        return GgufFile(self.path, self.config) if self.is_gguf else SafetensorsFolder(self.path)
+
+
+def open_source(path: str) -> Source:
+    """Find the base model called `path` and read its config.
+
+    Raises:
+        ModelError: nothing there, not a model, pickled weights, a quantization that is not bitsandbytes' 4 bit.
+        ResourceError: a hub id that cannot be fetched.
+    """
+    local = locate(path)
+    folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
+    if not kwargs and not (folder / "config.json").is_file():
+        raise ModelError("no config.json", where=path, fix="Give a transformers model folder, a .gguf file or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+    except Exception as error:  # transformers raises KeyError, ValueError, OSError and more for a bad config
+        raise ModelError("the config cannot be read", where=path, why=_first_line(error)) from error
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        del config.quantization_config
+        if not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
+            method = stored.get("quant_method", "unknown")
+            raise ModelError(
+                f"is already quantized by {method}", where=path, why="only bitsandbytes' 4-bit format is read",
+                fix="Give the 16-bit model",
+            )  # fmt: skip
+    return Source(label=path, path=local, config=config, stored_quantization=stored)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with its chat template, of the base model called `path`.
+
+    Raises:
+        ModelError: no usable tokenizer there.
+    """
+    local = locate(path)
+    folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+    except Exception as error:  # as above
+        raise ModelError("no usable tokenizer", where=path, why=_first_line(error)) from error
+
+
+def locate(path: str) -> Path:
+    """The local folder or .gguf file of `path`, fetched from the hub if it is a hub id and not a local path."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_file():
+        if local.suffix == ".gguf":
+            return local
+        if local.suffix in PICKLE_SUFFIXES:
+            raise ModelError("pickled weights are refused", where=path, fix="Convert them to safetensors")
+        raise ModelError("is a file", where=path, fix="Give the model's folder, a .gguf file or a hub id")
+    if not HUB_ID.fullmatch(path) or path.startswith("."):
+        raise ModelError("no such model", where=path or "model.path", fix="Give a folder, a .gguf file or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
+    except Exception as error:  # no network, no such repository, no permission, a full disk: each its own type
+        raise ResourceError(
+            "neither a local path nor to be fetched from the Hugging Face hub", where=path, why=_first_line(error)
+        ) from error
+
+
+def stored_quant_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """A bitsandbytes quantization_config as `quant` settings (for comparing and recording)."""
+    return {
+        "quant_type": str(stored.get("bnb_4bit_quant_type", "fp4")),
+        "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return json.dumps(text.splitlines()[0][:300], ensure_ascii=False).strip('"')

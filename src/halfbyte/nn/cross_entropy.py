@@ -1,0 +1,68 @@
+"""Cross-entropy over a large vocabulary without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a token that is not learned."""
+CHUNK_BYTES = 64 * 2**20
+"""Largest float32 logits buffer; two are alive at a time."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient of the rows in one pass over chunks: logits live for one chunk, the head gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+        needs_grad = hidden.requires_grad
+        grad = torch.empty_like(hidden) if needs_grad else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], rows):
+            chunk = hidden[start : start + rows].detach().requires_grad_(needs_grad)
+            target = targets[start : start + rows].unsqueeze(1)
+            with torch.set_grad_enabled(needs_grad):
+                logits = head(chunk)
+            scores = logits.detach().float()
+            log_norm = torch.logsumexp(scores, dim=1, keepdim=True)
+            total += (log_norm - scores.gather(1, target)).sum()
+            if grad is not None:
+                score_grad = (scores - log_norm).exp_()
+                score_grad.scatter_add_(1, target, score_grad.new_full(target.shape, -1.0))
+                (grad[start : start + rows],) = torch.autograd.grad(logits, chunk, score_grad.to(logits.dtype))
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+) -> tuple[Tensor, int]:
+    """Summed cross-entropy of predicting each token from the hidden state before it.
+
+    Rows whose next label is IGNORE_INDEX never reach the head. The head is frozen: it gets no gradient.
+
+    Args:
+        hidden: (batch, tokens, hidden_size), what the head takes.
+        labels: (batch, tokens) int64, aligned with the input tokens; the shift happens here.
+        head: rows (n, hidden_size) -> logits (n, vocab_size).
+
+    Returns:
+        The sum over supervised tokens (float32 scalar, differentiable in `hidden`), and their number.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    if kept.numel() == 0:
+        return hidden.sum() * 0.0, 0
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
+    rows_per_chunk = max(CHUNK_BYTES // (4 * vocab_size), 16)
+    total: Tensor = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]
+    return total, int(kept.numel())

@@ -1,0 +1,68 @@
+"""Attention over sequences laid end to end: each by itself, no T x T mask, no work across boundaries.
+
+Registered with transformers' public AttentionInterface by `enable_packed_attention`; where a model cannot take it,
+transformers builds a block-diagonal mask from restarting position_ids, which is the same result at a higher price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "halfbyte_packed"
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    seq_starts: list[int], scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention of every sequence on itself.
+
+    Args:
+        query: (1, heads, T, head_dim); key and value may have fewer heads.
+        seq_starts: cumulative lengths of the sequences, from 0 to T.
+        sliding_window: keys a token sees, itself included; None for all before it.
+
+    Returns:
+        (1, T, heads, head_dim), and None for the attention weights.
+    """
+    grouped = key.shape[1] != query.shape[1]
+    outputs = []
+    for start, stop in zip(seq_starts, seq_starts[1:], strict=False):
+        parts = [tensor[:, :, start:stop] for tensor in (query, key, value)]
+        mask = None
+        if sliding_window is not None and stop - start > sliding_window:
+            ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
+            mask = ones.tril().triu(1 - sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                *parts, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def supports_packed_attention(model: PreTrainedModel) -> bool:
+    """Whether every layer of `model` calls the attention interface with nothing that `packed_attention` lacks."""
+    config = model.config.get_text_config()
+    special = ("attn_logit_softcapping", "attention_chunk_size", "alibi")
+    return bool(model._supports_attention_backend) and not any(getattr(config, name, None) for name in special)
+
+
+@contextmanager
+def enable_packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` use `packed_attention` inside the block; its own attention comes back after it."""
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

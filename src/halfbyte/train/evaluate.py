@@ -1,0 +1,49 @@
+"""Held-out loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.data import TokenizedData, eval_batches
+from halfbyte.train.objective import Objective
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Loss per supervised token over `supervised_tokens` tokens."""
+
+    loss: float
+    supervised_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    objective: Objective,
+    data: TokenizedData,
+    *,
+    max_tokens: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Loss of `model` on all of `data`, in batches of at most `max_tokens` tokens; no dropout, no gradient."""
+    was_training = model.training
+    model.eval()
+    total, targets, done = 0.0, 0, 0
+    for batch in eval_batches(data, max_tokens):
+        total += float(objective.loss_sum(batch))
+        targets += batch.num_targets
+        done += len(batch.seq_starts) - 1
+        if on_progress:
+            on_progress(done, len(data))
+    model.train(was_training)
+    return EvalResult(total / targets, targets)

@@ -1,0 +1,200 @@
+"""The training loop: one function to be read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+from halfbyte.checkpoint import (
+    capture_rng,
+    compare_config,
+    environment_changes,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    restore_rng,
+    save_adapter,
+    save_checkpoint,
+    write_file,
+)
+from halfbyte.config import RunConfig, to_dict
+from halfbyte.data import Batch, Cursor
+from halfbyte.errors import NumericsError
+from halfbyte.model.adapt import adapter_state, load_adapter_state
+from halfbyte.model.memory import peak_memory, resident_memory
+from halfbyte.optim import clip_grad_norm, learning_rate
+from halfbyte.train.evaluate import evaluate
+from halfbyte.train.first_step import FirstStepCheck
+from halfbyte.train.metrics import Metrics
+from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.picture import draw_curves
+from halfbyte.train.setup import Run, prepare
+
+MIN_EVAL_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to; losses are per supervised token, sizes in bytes, None where not measured."""
+
+    steps: int
+    train_loss: float
+    """Over the last tenth of the steps."""
+    eval_loss_before: float | None
+    eval_loss: float | None
+    tokens_per_s: float
+    supervised_tokens_per_s: float
+    seconds: float
+    """Of this process, loading and evaluation included."""
+    peak_memory: int
+    predicted_peak_memory: int | None
+    """None: there is no planner yet."""
+    adapter: str
+    curves: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult:
+    """Fine-tune as `config` says; leaves an adapter folder that PEFT loads under ``train.output``.
+
+    Raises:
+        HalfbyteError: what is wrong, and what to do about it; the last checkpoint stays good.
+    """
+    started = time.perf_counter()
+    observer = observer or Observer()
+    run = prepare(config, observer)
+    output = Path(config.train.output)
+    output.mkdir(parents=True, exist_ok=True)
+    step, cursor = _resume_or_start(run, output, observer)
+    metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
+    max_eval_tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS)
+
+    def evaluate_now(step: int) -> None:
+        if run.eval_data is not None and step not in dict(metrics.evals):
+            result = evaluate(run.model, run.objective, run.eval_data, max_tokens=max_eval_tokens,
+                              on_progress=observer.eval_progress)  # fmt: skip
+            metrics.add_eval(step, result.loss)
+            observer.on_eval(step, result.loss)
+
+    with run.objective.ready():
+        evaluate_now(step)
+        run.model.train()
+        check: FirstStepCheck | None = None
+        while step < run.steps:
+            step += 1
+            step_started = time.perf_counter()
+            epoch = cursor.epoch
+            batches: list[Batch] = []
+            for _ in range(config.train.gradient_accumulation_steps):
+                batch, cursor = run.loader.next_batch(cursor)
+                batches.append(batch)
+            if step == 1:
+                check = FirstStepCheck(run.model, run.objective, batches[0])
+            loss = _accumulate_gradients(run, batches)
+            if check:
+                check.after_backward(step)
+            if not math.isfinite(loss):
+                raise NumericsError(
+                    f"the loss is {loss}", where=f"step {step}",
+                    fix="Lower optim.lr; the checkpoints before this step are good",
+                )  # fmt: skip
+            grad_norm = clip_grad_norm(run.model.parameters(), config.optim.max_grad_norm)
+            lr = _set_learning_rate(run, step)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if check:
+                check.after_update(step)
+            done = StepMetrics(
+                step=step, steps=run.steps, loss=loss, lr=lr, grad_norm=grad_norm,
+                tokens=sum(b.num_tokens for b in batches), supervised_tokens=sum(b.num_targets for b in batches),
+                seconds=time.perf_counter() - step_started, memory=resident_memory(), epoch=epoch,
+            )  # fmt: skip
+            metrics.add_step(done)
+            observer.on_step(done)
+            last = step == run.steps
+            if last or (config.train.eval_every and step % config.train.eval_every == 0):
+                evaluate_now(step)
+            if config.train.save_every and (last or step % config.train.save_every == 0):
+                observer.on_save(_save_checkpoint(run, output, step, cursor))
+    metrics.close()
+    save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
+    observer.on_save(output / "adapter")
+    return _finish(run, output, metrics, started)
+
+
+def _accumulate_gradients(run: Run, batches: list[Batch]) -> float:
+    """Gradients of the step's loss: the sum over all its supervised tokens, divided by their number once."""
+    targets = sum(batch.num_targets for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = run.objective.loss_sum(batch) / targets
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _set_learning_rate(run: Run, step: int) -> float:
+    optim = run.config.optim
+    lr = learning_rate(step, lr=optim.lr, schedule=optim.schedule, warmup_steps=optim.warmup_steps, steps=run.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+    return lr
+
+
+def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, Cursor]:
+    """(steps done, next batch): those of a checkpoint that is found and fits, else of a fresh start."""
+    resume = run.config.train.resume
+    path = {"auto": lambda: latest_checkpoint(output), "never": lambda: None}.get(resume, lambda: Path(resume))()
+    if path is None:
+        observer.note(f"fresh start: {'train.resume is never' if resume == 'never' else f'no checkpoint in {output}'}")
+        return 0, run.loader.start()
+    saved = load_checkpoint(path)
+    changes = compare_config(
+        saved.config, to_dict(run.config), saved_hashes=saved.hashes, current_hashes=run.hashes
+    )
+    load_adapter_state(run.model, saved.adapter)
+    run.optimizer.load_state_dict(saved.optimizer)
+    restore_rng(saved.rng)
+    changed = "".join(f"; changed: {change}" for change in changes)
+    observer.note(f"resumed from {path} after step {saved.step}{changed}")
+    for change in environment_changes(saved):
+        observer.note(f"not bit-exact with the first part of the run: {change}")
+    return saved.step, Cursor(**saved.cursor)
+
+
+def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
+    path = save_checkpoint(
+        output, step, adapter=adapter_state(run.model), adapter_config=run.peft_config, info=run.adapter_info(),
+        optimizer=run.optimizer.state_dict(), rng=capture_rng(), cursor=asdict(cursor), config=to_dict(run.config),
+        hashes=run.hashes,
+    )  # fmt: skip
+    prune_checkpoints(output, run.config.train.keep)
+    return path
+
+
+def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainResult:
+    tokens_per_s, supervised_tokens_per_s = metrics.rates()
+    draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
+    result = TrainResult(
+        steps=run.steps,
+        train_loss=metrics.train_loss(),
+        eval_loss_before=dict(metrics.evals).get(0),
+        eval_loss=dict(metrics.evals).get(run.steps),
+        tokens_per_s=tokens_per_s,
+        supervised_tokens_per_s=supervised_tokens_per_s,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        predicted_peak_memory=None,
+        adapter=str(output / "adapter"),
+        curves=str(output / "curves.png"),
+    )
+    write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
+    return result

@@ -1,0 +1,82 @@
+"""The run's numbers: one JSON object a line in ``metrics.jsonl``, and sums over the run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from halfbyte.train.observer import StepMetrics
+
+
+class Metrics:
+    """Appends to ``metrics.jsonl``; keeps what the final report needs.
+
+    A resumed run drops lines past the checkpoint's step first, so that every step stands once.
+
+    Attributes:
+        steps: metrics of the steps of the whole run, also those before a resume.
+        evals: (step, held-out loss).
+    """
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        self.steps: list[StepMetrics] = []
+        self.evals: list[tuple[int, float]] = []
+        self._seconds = 0.0
+        self._tokens = self._supervised = 0
+        kept = [line for line in _read_lines(path) if line["step"] < first_step]
+        for line in kept:
+            if line["event"] == "step":
+                self.steps.append(StepMetrics(**{k: v for k, v in line.items() if k not in ("event", "time")}))
+            else:
+                self.evals.append((line["step"], line["eval_loss"]))
+        self._file = path.open("w", encoding="utf-8")
+        for line in kept:
+            self._write(line)
+
+    def add_step(self, metrics: StepMetrics) -> None:
+        """Record a finished step."""
+        self.steps.append(metrics)
+        self._seconds += metrics.seconds
+        self._tokens += metrics.tokens
+        self._supervised += metrics.supervised_tokens
+        self._write({"event": "step", **asdict(metrics), "time": time.time()})
+
+    def add_eval(self, step: int, loss: float) -> None:
+        """Record an evaluation; ``step`` 0 is before training."""
+        self.evals.append((step, loss))
+        self._write({"event": "eval", "step": step, "eval_loss": loss, "time": time.time()})
+
+    def rates(self) -> tuple[float, float]:
+        """Tokens and supervised tokens a second in this process's training steps."""
+        seconds = max(self._seconds, 1e-9)
+        return self._tokens / seconds, self._supervised / seconds
+
+    def train_loss(self) -> float:
+        """Loss per supervised token over the last tenth of the steps."""
+        last = self.steps[-max(len(self.steps) // 10, 1) :]
+        tokens = sum(step.supervised_tokens for step in last)
+        return sum(step.loss * step.supervised_tokens for step in last) / tokens
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of an earlier log; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,47 @@
+"""What a run tells whoever watches it. The CLI draws it; a library user may ignore it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    step: int
+    steps: int
+    loss: float
+    """Mean over the step's supervised tokens."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    memory: int
+    """Resident bytes of the process after the step."""
+    epoch: int
+
+
+class Observer:
+    """Does nothing; subclass what you want to see."""
+
+    def note(self, text: str) -> None:
+        """An automatic decision and its reason, or a fact worth knowing."""
+
+    def load_progress(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` tensors of the base are in memory."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """An optimizer step is done."""
+
+    def eval_progress(self, done: int, total: int) -> None:
+        """`done` of `total` evaluation samples are done."""
+
+    def on_eval(self, step: int, loss: float) -> None:
+        """Held-out loss per supervised token, after `step` steps."""
+
+    def on_save(self, path: Path) -> None:
+        """A checkpoint or the adapter is complete on disk."""

@@ -1,0 +1,149 @@
+"""Everything a run needs before its first step, in the order in which it is cheapest to fail."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from halfbyte.checkpoint import versions
+from halfbyte.config import RunConfig, to_dict
+from halfbyte.data import BatchLoader, TokenizedData, count_overlap, load_data
+from halfbyte.errors import ConfigError
+from halfbyte.model.adapt import attach_lora
+from halfbyte.model.compute_dtype import choose_compute_dtype
+from halfbyte.model.load import LoadedModel, load_model
+from halfbyte.model.source import load_tokenizer
+from halfbyte.optim import AdamW, lora_param_groups
+from halfbyte.train.objective import Objective
+from halfbyte.train.observer import Observer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        model: the base with its adapter, in PEFT's wrapper.
+        steps: optimizer steps of the whole run.
+        hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
+    """
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: TokenizedData
+    eval_data: TokenizedData | None
+    loader: BatchLoader
+    loaded: LoadedModel
+    model: peft.PeftModel
+    objective: Objective
+    optimizer: AdamW
+    steps: int
+    hashes: dict[str, str]
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """PEFT's config of the adapter."""
+        return dict(self.model.peft_config["default"].to_dict())
+
+    def adapter_info(self) -> dict[str, Any]:
+        """What ``halfbyte.json`` says beside the adapter."""
+        return {
+            "base": self.config.model.path,
+            "base_sha256": self.hashes["base"],
+            "quant": self.loaded.quant,
+            "chat_template": self.tokenizer.chat_template,
+            "tokenizer_sha256": self.hashes["tokenizer"],
+            "mask_policy": "assistant turns and their end token" if self.config.data.mask_prompt else "every token",
+            "config": to_dict(self.config),
+            "versions": versions(),
+        }
+
+
+def prepare(config: RunConfig, observer: Observer) -> Run:
+    """Read data, load the base in 4 bits, attach the adapter.
+
+    Raises:
+        HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
+    """
+    for section, key in (("model", "path"), ("data", "train"), ("train", "output")):
+        if not getattr(getattr(config, section), key):
+            raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
+    random.seed(config.train.seed)
+    torch.manual_seed(config.train.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    data = load_data(config.data.train, tokenizer, config.data)
+    eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
+    _report_data(observer, data, eval_data)
+    compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
+    observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
+    loaded = load_model(
+        config.model.path, config.quant, compute_dtype=compute_dtype, on_progress=observer.load_progress
+    )
+    observer.note(str(loaded.inventory))
+    model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    observer.note(
+        f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
+        f"scaling {config.lora.scaling:g}"
+    )
+    objective = Objective(loaded.model)
+    for decision in objective.decisions:
+        observer.note(decision)
+    if config.train.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loader = BatchLoader(
+        data, micro_batch_size=config.train.micro_batch_size, packing=config.data.packing,
+        max_seq_len=config.data.max_seq_len, seed=config.train.seed,
+    )  # fmt: skip
+    optim = config.optim
+    groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
+    return Run(
+        config=config, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded, model=model,
+        objective=objective, optimizer=AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps),
+        steps=config.train.steps or _steps_of(config, loader),
+        hashes={
+            "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
+        },
+    )  # fmt: skip
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash over vocabulary, merges, special tokens and chat template: what decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((text + "\0" + str(tokenizer.chat_template)).encode()).hexdigest()
+
+
+def _steps_of(config: RunConfig, loader: BatchLoader) -> int:
+    """Optimizer steps of ``train.epochs`` passes; a fraction counts of the epoch it falls in."""
+    whole = int(config.train.epochs)
+    batches: float = sum(loader.batches_per_epoch(epoch) for epoch in range(whole))
+    batches += (config.train.epochs - whole) * loader.batches_per_epoch(whole)
+    return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
+
+
+def _report_data(observer: Observer, data: TokenizedData, eval_data: TokenizedData | None) -> None:
+    for name, part in (("training", data), ("held-out", eval_data)):
+        if part is None:
+            continue
+        report = part.report
+        dropped = "".join(f", {count} dropped: {reason}" for reason, count in report.dropped.items())
+        observer.note(
+            f"{name} data: {report.kept:,} of {report.read:,} samples in format {report.format}{dropped}; "
+            f"{report.tokens:,} tokens, {report.supervised_tokens:,} learned ({report.supervised_share:.0%})"
+        )
+        for note in report.notes:
+            observer.note(f"{name} data: {note}")
+    overlap = count_overlap(data, eval_data) if eval_data is not None else 0
+    if overlap:
+        observer.note(f"held-out data: {overlap} samples are in the training data too, so held-out loss flatters")
+
+
+def _flag(section: str, key: str) -> str:
+    return {"path": "model", "train": "data"}.get(key, key)
