@@ -222,3 +222,20 @@ def test_the_forward_compiles_to_one_graph(llama: Any) -> None:
         expected = model(ids, use_cache=False).logits
         compiled = torch.compile(lambda x: model(x, use_cache=False).logits, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_a_checkpoint_stores_fused_can_be_saved_and_reloaded(tmp_path: Path) -> None:
+    """DINOv2's files hold gate and up as one tensor, which transformers splits on load and would join on save."""
+    config = hf.Dinov2Config(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8, use_swiglu_ffn=True
+    )
+    source = hf.Dinov2ForImageClassification(config)
+    source.save_pretrained(tmp_path / "source")
+    assert any("mlp.weights_in.weight" in key for key in load_file(tmp_path / "source" / "model.safetensors"))
+    auto = hf.AutoModelForImageClassification
+    model = auto.from_pretrained(tmp_path / "source", quantization_config=HalfbyteConfig())
+    assert sum(".mlp." in name for name in layers(model)) == 3
+    model.save_pretrained(tmp_path / "saved")
+    again = auto.from_pretrained(tmp_path / "saved", config=prequantized_config(tmp_path / "saved"))
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(pixels).logits, model(pixels).logits)

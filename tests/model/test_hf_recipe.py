@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,25 @@ def test_trl_sft_trainer(llama: Any, tmp_path: Path, checkpointing: bool) -> Non
     trainer.train()
 
     check(trainer, before, tmp_path / "adapter", llama.folder)
+
+
+def test_adapter_folders_load_onto_our_base_by_transformers_own_ways(llama: Any, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 15)[None]
+    expected = model(ids).logits
+    by_folder = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HalfbyteConfig())
+    assert torch.equal(by_folder(ids).logits, expected)
+    by_method = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    by_method.load_adapter(str(tmp_path))
+    assert torch.equal(by_method(ids).logits, expected)
+
+
+def test_a_loaded_model_generates_and_copies(llama: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    ids = torch.arange(3, 15)[None]
+    made = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 16)
+    assert torch.equal(copy.deepcopy(model).generate(ids, max_new_tokens=4, do_sample=False), made)
