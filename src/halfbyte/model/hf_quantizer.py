@@ -4,7 +4,7 @@ transformers builds the model on the meta device, asks the quantizer to replace 
 checkpoint to one of the two operations of `hf_load_ops`: `Quantize` for 16-bit weights, `Deserialize` for
 bitsandbytes' keys.
 
-`model.is_loaded_in_4bit` is not set: it means bitsandbytes to those who ask, and TRL casts adapters to bfloat16 for it.
+`model.is_loaded_in_4bit` stays unset: to those who ask it means bitsandbytes, and TRL casts adapters to bf16 for it.
 
 Scales wait in the quantizer until loading is over: transformers fills every non-persistent buffer of the model with
 fresh memory after the weights have been loaded, and the scales of a Linear4bit are such buffers.
