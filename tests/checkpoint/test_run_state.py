@@ -188,6 +188,17 @@ def test_saving_the_same_step_again(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_a_folder_in_the_way_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged manifest proves nothing, and transformers names its checkpoints as we do; a run stops for neither."""
+    (path,) = saved(tmp_path, 1)
+    (path / "manifest.json").write_text("{")
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        saved(tmp_path, 1)
+    assert latest_checkpoint(tmp_path) == path
+    assert (tmp_path / "checkpoint-1.old-1" / "manifest.json").read_text() == "{"
+    assert "checkpoint-1.old-1" in caplog.text
+
+
 def test_prune_keeps_verified_ones_and_what_is_not_ours(tmp_path: Path) -> None:
     paths = saved(tmp_path, 6)
     damage(paths[5])

@@ -30,8 +30,8 @@ def run(params: list[Parameter], optimizer: torch.optim.Optimizer, first: int, l
         optimizer.step()
 
 
-def test_equal_to_torch_fused_to_the_bit_and_to_its_loop_within_two_ulp() -> None:
-    """The bound against the loop is measured: 25 steps, values of about 0.1, fp32 (3e-8 is 4 ulp of 0.1 at most)."""
+def test_equal_to_torch_fused_to_the_bit_and_to_its_loop_within_the_bound() -> None:
+    """The bound against the loop is measured (25 steps, values up to 0.5: 3e-8 apart at most), with a margin."""
     options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.01}
     ours, fused, loop = parameters(), parameters(), parameters()
     run(ours, AdamW(ours, **options), 0, 25)

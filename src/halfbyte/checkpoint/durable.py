@@ -58,7 +58,7 @@ class FolderWriter:
 
 
 @contextmanager
-def write_folder(final: str | Path, *, expected_bytes: int = 0) -> Iterator[FolderWriter]:
+def write_folder(final: str | Path, *, expected_bytes: int = 0, set_aside: bool = False) -> Iterator[FolderWriter]:
     """Write a folder that appears under its name only when it is whole and on disk.
 
     An older folder of ours is replaced; files in it that are not ours are kept, in ``<name>.old-1``.
@@ -66,6 +66,8 @@ def write_folder(final: str | Path, *, expected_bytes: int = 0) -> Iterator[Fold
     Args:
         final: the folder's name; its parents are made.
         expected_bytes: refuse at once when the disk has less free.
+        set_aside: a folder that is not provably ours (its manifest may be damaged) becomes ``<name>.old-1``, instead
+            of being refused.
 
     Raises:
         ConfigError: `final` is a file, or a folder that halfbyte did not write (nothing is touched).
@@ -75,7 +77,8 @@ def write_folder(final: str | Path, *, expected_bytes: int = 0) -> Iterator[Fold
     with disk_errors(final):
         make_folder(final.parent)
         recover(final.parent, final.name)
-        check_target(final)
+        if not (set_aside and final.is_dir()):
+            check_target(final)
         check_space(final.parent, expected_bytes)
         temp = _free_name(final)
         temp.mkdir()
@@ -191,6 +194,8 @@ def _seal(temp: Path) -> None:
 
 
 def _publish(temp: Path, final: Path) -> None:
+    if final.exists() and any(final.iterdir()) and not is_ours(final):
+        _set_aside(final, final)
     if not final.exists() or not any(final.iterdir()):
         if final.exists():
             final.rmdir()
@@ -226,14 +231,17 @@ def _settle(path: Path, kind: str, final: Path) -> None:
 
 def _retire(old: Path, final: Path) -> None:
     """Delete a replaced folder of ours; keep it under a name people see if it holds something else too."""
-    foreign = strangers(old)
-    if not foreign:
+    if strangers(old):
+        _set_aside(old, final)
+    else:
         _delete(old)
-        return
+
+
+def _set_aside(folder: Path, final: Path) -> None:
     number = next(n for n in count(1) if not final.with_name(f"{final.name}.old-{n}").exists())
     kept = final.with_name(f"{final.name}.old-{number}")
-    os.rename(old, kept)
-    logger.warning("%s: replaced; the older one is kept as %s, it holds %s", final, kept.name, foreign[0])
+    os.rename(folder, kept)
+    logger.warning("%s: replaced; the older one holds files that are not ours and is kept as %s", final, kept.name)
 
 
 def _delete(folder: Path) -> None:

@@ -68,7 +68,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     hashes: Mapping[str, str],
 ) -> Path:
-    """Write `checkpoint-<step>` under `output`, durably; one of the same step is replaced.
+    """Write `checkpoint-<step>` under `output`, durably; an older one is replaced (set aside if it is not ours).
 
     Args:
         output: the run's folder.
@@ -82,7 +82,7 @@ def save_checkpoint(
 
     Raises:
         NumericsError: the adapter is not finite; nothing is written.
-        ConfigError, ResourceError: as `write_folder`.
+        ConfigError, ResourceError: a file has that name, the disk refuses; older checkpoints are as they were.
     """
     path = Path(output) / f"checkpoint-{step}"
     check_adapter(path, adapter, adapter_config)
@@ -92,7 +92,7 @@ def save_checkpoint(
         "environment": environment(), "param_groups": optimizer["param_groups"], "scalars": scalars,
     }  # fmt: skip
     expected = sum(tensor.nbytes for part in (adapter, tensors, rng) for tensor in part.values())
-    with write_folder(path, expected_bytes=expected) as writer:
+    with write_folder(path, expected_bytes=expected, set_aside=True) as writer:
         write_adapter(writer, adapter, adapter_config, info)
         writer.write_tensors(OPTIMIZER, tensors)
         writer.write_tensors(RNG, rng)

@@ -19,8 +19,9 @@ class AdamW(Optimizer):
     States are fp32: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape, under torch's names. A 16-bit
     parameter is updated in fp32, one tensor at a time, and rounded once; fp32 ones go through the kernel together.
 
-    Equal to `torch.optim.AdamW(fused=True)` to the bit on fp32 parameters. torch's unfused loop rounds in another
-    order: measured over 25 steps on 420 LoRA matrices, 3e-8 apart where values are about 0.1 (an ulp or two).
+    Equal to `torch.optim.AdamW(fused=True)` to the bit on fp32 parameters, and as fast. torch's unfused loop rounds in
+    another order: measured on LoRA matrices with lr 1e-3, the parameters are at most 1e-9 apart after 1 step, 3e-8
+    after 25, 6e-8 after 100 (an ulp or two of the largest); the loop takes 2.7 times, foreach 4.8 times as long.
 
     Args:
         params: parameters or groups; float32, bfloat16 or float16.
