@@ -23,10 +23,18 @@ def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
     return cpu_choice().library if dtype in DTYPES and power_of_two else None
 
 
-def _fused(dtype: torch.dtype, blocksize: int, in_features: int) -> Library | None:
-    """The native library, when it has the fused products and each row is made of whole blocks."""
-    library = _library(dtype, blocksize)
-    return library if library is not None and library.fused_linear and in_features % blocksize == 0 else None
+BF16_PANEL_ROWS = 32
+"""From this many rows on, decoded panels times torch's native bfloat16 product beat the fused float32 one, on CPUs
+with AVX512-BF16 (measured on Zen 5, 4096x4096: 1.1 times at 32 rows, 1.4 at 64, 2 at 512)."""
+
+
+def _fused(x: Tensor, blocksize: int, in_features: int) -> Library | None:
+    """The native library, when its fused products know this case and are the fastest way."""
+    library = _library(x.dtype, blocksize)
+    if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
+        return None
+    native = x.dtype == torch.bfloat16 and x.shape[0] >= BF16_PANEL_ROWS and library.fast_bf16
+    return None if native else library
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")
@@ -64,7 +72,7 @@ def _linear_4bit(
         bias = bias.to(x.dtype).contiguous()
     out = x.new_empty(rows.shape[0], out_features)
     if out.numel():
-        library = _fused(x.dtype, blocksize, in_features)
+        library = _fused(rows, blocksize, in_features)
         view = WeightView(*weight, (out_features, in_features))
         if library is None or view.linear(library, rows, bias, out) == NO_MEMORY:
             panel.linear(rows, weight, bias, out, _library(x.dtype, blocksize))
@@ -82,7 +90,7 @@ def _linear_4bit_dx(
     rows = rows.contiguous()
     out = grad.new_empty(rows.shape[0], in_features)
     if out.numel():
-        library = _fused(grad.dtype, blocksize, in_features)
+        library = _fused(rows, blocksize, in_features)
         view = WeightView(*weight, (out_features, in_features))
         if library is None or view.linear_dx(library, rows, out) == NO_MEMORY:
             panel.linear_dx(rows, weight, out, _library(grad.dtype, blocksize))

@@ -93,6 +93,8 @@ def kernel_report() -> list[KernelRow]:
             reason = f"{choice.reason}; it has no fused matrix product"
         elif op.startswith("linear"):
             kernel, reason = f"{choice.library.isa} fused", choice.reason
+            if choice.library.fast_bf16:
+                reason += "; large bfloat16 products run in decoded panels on this CPU's native bfloat16"
         else:
             kernel, reason = choice.library.isa, choice.reason
         if choice.library is not None and not choice.library.openmp:

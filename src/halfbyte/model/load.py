@@ -62,12 +62,8 @@ def load_model(
     """
     source = open_source(path)
     reader = source.open_tensors()
-    with init_empty_weights(include_buffers=False):
-        try:
-            model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError("no causal language model", where=path, why=str(error).splitlines()[0]) from error
-    names = _match_names(model, reader, path)
+    model = skeleton(source)
+    names = match_names(model, reader, path)
     targets = set(modules_to_quantize(model, quant.skip_modules))
     hashes: dict[str, bytes] = {}
     for done, (name, stored_name) in enumerate(names.items()):
@@ -75,7 +71,7 @@ def load_model(
             on_progress(done, len(names), name)
         module_name, _, leaf = name.rpartition(".")
         if module_name in targets and leaf == "weight":
-            weight = _read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
+            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
             _place_linear4bit(model, module_name, weight, compute_dtype)
             hashes[name] = _digest(weight.codes, weight.absmax, weight.nested_absmax)
         else:
@@ -95,8 +91,21 @@ def load_model(
     )  # fmt: skip
 
 
-def _match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:
-    """The stored name of each parameter and buffer of `model`; everything accounted for on both sides."""
+def skeleton(source: Source) -> PreTrainedModel:
+    """The model of `source` with every parameter on the meta device (buffers are real)."""
+    with init_empty_weights(include_buffers=False):
+        try:
+            return AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError("no causal language model", where=source.label, why=str(error).splitlines()[0]) from error
+
+
+def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:
+    """The stored name of each parameter of `model`, tied ones left out.
+
+    Raises:
+        ModelError: a parameter is not stored, or a stored tensor has no place, listing the first five.
+    """
     stored = reader.names()
     available = set(stored)
     tied = set(model.all_tied_weights_keys)
@@ -130,7 +139,8 @@ def _match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dic
     return names
 
 
-def _read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig) -> QuantizedWeight:
+def read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig) -> QuantizedWeight:
+    """Tensor `name` in 4 bits, in the orientation of nn.Linear: read slice by slice, or taken as it is stored."""
     state = {n.removeprefix(name + "."): reader.read(n) for n in _state_names(reader, name)}
     if state:
         return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=name)

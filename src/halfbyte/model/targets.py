@@ -15,13 +15,18 @@ def matches(name: str, wanted: tuple[str, ...]) -> bool:
     return any(name == want or name.endswith("." + want) for want in wanted)
 
 
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Names of all linear layers, transformers' Conv1D among them."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
 def modules_to_quantize(model: PreTrainedModel, skip_modules: tuple[str, ...]) -> list[str]:
     """Names of the linear layers to hold in 4 bits: all but the output head, tied ones and `skip_modules`.
 
     Raises:
         ConfigError: an entry of `skip_modules` names nothing.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = linear_names(model)
     for want in skip_modules:
         if not any(matches(name, (want,)) for name in linears):
             raise ConfigError(f"{want!r} names no linear layer", where="quant.skip_modules")

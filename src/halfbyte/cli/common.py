@@ -1,0 +1,75 @@
+"""What every command shares: its options, its output, and a model opened for use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from halfbyte.config import QuantConfig
+    from halfbyte.model import LoadedModel
+
+Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .gguf file, or a hub id.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, such as train leaves.")]
+Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with the sections of docs/config.md.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over all else; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def console() -> Console:
+    """For people: progress and notes go to standard error, so that standard output is the result alone."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:
+    """The command's result on standard output: one JSON object as the last line, or `text` for people."""
+    if text and not as_json:
+        print(text)
+    if as_json:
+        print(json.dumps(result))
+    sys.stdout.flush()
+
+
+def open_model(
+    model: str, adapter: Path | None, quant: QuantConfig, out: Console
+) -> tuple[LoadedModel, Any, Any, list[str]]:
+    """Load a base, and an adapter onto it after checking that it was trained on these very bytes.
+
+    An adapter that records its base's quantization decides it, so that the base is the one it was trained on.
+
+    Returns:
+        the loaded base, the model to run, its tokenizer, and notes for the user.
+    """
+    from dataclasses import replace
+
+    from halfbyte.checkpoint import check_base, load_adapter
+    from halfbyte.cli.progress import LoadBar
+    from halfbyte.model import attach_saved, choose_compute_dtype, load_model, load_tokenizer
+    from halfbyte.train.setup import tokenizer_sha256
+
+    saved = load_adapter(adapter) if adapter is not None else None
+    if saved is not None and saved.info.get("quant"):
+        known = {key: saved.info["quant"][key] for key in ("quant_type", "blocksize", "double_quant")}
+        quant = replace(quant, **known)
+    tokenizer = load_tokenizer(model)
+    dtype, reason = choose_compute_dtype(quant.compute_dtype)
+    notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
+    with LoadBar(out) as bar:
+        loaded = load_model(model, quant, compute_dtype=dtype, on_progress=bar.update)
+    if saved is None:
+        return loaded, loaded.model, tokenizer, notes
+    notes += check_base(
+        saved, loaded.base_sha256, base=model, quant=loaded.quant, tokenizer_sha256=tokenizer_sha256(tokenizer)
+    )
+    return loaded, attach_saved(loaded.model, saved), tokenizer, notes

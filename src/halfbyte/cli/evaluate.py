@@ -1,0 +1,47 @@
+"""``halfbyte eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit, open_model
+
+
+def evaluate(
+    model: Model = None,
+    adapter: Adapter = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Samples, JSON lines; default: data.eval.")] = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Loss and perplexity per supervised token, with or without an adapter."""
+    from halfbyte.config import load_config
+    from halfbyte.errors import ConfigError
+
+    run = load_config(config, settings or (), model__path=model, data__eval=None if data is None else str(data))
+    if not run.data.eval:
+        raise ConfigError("is not set", where="data.eval", fix="Give --data")
+    from halfbyte.data import load_data
+    from halfbyte.model import load_tokenizer
+    from halfbyte.train.evaluate import evaluate as run_evaluation
+    from halfbyte.train.objective import Objective
+
+    out = console()
+    tokenized = load_data(run.data.eval, load_tokenizer(run.model.path), run.data)
+    loaded, adapted, _, notes = open_model(run.model.path, adapter, run.quant, out)
+    for note in notes:
+        out.print(note, style="dim", markup=False)
+    objective = Objective(loaded.model)
+    with objective.ready():
+        result = run_evaluation(adapted, objective, tokenized, max_tokens=max(2048, run.data.max_seq_len))
+    fields = {
+        "loss": result.loss, "perplexity": result.perplexity, "supervised_tokens": result.supervised_tokens,
+        "samples": len(tokenized), "base_sha256": loaded.base_sha256,
+    }  # fmt: skip
+    text = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.supervised_tokens:,} tokens"
+    emit(fields, as_json, text)

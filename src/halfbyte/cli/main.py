@@ -1,0 +1,89 @@
+"""The `halfbyte` command: every command in one place, each importing what it needs when it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from halfbyte.cli.chat import chat
+from halfbyte.cli.data import data_app
+from halfbyte.cli.demo import demo
+from halfbyte.cli.doctor import doctor
+from halfbyte.cli.evaluate import evaluate
+from halfbyte.cli.generate import generate
+from halfbyte.cli.quantize import quantize
+from halfbyte.cli.train import train
+from halfbyte.errors import HalfbyteError
+
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+
+app = typer.Typer(
+    help="QLoRA fine-tuning on the machine you have: the base model in 4 bits, adapters on top.",
+    epilog="Start with: halfbyte demo. Every command has --help, and --json for scripts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(chat)
+app.command()(quantize)
+app.add_typer(data_app, name="data")
+app.command()(doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Whatever goes wrong is one line on standard error."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" not in arguments:
+        _quiet_other_libraries()
+    try:
+        code = app(args=arguments, prog_name="halfbyte", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; checkpoints that were complete are good", INTERRUPTED)
+    except BrokenPipeError:
+        return CLOSED_PIPE
+    except Exception as error:  # the last resort: no traceback unless it is asked for
+        if "--debug" in arguments:
+            raise
+        return _explain(error)
+
+
+def _quiet_other_libraries() -> None:
+    """What they log and warn is for developers (--debug shows it); a user's error is to be one line."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, HalfbyteError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, typer.exceptions.TyperException):
+        return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return _fail("out of memory. Lower train.micro_batch_size or set train.gradient_checkpointing=true.", 4)
+    return _fail(f"internal error: {type(error).__name__}: {error}. Run again with --debug and report it.", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("halfbyte: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

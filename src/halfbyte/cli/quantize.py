@@ -1,0 +1,43 @@
+"""``halfbyte quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
+
+
+def quantize(
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write.")] = None,
+    quant_type: Annotated[str | None, typer.Option("--quant-type", metavar="nf4|fp4", help="The codebook.")] = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model in bitsandbytes' 4-bit format; transformers and halfbyte load the folder.
+
+    Reads tensor by tensor, large ones slice by slice: memory holds one output file and one slice.
+    """
+    from halfbyte.config import load_config
+    from halfbyte.dtypes import format_bytes
+    from halfbyte.errors import ConfigError
+
+    run = load_config(config, settings or (), model__path=model, quant__quant_type=quant_type)
+    if output is None:
+        raise ConfigError("is not set", where="--output", fix="Give a folder to write")
+    from halfbyte.cli.progress import LoadBar
+    from halfbyte.model.quantize import quantize_model
+
+    with LoadBar(console()) as bar:
+        result = quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+    text = (
+        f"{format_bytes(result.bytes_in)} -> {format_bytes(result.bytes_out)}, {result.quantized} layers at "
+        f"{result.bits_per_weight:.3f} bits per weight, in {result.seconds:.1f} s, "
+        f"peak memory {format_bytes(result.peak_memory)}\n{result.output}"
+    )
+    emit(result.to_dict(), as_json, text)

@@ -1,0 +1,65 @@
+"""``halfbyte train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
+
+if TYPE_CHECKING:
+    from halfbyte.train import TrainResult
+
+
+def train(
+    model: Model = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Training samples, JSON lines.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the adapter, log and plots.")] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="Held-out samples; evaluated before and after.")
+    ] = None,
+    config: Config = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps; default: one pass over the data.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="auto|never|DIR", help="Go on from the newest checkpoint.")
+    ] = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model: the base is quantized to 4 bits as it loads, and adapters train on top.
+
+    The adapter lands in OUTPUT/adapter, where PEFT, halfbyte eval, generate and chat read it.
+    """
+    from halfbyte.config import load_config
+
+    def text(path: Path | None) -> str | None:
+        return None if path is None else str(path)
+
+    run = load_config(
+        config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
+        train__output=text(output), train__steps=steps, train__resume=resume,
+    )  # fmt: skip
+    from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
+    from halfbyte.train import train as run_training
+
+    with TrainProgress(console()) as progress:
+        result = run_training(run, observer=progress)
+    emit(result.to_dict(), as_json, summary(result))
+
+
+def summary(result: TrainResult) -> str:
+    """The result for people."""
+    from halfbyte.dtypes import format_bytes
+
+    lines = [
+        f"{result.steps} steps in {result.seconds:,.0f} s, {result.tokens_per_s:,.0f} tokens/s "
+        f"({result.supervised_tokens_per_s:,.0f} learned), peak memory {format_bytes(result.peak_memory)}",
+        f"training loss {result.train_loss:.4f}",
+    ]
+    if result.eval_loss is not None and result.eval_loss_before is not None:
+        change = result.eval_loss / result.eval_loss_before - 1
+        lines.append(f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})")
+    return "\n".join([*lines, f"adapter  {result.adapter}", f"curves   {result.curves}"])

@@ -1,0 +1,119 @@
+"""A model folder in, a bitsandbytes 4-bit folder out; memory holds one output shard and one slice of the input."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint import check_target, write_folder
+from halfbyte.checkpoint.shards import write_shards
+from halfbyte.config import QuantConfig
+from halfbyte.errors import ConfigError
+from halfbyte.model.hf_config import HalfbyteConfig
+from halfbyte.model.load import Progress, match_names, read_quantized, skeleton
+from halfbyte.model.memory import peak_memory
+from halfbyte.model.source import Source, TensorReader, load_tokenizer, open_source
+from halfbyte.model.targets import linear_names, modules_to_quantize
+
+COPIED_FILES = ("generation_config.json",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult:
+    """Sizes in bytes; `bits_per_weight` is of the quantized layers, scales included."""
+
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+    quantized: int
+    """Layers in 4 bits."""
+    peak_memory: int
+    seconds: float
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def quantize_model(
+    path: str, output: str | Path, quant: QuantConfig, *, on_progress: Progress | None = None
+) -> QuantizeResult:
+    """Write the model called `path` as a folder that transformers + bitsandbytes and halfbyte load.
+
+    Raises:
+        ModelError: the model cannot be read, or has NaN or Inf.
+        ConfigError: it is already in 4 bits, or `output` holds something else.
+        ResourceError: the disk is full or not writable; nothing is left under the final name.
+    """
+    started = time.perf_counter()
+    source = open_source(path)
+    if source.stored_quantization is not None:
+        raise ConfigError("is already in 4 bits", where=path, fix="Give the 16-bit model")
+    check_target(Path(output))
+    reader = source.open_tensors()
+    model = skeleton(source)
+    names = match_names(model, reader, path)
+    targets = modules_to_quantize(model, quant.skip_modules)
+    counts = {"weights": 0, "bytes": 0}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, stored_name) in enumerate(names.items()):
+            if on_progress:
+                on_progress(done, len(names), name)
+            module_name, _, leaf = name.rpartition(".")
+            if module_name not in targets or leaf != "weight":
+                yield name, reader.read(stored_name)
+                continue
+            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
+            counts["weights"] += prod(weight.shape)
+            counts["bytes"] += weight.nbytes
+            yield name, weight.codes.view(-1, 1)
+            for key, tensor in weight.bnb_tensors().items():
+                yield f"{name}.{key}", tensor
+
+    sizes = {name: prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names.values()}
+    with write_folder(output, expected_bytes=sum(sizes.values()) // 3) as writer:
+        _, bytes_out = write_shards(writer.path, tensors())
+        _write_config(source, reader, names, model, targets, quant, writer.path)
+        load_tokenizer(path).save_pretrained(writer.path)
+        for file in COPIED_FILES:
+            if source.path.is_dir() and (source.path / file).is_file():
+                shutil.copyfile(source.path / file, writer.path / file)
+    if on_progress:
+        on_progress(len(names), len(names), "")
+    return QuantizeResult(
+        bytes_in=sum(sizes.values()), bytes_out=bytes_out, quantized=len(targets),
+        bits_per_weight=8 * counts["bytes"] / max(counts["weights"], 1), peak_memory=peak_memory(),
+        seconds=time.perf_counter() - started, output=str(output),
+    )  # fmt: skip
+
+
+def _write_config(
+    source: Source, reader: TensorReader, names: dict[str, str], model: Any, targets: list[str], quant: QuantConfig,
+    folder: Path,
+) -> None:  # fmt: skip
+    """config.json with bitsandbytes' quantization_config, and the dtype most of the model was in."""
+    dtype = max(
+        (reader.dtype(stored) for name, stored in names.items() if name.rpartition(".")[0] in targets),
+        key=lambda d: (d == torch.bfloat16, d.itemsize), default=torch.float32,
+    )  # fmt: skip
+    skipped = sorted(set(linear_names(model)) - set(targets))
+    compute = None if quant.compute_dtype == "auto" else quant.compute_dtype
+    settings = HalfbyteConfig(
+        bnb_4bit_quant_type=quant.quant_type, bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute, blocksize=quant.blocksize, llm_int8_skip_modules=skipped,
+    ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
+    config = source.config
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.quantization_config = settings.to_dict()
+    config.save_pretrained(folder)
