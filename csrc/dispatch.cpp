@@ -65,6 +65,14 @@ int hb_isa_force(int isa) {
 
 int hb_has_fused_linear(void) { return current()->linear != nullptr; }
 
+int hb_fast_bf16(void) {
+#if defined(HB_X86)
+    return hb_isa_current() == HB_AVX512 && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}
+
 int hb_openmp(void) {
 #if defined(_OPENMP)
     return 1;

@@ -35,6 +35,7 @@ HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs 
 HB_API int hb_isa_current(void);
 HB_API int hb_isa_force(int isa);       // HB_OK or HB_UNSUPPORTED
 HB_API int hb_has_fused_linear(void);   // does the current ISA have the two linear functions?
+HB_API int hb_fast_bf16(void);          // does this CPU multiply bf16 natively, and the current ISA allow it?
 HB_API int hb_openmp(void);             // 1 when built with OpenMP
 HB_API void hb_release_workspace(void); // gives the linear functions' kept buffers back to the system
 
