@@ -152,7 +152,8 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError("is not a safetensors index", where=str(path), why=f"{type(error).__name__}: {error}") from None
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError("is not a safetensors index", where=str(path), why=why) from None
     for file in sorted(set(names.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(f"names {file!r}", where=str(path), why="only .safetensors files beside it are read")
@@ -216,7 +217,7 @@ def _add_all(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> 
 
 def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
     data = torch.empty(stop - start, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy().data)
     with info.file.open("rb", buffering=0) as file:
         file.seek(start)
         while view:

@@ -128,7 +128,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     schedule: Schedule = "constant"
-    """constant, linear or cosine (both fall to 0 at the last step), after the warm-up."""
+    """constant, linear or cosine (both fall towards 0, which the step after the last would have), after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float = 0.3

@@ -176,8 +176,7 @@ class Linear4bit(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.device.type != "meta":
             for key, tensor in self.quantized_weight.bnb_tensors().items():
-                # Each layer its own copy of the tables: writers take shared memory for tied weights and refuse it.
-                destination[f"{prefix}weight.{key}"] = tensor.clone() if key.endswith("quant_map") else tensor
+                destination[f"{prefix}weight.{key}"] = tensor
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

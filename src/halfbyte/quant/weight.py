@@ -81,10 +81,11 @@ class QuantizedWeight:
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
-        tensors = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).values}
+        # The tables are copies: safetensors refuses tensors that share memory, transformers takes them for tied ones.
+        tensors = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).values.clone()}
         if self.nested_absmax is not None:
             tensors["nested_absmax"] = self.nested_absmax
-            tensors["nested_quant_map"] = dynamic_map()
+            tensors["nested_quant_map"] = dynamic_map().clone()
             numbers |= {
                 "nested_blocksize": NESTED_BLOCKSIZE,
                 "nested_dtype": "float32",

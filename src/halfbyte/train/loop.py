@@ -12,6 +12,7 @@ from typing import Any
 
 from halfbyte.checkpoint import (
     capture_rng,
+    check_target,
     compare_config,
     environment_changes,
     latest_checkpoint,
@@ -70,8 +71,9 @@ def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult
     """
     started = time.perf_counter()
     observer = observer or Observer()
-    run = prepare(config, observer)
     output = Path(config.train.output)
+    check_target(output / "adapter")
+    run = prepare(config, observer)
     output.mkdir(parents=True, exist_ok=True)
     step, cursor = _resume_or_start(run, output, observer)
     metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
