@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfbyte.quant.blocks import num_blocks, num_code_bytes
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float nested_offset, str quant_type, int blocksize"
@@ -31,6 +31,11 @@ def _check_weight(codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, b
     torch._check(
         absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights"
     )
+    if nested_absmax is not None:
+        torch._check(
+            nested_absmax.numel() == num_blocks(absmax.numel(), NESTED_BLOCKSIZE),
+            lambda: f"{nested_absmax.numel()} second-level scales for {absmax.numel()} scales",
+        )
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CompositeExplicitAutograd")

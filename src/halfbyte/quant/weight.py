@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -11,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.config.schema import QuantConfig
+from halfbyte.config.schema import BLOCKSIZES, QuantConfig
 from halfbyte.errors import ModelError
-from halfbyte.quant import ops  # noqa: F401  (defines torch.ops.halfbyte)
+from halfbyte.quant import ops
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE
 from halfbyte.quant.codebook import codebook, dynamic_map
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
+
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be before quantization."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,40 +109,33 @@ class QuantizedWeight:
         state_keys = [key for key in tensors if key.startswith("quant_state.bitsandbytes__")]
         if len(state_keys) != 1:
             raise ModelError("has no single quant_state", where=name, why=f"its keys are {sorted(tensors)}")
-        try:
-            numbers = json.loads(bytes(tensors[state_keys[0]].cpu().tolist()))
-            quant_type, shape = str(numbers["quant_type"]), tuple(map(int, numbers["shape"]))
-            blocksize, dtype = int(numbers["blocksize"]), getattr(torch, str(numbers["dtype"]))
-            double_quant = "nested_offset" in numbers
-            offset = float(numbers["nested_offset"]) if double_quant else 0.0
-            table = codebook(quant_type)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError("has an unreadable quant_state", where=name, why=str(error)) from None
-        if double_quant and numbers.get("nested_blocksize") != NESTED_BLOCKSIZE:
-            raise ModelError(f"has a nested blocksize other than {NESTED_BLOCKSIZE}", where=name)
-        expected = {"absmax": None, "quant_map": table.values}
+        numbers = _read_state(tensors[state_keys[0]], name)
+        expected = {"absmax": None, "quant_map": codebook(numbers["quant_type"]).values}
+        double_quant = numbers["nested_offset"] is not None
         if double_quant:
             expected |= {"nested_absmax": None, "nested_quant_map": dynamic_map()}
         if set(tensors) - {state_keys[0]} != set(expected):
             raise ModelError(f"has the keys {sorted(tensors)}", where=name, why=f"expected {sorted(expected)}")
         for key, values in expected.items():
             # bitsandbytes' kernels ignore the stored tables and go by quant_type: another table would decode wrongly.
-            if values is not None and not torch.allclose(tensors[key].cpu().float(), values, rtol=0, atol=1e-6):
-                raise ModelError(f"its {key} is not the table of {quant_type}", where=name)
+            if values is not None and not _same_table(tensors[key], values):
+                raise ModelError(f"its {key} is not the table of {numbers['quant_type']}", where=name)
         weight = cls(
             codes=codes.contiguous().view(torch.uint8).reshape(-1),
             absmax=tensors["absmax"].reshape(-1),
             nested_absmax=tensors["nested_absmax"].float().reshape(-1) if double_quant else None,
-            nested_offset=offset,
-            quant_type=quant_type,
-            blocksize=blocksize,
-            shape=shape,
-            dtype=dtype,
+            **numbers | {"nested_offset": numbers["nested_offset"] or 0.0},
         )
         try:
-            ops._check_weight(weight.codes, weight.absmax, weight.nested_absmax, blocksize, prod(shape))
+            ops._check_weight(
+                weight.codes, weight.absmax, weight.nested_absmax, weight.blocksize, prod(weight.shape)
+            )
         except RuntimeError as error:
             raise ModelError("does not hold what its quant_state says", where=name, why=str(error)) from None
+        scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
+        bad = int((~torch.isfinite(scales)).sum()) + (not math.isfinite(weight.nested_offset))
+        if bad:
+            raise ModelError(f"has {bad} NaN or Inf in its scales", where=name, fix="Use a checkpoint that is finite")
         return weight
 
     def to_bnb(self) -> tuple[Tensor, QuantState]:
@@ -152,6 +149,37 @@ class QuantizedWeight:
     def from_bnb(cls, packed: Tensor, quant_state: QuantState) -> QuantizedWeight:
         """From bitsandbytes' packed codes and QuantState."""
         return cls.from_bnb_tensors(packed, dict(quant_state.as_dict(packed=True)))
+
+
+def _read_state(packed: Tensor, name: str) -> dict[str, Any]:
+    """bitsandbytes' JSON as the fields of QuantizedWeight, each checked; nested_offset is None without them."""
+    try:
+        numbers = json.loads(bytes(packed.cpu().tolist()))
+        state = {
+            "quant_type": str(numbers["quant_type"]),
+            "blocksize": int(numbers["blocksize"]),
+            "shape": tuple(map(int, numbers["shape"])),
+            "dtype": getattr(torch, str(numbers["dtype"])),
+            "nested_offset": float(numbers["nested_offset"]) if "nested_offset" in numbers else None,
+        }
+        codebook(state["quant_type"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError("has an unreadable quant_state", where=name, why=str(error)) from None
+    if state["nested_offset"] is not None and numbers.get("nested_blocksize") != NESTED_BLOCKSIZE:
+        raise ModelError(f"has a nested blocksize other than {NESTED_BLOCKSIZE}", where=name)
+    for key, good in (
+        ("blocksize", state["blocksize"] in BLOCKSIZES),
+        ("dtype", state["dtype"] in SOURCE_DTYPES),
+        ("shape", all(size >= 0 for size in state["shape"])),
+    ):
+        if not good:
+            raise ModelError(f"its quant_state has the {key} {numbers[key]}", where=name, why="it is not possible")
+    return state
+
+
+def _same_table(stored: Tensor, values: Tensor) -> bool:
+    stored = stored.cpu().float().reshape(-1)
+    return stored.shape == values.shape and torch.allclose(stored, values, rtol=0, atol=1e-6)
 
 
 def quantize(
@@ -190,8 +218,8 @@ def quantize_slices(
     codes: list[Tensor] = []
     scales: list[Tensor] = []
     bad = 0
-    for part in slices:
-        if not part.is_floating_point() or part.dtype == torch.float64:
+    for part in map(Tensor.detach, slices):
+        if part.dtype not in SOURCE_DTYPES:
             raise ModelError(f"has dtype {part.dtype}", where=name, why="float32, bfloat16 and float16 are supported")
         part_codes, part_scales = torch.ops.halfbyte.quantize_4bit(part, config.quant_type, config.blocksize)
         # A NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
