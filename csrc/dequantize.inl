@@ -4,7 +4,7 @@ template <class T>
 void dequantize_typed(const hb_weight& w, int64_t first, int64_t n, T* out, int threads) {
     const int64_t blocksize = w.blocksize, first_block = first / blocksize, full = n / blocksize;
     const Decoder decoder(w.codebook);
-#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
+#pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))
     for (int64_t b = 0; b < full; ++b) {
         const uint8_t* codes = w.codes + (first + b * blocksize) / 2;
         decode_block(codes, blocksize, scale_of(w, first_block + b), decoder, out + b * blocksize);

@@ -94,6 +94,7 @@ int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads) {
 
 int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads) {
     if (!decodable(w) || first % w->blocksize) return HB_UNSUPPORTED;
+    hb_prefer_huge_pages(out, n * (dtype == HB_F32 ? 4 : 2));
     current()->dequantize(w, first, n, dtype, out, threads);
     return HB_OK;
 }
@@ -101,11 +102,13 @@ int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void*
 int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads) {
     const hb_table* table = current();
     if (!table->linear || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    hb_prefer_huge_pages(y, m * w->rows * (dtype == HB_F32 ? 4 : 2));
     return table->linear(w, x, dtype, m, bias, y, threads);
 }
 
 int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads) {
     const hb_table* table = current();
     if (!table->linear_dx || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
+    hb_prefer_huge_pages(dx, m * w->cols * (dtype == HB_F32 ? 4 : 2));
     return table->linear_dx(w, g, dtype, m, dx, threads);
 }

@@ -133,10 +133,11 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
                 pack_panel(x + row * depth, p.m, depth, panel * p.panel_rows, p.panel_rows,
                            packed + panel * p.panel_rows * depth);
             float* tile = workspace + thread_number() * tile_floats;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
             for (int64_t task = 0; task < tasks; ++task) run_task<BACKWARD>(w, decoder, p, task, tile);
             if (!wide) {
-#pragma omp for schedule(static)
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
                 for (int64_t r = 0; r < p.m; ++r) narrow_row(sums32 + r * width, width, y + (row + r) * width);
             }
         }

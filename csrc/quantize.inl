@@ -8,7 +8,7 @@ void quantize_typed(const T* w, int64_t n, int64_t blocksize, const float* bound
                     uint8_t* codes, float* absmax, int threads) {
     const int64_t full = n / blocksize;
     const Encoder encoder(bounds, order);
-#pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
+#pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))
     for (int64_t b = 0; b < full; ++b) {
         const T* x = w + b * blocksize;
         const float peak = float_of(absmax_bits(x, blocksize));

@@ -23,3 +23,6 @@ extern const hb_table hb_table_avx512;
 // A kept, grown-on-demand buffer (64-byte aligned). hb_workspace_take returns NULL when memory is out.
 void* hb_workspace_take(int64_t bytes);
 void hb_workspace_give(void* buffer);
+
+// Asks for huge pages where the buffer is large enough to hold whole ones and has not been touched.
+void hb_prefer_huge_pages(void* start, int64_t bytes);
