@@ -1,8 +1,8 @@
 """Parity with bitsandbytes over random shapes, block sizes, dtypes and codebooks, double-quantized or not.
 
 Decoding is equal to the bit in both directions. Codes: bitsandbytes' CPU path multiplies full blocks by a reciprocal
-and divides a short last one, and so do we, so no code may differ here (0 of 8.9 million bytes in the 1,000-shape run); the
-promise is >= 99.99 %, because a CUDA build's reciprocal is approximate.
+and divides a short last one, and so do we, so no code may differ here (0 of 8.9 million bytes over the 1,000 shapes);
+the promise is >= 99.99 %, because a CUDA build's reciprocal is approximate.
 
 Its own helpers need two precautions (bitsandbytes 0.50):
 - the AVX-512 dequantize is wrong where a row is no multiple of the block size; blocks run over the flat tensor in any

@@ -61,7 +61,7 @@ def chunked_cross_entropy(
     targets = labels[:, 1:].reshape(-1)
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     if kept.numel() == 0:
-        return hidden.sum() * 0.0, 0
+        return hidden.sum(dtype=torch.float32) * 0.0, 0
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
     rows_per_chunk = max(CHUNK_BYTES // (4 * vocab_size), 16)
     total: Tensor = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]

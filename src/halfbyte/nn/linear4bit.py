@@ -163,6 +163,14 @@ class Linear4bit(nn.Linear):
         self._codes = codes.reshape(-1)
         self.weight = PackedCodes(self._codes.view(-1, 1))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_codes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (copy.deepcopy, pickle) holds its bytes once, as the original does."""
+        super().__setstate__(state)
+        self._set_codes(self.weight.detach())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
