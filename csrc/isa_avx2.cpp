@@ -14,6 +14,7 @@ namespace hb_avx2 {
 #include "dequantize.inl"
 
 #include "avx2_tile.inl"
+#include "avx2_pack.inl"
 #include "micro.inl"
 #include "avx2_dot.inl"
 #include "small.inl"

@@ -14,6 +14,7 @@ namespace hb_avx512 {
 #include "dequantize.inl"
 
 #include "avx512_tile.inl"
+#include "avx2_pack.inl"
 #include "micro.inl"
 #include "avx512_dot.inl"
 #include "small.inl"

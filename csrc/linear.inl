@@ -11,22 +11,6 @@ constexpr int64_t block_rows = 48;            // rows of X multiplied with one p
 constexpr int64_t packed_bytes = 16 << 20;    // X is packed in parts of about this size
 constexpr int64_t min_packed_rows = 192;      // and never fewer rows: each part decodes W anew
 
-// Rows [row, row + rows) of x(., depth) as [depth][rows], rows past m as zeros.
-template <class T>
-void pack_panel(const T* x, int64_t m, int64_t depth, int64_t row, int64_t rows, float* out) {
-    for (int64_t start = 0; start < depth; start += 128) {
-        const int64_t stop = at_most(start + 128, depth);
-        for (int64_t i = 0; i < rows; ++i) {
-            const T* from = x + (row + i) * depth;
-            if (row + i < m) {
-                for (int64_t k = start; k < stop; ++k) out[k * rows + i] = widen(from[k]);
-            } else {
-                for (int64_t k = start; k < stop; ++k) out[k * rows + i] = 0.0f;
-            }
-        }
-    }
-}
-
 struct Plan {
     int64_t m, depth, width;  // of this part: y(m, width) = x(m, depth) times W in the direction asked for
     int64_t panel_rows, panels;
