@@ -46,7 +46,7 @@ def load_config(path: str | Path | None = None, settings: Iterable[str] = (), **
         section, dot, key = name.strip().partition(".")
         if not (equals and dot):
             raise ConfigError("a setting has the form section.key=value", where=f"--set {setting}")
-        _put(values, section, key, _parse_text(text.strip()), where=f"--set {setting}")
+        _put(values, section, key, _parse_text(text.strip(), section, key), where=f"--set {setting}")
     return config_from_dict(values)
 
 
@@ -65,9 +65,9 @@ def field_help(section: type) -> dict[str, str]:
     assert isinstance(class_def, ast.ClassDef)
     help_by_name: dict[str, str] = {}
     for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                help_by_name[statement.target.id] = inspect.cleandoc(str(following.value.value))
+        is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            help_by_name[statement.target.id] = inspect.cleandoc(str(following.value.value))
     return help_by_name
 
 
@@ -82,12 +82,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError("is not valid TOML", where=str(path), why=str(error)) from None
 
 
-def _parse_text(text: str) -> Any:
-    """A --set value: TOML's reading where it has one, else the text itself (so quotes are not needed)."""
+def _parse_text(text: str, section: str, key: str) -> Any:
+    """A --set value: TOML's reading where it has one, else the text itself (so quotes are not needed).
+
+    A setting that takes text gets text: ``train.output=2024`` is a folder, not a number.
+    """
+    takes_text = section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(key) is str
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if takes_text and not isinstance(value, str) else value
 
 
 def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, *, where: str) -> None:

@@ -75,7 +75,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "lora.r", self.r, "the rank is at least 1")
-        _require(self.lora_alpha > 0, "lora.lora_alpha", self.lora_alpha, "an alpha of 0 or less trains nothing")
+        _require(
+            0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "an alpha of 0 or less trains nothing"
+        )
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability, at least 0 and below 1")
         _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
 
@@ -128,7 +130,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     schedule: Schedule = "constant"
-    """constant, linear or cosine (both fall towards 0, which the step after the last would have), after the warm-up."""
+    """constant, linear or cosine (both fall towards 0, which the step after the last would have), after warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float = 0.3
@@ -141,7 +143,7 @@ class OptimConfig:
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optim.betas", self.betas, "two numbers, each at least 0 and below 1",
         )  # fmt: skip
-        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        _require(0 < self.eps < math.inf, "optim.eps", self.eps, "above 0 and finite")
         _require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "at least 0 and below 1")
         _require_choice("optim.schedule", self.schedule, get_args(Schedule))
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
@@ -180,7 +182,7 @@ class TrainConfig:
                            ("eval_every", 0), ("save_every", 0), ("keep", 1)):  # fmt: skip
             value = getattr(self, key)
             _require(value >= least, f"train.{key}", value, f"at least {least}")
-        _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0 and finite")
         _require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
 
 
