@@ -168,12 +168,15 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     def refuse(what: str, why: str = "") -> ModelError:
         return ModelError(what, where=str(path), why=why, fix="Download or write the file again")
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise refuse("the header does not fit the file", f"it says {length} bytes, the file has {size}")
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise refuse("the header does not fit the file", f"it says {length} bytes, the file has {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise ModelError("cannot be read", where=str(path), why=error.strerror or str(error)) from None
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         del text
