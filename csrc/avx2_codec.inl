@@ -79,11 +79,10 @@ struct Decoder {
 // 32 codes in bytes. Lane 0 holds quads 0 2 4 6 of the 32 weights and lane 1 quads 1 3 5 7, so that after two levels
 // of unpacking each register is eight weights in their order.
 inline __m256i spread32(const uint8_t* codes) {
-    const __m256i packed =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __m256i twice = _mm256_shuffle_epi8(
-        packed, _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
-                                 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
+    const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i twice =
+        _mm256_shuffle_epi8(packed, _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                                     2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
     const __m256i first = _mm256_srli_epi16(twice, 4);
     const __m256i both = _mm256_blendv_epi8(first, twice, _mm256_set1_epi16(short(0xff00)));
     return _mm256_and_si256(both, _mm256_set1_epi8(15));
@@ -127,9 +126,10 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d
         const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
         const __m128i first = _mm_srli_epi16(packed, 4);
         // Codes of weights 0-7 16-23 | 8-15 24-31 in bytes, so that unpacking gives 0-15 and 16-31.
-        const __m256i natural = _mm256_and_si256(
-            _mm256_set_m128i(_mm_unpackhi_epi8(_mm_and_si128(first, _mm_set1_epi8(15)), packed),
-                             _mm_unpacklo_epi8(_mm_and_si128(first, _mm_set1_epi8(15)), packed)), nibble);
+        const __m256i natural =
+            _mm256_and_si256(_mm256_set_m128i(_mm_unpackhi_epi8(_mm_and_si128(first, _mm_set1_epi8(15)), packed),
+                                              _mm_unpacklo_epi8(_mm_and_si128(first, _mm_set1_epi8(15)), packed)),
+                             nibble);
         const __m256i code = _mm256_permute4x64_epi64(natural, 0xd8);
         const __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_unpacklo_epi8(l, h));

@@ -26,8 +26,8 @@ void dot_row(const hb_weight& w, const Decoder& d, int64_t row, const float* x, 
         for (int m = 0; m < M; ++m)
             for (int c = 0; c < chains; ++c) part[m][c] = _mm256_setzero_ps();
         for (int64_t k = start; k < start + w.blocksize; k += 32) {
-            const __m256i packed = _mm256_broadcastsi128_si256(
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k / 2)));
+            const __m256i packed =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k / 2)));
             __m256 v[4];
             lookup32(_mm256_and_si256(_mm256_srlv_epi32(packed, nibbles), _mm256_set1_epi8(15)), d.plane, v);
 #pragma GCC unroll 6

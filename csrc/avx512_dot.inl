@@ -41,13 +41,13 @@ void dot_row(const hb_weight& w, const Decoder& d, int64_t row, const float* x, 
         const __mmask16 lanes = __mmask16((1u << (count / 8)) - 1u);
         const __m512i dwords = _mm512_maskz_loadu_epi32(lanes, codes + k / 2);
         __m512 part[M];
-#define HB_ELEMENT(e, bit)                                                                                   \
-    {                                                                                                        \
-        const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table);                       \
-        _Pragma("GCC unroll 8") for (int m = 0; m < M; ++m) {                                                \
-            const __m512 y = _mm512_loadu_ps(x + m * stride + k + 16 * e);                                   \
-            part[m] = e == 0 ? _mm512_mul_ps(v, y) : _mm512_fmadd_ps(v, y, part[m]);                         \
-        }                                                                                                    \
+#define HB_ELEMENT(e, bit)                                                             \
+    {                                                                                  \
+        const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table); \
+        _Pragma("GCC unroll 8") for (int m = 0; m < M; ++m) {                          \
+            const __m512 y = _mm512_loadu_ps(x + m * stride + k + 16 * e);             \
+            part[m] = e == 0 ? _mm512_mul_ps(v, y) : _mm512_fmadd_ps(v, y, part[m]);   \
+        }                                                                              \
     }
         HB_ELEMENT(0, 4)
         HB_ELEMENT(1, 0)

@@ -55,8 +55,8 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
             for (int i = 0; i < 4; ++i) {
                 const __m512i dwords = _mm512_inserti64x4(_mm512_castsi256_si512(first[i]), second[i], 1);
                 float* to = out + (k + 8 * i) * 32;
-#define HB_LOOKUP(element, bit)                                                                         \
-    _mm512_storeu_ps(to + element * 32, /* vpermps reads only the lowest four bits of an index */       \
+#define HB_LOOKUP(element, bit)                                                                   \
+    _mm512_storeu_ps(to + element * 32, /* vpermps reads only the lowest four bits of an index */ \
                      _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table), scales));
                 HB_LOOKUP(0, 4)
                 HB_LOOKUP(1, 0)
@@ -75,12 +75,11 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
 // 32 codes -> two registers of values in their order. `table` is the codebook times the block's scale.
 inline void decode32(const uint8_t* codes, __m512 table, __m512* out) {
     const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-    const __m512i packed =
-        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __m512i first = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), packed);
-    const __m512i second = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3), packed);
+    const __m512i packed = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i first =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), packed);
+    const __m512i second =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3), packed);
     out[0] = _mm512_permutexvar_ps(_mm512_srlv_epi32(first, shifts), table);
     out[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(second, shifts), table);
 }

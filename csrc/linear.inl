@@ -5,17 +5,17 @@
 // every panel of X. So W is decoded once, is never transposed, and its decoded values never reach memory.
 // Each output is summed in an order that depends on neither the number of threads nor the other rows.
 
-constexpr int64_t max_depth = 512;            // of a tile: shorter pays for loading C more often
-constexpr int64_t max_tile_columns = 128;     // 512 x 128 fp32 is 256 KB: half of Zen 3's L2
-constexpr int64_t block_rows = 48;            // rows of X multiplied with one panel of the tile before the next panel
-constexpr int64_t packed_bytes = 16 << 20;    // X is packed in parts of about this size
-constexpr int64_t min_packed_rows = 192;      // and never fewer rows: each part decodes W anew
+constexpr int64_t max_depth = 512;          // of a tile: shorter pays for loading C more often
+constexpr int64_t max_tile_columns = 128;   // 512 x 128 fp32 is 256 KB: half of Zen 3's L2
+constexpr int64_t block_rows = 48;          // rows of X multiplied with one panel of the tile before the next panel
+constexpr int64_t packed_bytes = 16 << 20;  // X is packed in parts of about this size
+constexpr int64_t min_packed_rows = 192;    // and never fewer rows: each part decodes W anew
 
 struct Plan {
     int64_t m, depth, width;  // of this part: y(m, width) = x(m, depth) times W in the direction asked for
     int64_t panel_rows, panels;
-    int64_t columns, column_tasks;           // columns of a task
-    int64_t task_panels, row_tasks;          // row panels of a task: all, unless there are too few columns
+    int64_t columns, column_tasks;   // columns of a task
+    int64_t task_panels, row_tasks;  // row panels of a task: all, unless there are too few columns
     const float* packed;
     const float* bias;  // width, padded to whole panels
     float* y;
@@ -36,8 +36,8 @@ inline Plan plan_of(int64_t m, int64_t depth, int64_t width, int threads) {
     return p;
 }
 
-inline void multiply_block(const Plan& p, const float* tile, int64_t column, int64_t columns, int64_t k0,
-                           int64_t depth, int64_t first_panel, int64_t last_panel) {
+inline void multiply_block(const Plan& p, const float* tile, int64_t column, int64_t columns, int64_t k0, int64_t depth,
+                           int64_t first_panel, int64_t last_panel) {
     const micro_fn kernel = micro_of(int(p.panel_rows));
     alignas(64) float edge[max_panel_rows * panel_width];
     for (int64_t j = 0; j < columns; j += panel_width) {
@@ -56,9 +56,9 @@ inline void multiply_block(const Plan& p, const float* tile, int64_t column, int
             }
             for (int64_t r = 0; r < p.panel_rows; ++r)
                 for (int64_t i = 0; i < panel_width; ++i)
-                    edge[r * panel_width + i] = k0 == 0               ? p.bias[column + j + i]
-                                                : r < rows && i < n   ? c[r * p.width + i]
-                                                                      : 0.0f;
+                    edge[r * panel_width + i] = k0 == 0             ? p.bias[column + j + i]
+                                                : r < rows && i < n ? c[r * p.width + i]
+                                                                    : 0.0f;
             kernel(a, b, depth, edge, panel_width, edge, panel_width);
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = 0; i < n; ++i) c[r * p.width + i] = edge[r * panel_width + i];
@@ -92,7 +92,8 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
     int64_t part = at_least(packed_bytes / 4 / longest, min_packed_rows) / max_panel_rows * max_panel_rows;
     part = at_most(part, m);
     const int64_t padded_width = divide_up(width, panel_width) * panel_width;
-    const int64_t packed_floats = (part + max_panel_rows) * depth, tile_floats = panel_stride(max_depth) * (max_tile_columns / panel_width);
+    const int64_t packed_floats = (part + max_panel_rows) * depth,
+                  tile_floats = panel_stride(max_depth) * (max_tile_columns / panel_width);
     const int64_t sums = wide ? 0 : part * width;
     const int64_t floats = tile_floats * threads + packed_floats + padded_width + sums + 64;
     float* workspace = static_cast<float*>(hb_workspace_take(floats * 4));

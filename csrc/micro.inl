@@ -39,7 +39,7 @@ typedef void (*micro_fn)(const float*, const float*, int64_t, const float*, int6
 // The kernel for panels of `rows` rows, 1 to max_panel_rows.
 inline micro_fn micro_of(int rows) {
     static const micro_fn kernels[] = {
-        micro<1>, micro<2>, micro<3>, micro<4>, micro<5>, micro<6>,
+        micro<1>, micro<2>, micro<3>, micro<4>,  micro<5>,  micro<6>,
 #if HB_PANEL_ROWS > 6
         micro<7>, micro<8>, micro<9>, micro<10>, micro<11>, micro<12>, micro<13>, micro<14>,
 #endif

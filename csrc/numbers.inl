@@ -7,8 +7,12 @@ inline int64_t over(int64_t a, int64_t power_of_two) { return a >> __builtin_ctz
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
 
 inline float float_of(uint32_t bits) {
     float value;

@@ -4,8 +4,8 @@
 // bits are the largest, always survives into the result.
 
 template <class T>
-void quantize_typed(const T* w, int64_t n, int64_t blocksize, const float* bounds, const uint8_t* order,
-                    uint8_t* codes, float* absmax, int threads) {
+void quantize_typed(const T* w, int64_t n, int64_t blocksize, const float* bounds, const uint8_t* order, uint8_t* codes,
+                    float* absmax, int threads) {
     const int64_t full = n / blocksize;
     const Encoder encoder(bounds, order);
 #pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))

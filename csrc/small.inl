@@ -3,7 +3,7 @@
 template <int M, class T>
 void small_rows(const hb_weight& w, const float* x, int64_t stride, const T* bias, T* y, int threads) {
     const Decoder decoder(w.codebook);
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(w.rows * w.cols, threads))
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(w.rows* w.cols, threads))
     for (int64_t n = 0; n < w.rows; ++n) {
         float sums[M];
         dot_row<M>(w, decoder, n, x, stride, sums);
