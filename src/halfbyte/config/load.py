@@ -65,8 +65,9 @@ def field_help(section: type) -> dict[str, str]:
     assert isinstance(class_def, ast.ClassDef)
     help_by_name: dict[str, str] = {}
     for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
-        is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-        if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             help_by_name[statement.target.id] = inspect.cleandoc(str(following.value.value))
     return help_by_name
 
