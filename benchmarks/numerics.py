@@ -45,7 +45,7 @@ def codec() -> None:
     from bitsandbytes import functional
 
     generator = torch.Generator().manual_seed(0)
-    total = different = undecoded = 0
+    total = different = undecoded = scales = other_scales = 0
     with torch.compiler.set_stance("force_eager"):
         for trial in range(1000):
             shape = [int(torch.randint(1, 300, (), generator=generator)) for _ in range(2)]
@@ -57,10 +57,14 @@ def codec() -> None:
             theirs = halfbyte.QuantizedWeight.from_bnb(packed, state)
             total += packed.numel()
             different += int((ours.codes != packed.view(-1)).sum())
+            if nested:
+                scales += ours.absmax.numel()
+                other_scales += int((ours.absmax != theirs.absmax).sum())
             state.shape = torch.Size([1, weight.numel()])  # where its AVX-512 kernel is right, see `bnb`
             decoded = functional.dequantize_4bit(packed, state).view(shape)
             undecoded += int((theirs.dequantize() != decoded).sum())
     say("codec: code bytes compared with bitsandbytes, that differ", f"{total:,}, {different}")
+    say("codec: 8-bit scales compared with bitsandbytes, that differ", f"{scales:,}, {other_scales}")
     say("codec: decoded weights that differ, of the same bytes", undecoded)
     weight = torch.randn(2**23, generator=generator)
     for quant_type in ("nf4", "fp4"):
