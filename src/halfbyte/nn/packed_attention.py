@@ -33,7 +33,10 @@ def packed_attention(
     Returns:
         (1, T, heads, head_dim), and None for the attention weights.
     """
-    grouped = key.shape[1] != query.shape[1]
+    dtype, grouped = query.dtype, key.shape[1] != query.shape[1]
+    if query.device.type == "cpu":
+        # torch's bfloat16 attention has a slow backward on CPUs: 1.9 ms where float32 takes 0.6 (9 heads, 64 tokens).
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for start, stop in zip(seq_starts, seq_starts[1:], strict=False):
         parts = [tensor[:, :, start:stop] for tensor in (query, key, value)]
@@ -46,7 +49,7 @@ def packed_attention(
                 *parts, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
 
 
 def supports_packed_attention(model: PreTrainedModel) -> bool:
