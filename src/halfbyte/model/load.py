@@ -21,6 +21,7 @@ from halfbyte.model.source import Source, TensorReader, open_source, stored_quan
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_slices, slice_rows
+from halfbyte.quant.weight import SOURCE_DTYPES
 
 SLICE_ELEMENTS = 8 * 2**20
 """Elements of a large weight that are in memory unquantized at a time (16 MB in 16 bits)."""
@@ -65,6 +66,8 @@ def load_model(
     model = skeleton(source)
     names = match_names(model, reader, path)
     targets = set(modules_to_quantize(model, quant.skip_modules))
+    if source.stored_quantization is not None:  # what its maker left in 16 bits stays so
+        targets = {n.removesuffix(".weight") for n, stored in names.items() if _state_names(reader, stored)}
     hashes: dict[str, bytes] = {}
     for done, (name, stored_name) in enumerate(names.items()):
         if on_progress:
@@ -126,9 +129,10 @@ def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict
     used = set(names.values())
     ignored = tied | {prefix + n for n in tied} | {n.removeprefix(prefix) for n in tied}
     buffers = {name for name, _ in model.named_buffers()}
+    accounted = used | ignored | buffers
     extra = [
         n for n in stored
-        if n not in used and n not in ignored and n not in buffers and n.partition(".weight.")[0] + ".weight" not in used
+        if n not in accounted and n.partition(".weight.")[0] + ".weight" not in used
         and not n.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
     ]  # fmt: skip
     if extra:
@@ -145,6 +149,7 @@ def read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: Qu
     if state:
         return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=name)
     shape = reader.shape(name)
+    _check_shape(shape, module.weight, name)
     if isinstance(module, Conv1D):  # stored as (in, out)
         weight = reader.read(name).T.contiguous()
         return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=name)
@@ -167,22 +172,26 @@ def _slices(reader: TensorReader, name: str, count: int, rows: int) -> Iterator[
 
 def _place_linear4bit(model: nn.Module, name: str, weight: QuantizedWeight, compute_dtype: torch.dtype) -> None:
     old = model.get_submodule(name)
-    out_features, in_features = weight.shape
-    expected = tuple(old.weight.shape[::-1]) if isinstance(old, Conv1D) else (old.out_features, old.in_features)
-    if (out_features, in_features) != expected:
-        raise ModelError(f"has shape {weight.shape}, the config says {expected}", where=f"{name}.weight")
+    _check_shape(weight.shape, old.weight.T if isinstance(old, Conv1D) else old.weight, f"{name}.weight")
     layer = Linear4bit.from_quantized(weight, compute_dtype=compute_dtype)
     layer.bias = old.bias  # still empty, or already read
     model.set_submodule(name, layer)
 
 
+def _check_shape(shape: tuple[int, ...], expected: Tensor, where: str) -> None:
+    if tuple(shape) != tuple(expected.shape):
+        raise ModelError(f"has shape {tuple(shape)}, the config says {tuple(expected.shape)}", where=where)
+
+
 def _place(model: nn.Module, name: str, tensor: Tensor, path: str) -> None:
     old = model.get_parameter(name)
-    if tensor.shape != old.shape:
-        raise ModelError(f"has shape {tuple(tensor.shape)}, the config says {tuple(old.shape)}", where=f"{path}: {name}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ModelError(f"has {bad} NaN or Inf", where=f"{path}: {name}", fix="Use a checkpoint whose weights are finite")
+    where = f"{path}: {name}"
+    _check_shape(tensor.shape, old, where)
+    if tensor.dtype not in SOURCE_DTYPES:
+        raise ModelError(f"has dtype {tensor.dtype}", where=where, why="float32, bfloat16 and float16 are supported")
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise ModelError(f"has {bad} NaN or Inf", where=where, fix="Use a checkpoint whose weights are finite")
     module_name, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
@@ -197,6 +206,12 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
             model.set_submodule(name, FrozenLinear(module.weight, module.bias))
         elif isinstance(module, nn.Embedding) and module.weight.dtype != compute_dtype:
             module.register_forward_hook(partial(_cast_output, compute_dtype))
+        elif type(module) is Conv1D and module.weight.dtype != compute_dtype:
+            weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
+            model.set_submodule(name, FrozenLinear(weight, module.bias))
+        elif not isinstance(module, nn.Linear | nn.Embedding):  # convolutions and the like have no mixed product
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(compute_dtype)
     model.config.dtype = compute_dtype
     model.requires_grad_(False)
     model.eval()

@@ -101,7 +101,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def locate(path: str) -> Path:
     """The local folder or .gguf file of `path`, fetched from the hub if it is a hub id and not a local path."""
     local = Path(path).expanduser()
-    if local.is_dir():
+    if path and local.is_dir():
         return local
     if local.is_file():
         if local.suffix == ".gguf":
