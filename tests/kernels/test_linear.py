@@ -28,7 +28,7 @@ SHAPES = [
     (129, 1056, 32),
     (300, 1536, 512),
     (70, 576, 64),
-    (530, 4096, 4096),
+    (130, 4096, 4096),
 ]
 CROSSING = [(33, 40, 64), (7, 65, 32), (128, 96, 64)]  # blocks cross rows: panels serve
 
@@ -64,7 +64,7 @@ def test_products_equal_the_oracle(isa: str, shape: tuple[int, int, int], nested
     torch.manual_seed(rows)
     weight = quantized(rows, cols, blocksize, nested=nested)
     exact = decoded(weight, rows, cols)
-    for m in (1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 37, 100):
+    for m in (1, 2, 5, 6, 7, 8, 9, 16, 37):
         for dtype in EPS:
             x, grad = torch.randn(m, cols).to(dtype), torch.randn(m, rows).to(dtype)
             bias = torch.randn(rows).to(dtype) if m % 2 else None
@@ -88,7 +88,7 @@ def test_fp4_and_leading_dimensions(isa: str) -> None:
 
 def test_many_rows_in_parts(isa: str) -> None:
     """More rows than are packed at once, in float32 and in a type that needs a float32 copy of the sums."""
-    for rows, cols in ((64, 16384), (16384, 64)):
+    for rows, cols in ((32, 16384), (16384, 32)):
         weight = quantized(rows, cols, 64)
         exact = decoded(weight, rows, cols)
         for dtype in (torch.float32, torch.float16):

@@ -1,32 +1,37 @@
-"""Which kernel serves, and that it can be told otherwise; each case in a process of its own."""
+"""Which kernel serves and why, that the environment can say otherwise, and that nothing else can stop a run."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
-from halfbyte.kernels import kernel_report
-from halfbyte.kernels.registry import OPS, cpu_choice
-
-ROUND_TRIP = """
-import torch, halfbyte.kernels
-weight = torch.linspace(-1, 1, 64 * 64).view(64, 64)
-codes, absmax = torch.ops.halfbyte.quantize_4bit(weight, "nf4", 64)
-y = torch.ops.halfbyte.linear_4bit(weight, codes, absmax, None, 0.0, "nf4", 64, 64, None)
-"""
+from halfbyte.errors import ConfigError
+from halfbyte.kernels import count_nonfinite, cpu, kernel_report
+from halfbyte.kernels.registry import ISA_VARIABLE, OPS, cpu_choice
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """The choice of the library is made anew, in this test and after it."""
+    library = cpu_choice().library
+    before = library.isa if library is not None else ""
+    cpu_choice.cache_clear()
+    yield
+    cpu_choice.cache_clear()
+    if library is not None:
+        library.force(before)
 
 
-def needs_library() -> None:
-    if cpu_choice().library is None:
-        pytest.skip(f"no native library: {cpu_choice().reason}")
+def round_trip() -> torch.Tensor:
+    weight = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+    codes, absmax = torch.ops.halfbyte.quantize_4bit(weight, "nf4", 64)
+    return torch.ops.halfbyte.linear_4bit(weight, codes, absmax, None, 0.0, "nf4", 64, 64, None)
 
 
 def test_report_covers_every_op() -> None:
@@ -35,56 +40,71 @@ def test_report_covers_every_op() -> None:
     assert all(row.kernel and row.reason for row in rows)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "reference"])
-def test_environment_chooses_the_isa(isa: str) -> None:
-    choice = cpu_choice()
-    if isa != "reference" and (choice.library is None or isa not in choice.library.supported()):
-        pytest.skip(f"no {isa} here")
-    code = ROUND_TRIP + "print([row.kernel + '/' + row.reason for row in halfbyte.kernels.kernel_report()])"
-    result = run(code, HALFBYTE_ISA=isa)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(f"HALFBYTE_ISA={isa}") == len(OPS)
-    assert isa in result.stdout
+@pytest.mark.parametrize("isa", [*cpu.ISAS, "reference"])
+@pytest.mark.usefixtures("fresh_choice")
+def test_environment_chooses_the_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu_choice().library
+    if isa != "reference" and (library is None or isa not in library.supported()):
+        pytest.skip(f"no {isa} in this build or on this CPU")
+    cpu_choice.cache_clear()
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    rows = [row for row in kernel_report() if row.device == "cpu"]
+    assert all(f"{ISA_VARIABLE}={isa}" in row.reason and isa in row.kernel for row in rows)
+    assert round_trip().shape == (64, 64)
 
 
-def test_unknown_isa_is_an_error_with_the_choices_at_first_use() -> None:
-    result = run("import halfbyte.kernels; print('imported')" + ROUND_TRIP, HALFBYTE_ISA="AVX2")
-    assert result.stdout == "imported\n"
-    assert "ConfigError" in result.stderr
-    assert "baseline, avx2, avx512, reference" in result.stderr
+@pytest.mark.usefixtures("fresh_choice")
+def test_unknown_isa_is_an_error_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, "AVX2")
+    with pytest.raises(ConfigError, match="Choose one of baseline, avx2, avx512, reference"):
+        round_trip()
 
 
-@pytest.mark.parametrize("content", [None, b"not a library"])
-def test_missing_or_broken_library_falls_back(tmp_path: object, content: bytes | None) -> None:
-    path = f"{tmp_path}/_halfbyte_cpu.so"
-    if content is not None:
-        with open(path, "wb") as file:
-            file.write(content)
-    code = f"""
-import halfbyte.kernels.cpu as cpu
-cpu.find_library = lambda: {path if content is not None else None!r}
-{ROUND_TRIP}
-print(halfbyte.kernels.count_nonfinite(weight), {{row.kernel for row in halfbyte.kernels.kernel_report()}})
-print(halfbyte.kernels.kernel_report()[0].reason)
+@pytest.mark.usefixtures("fresh_choice")
+def test_isa_this_cpu_lacks_is_an_error_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu_choice().library is None:
+        pytest.skip(f"no native library: {cpu_choice().reason}")
+    cpu_choice.cache_clear()
+    monkeypatch.setattr(cpu.Library, "force", lambda self, isa: False)
+    monkeypatch.setenv(ISA_VARIABLE, "avx512")
+    with pytest.raises(ConfigError, match="this CPU or build has no avx512"):
+        round_trip()
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "other ABI"])
+@pytest.mark.usefixtures("fresh_choice")
+def test_library_that_cannot_serve_falls_back(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "other ABI":
+        if cpu.find_library() is None:
+            pytest.skip("no native library: it was not built")
+        monkeypatch.setattr(cpu, "ABI_VERSION", -1)
+    else:
+        path = tmp_path / "_halfbyte_cpu.so"
+        path.write_bytes(b"not a library")
+        monkeypatch.setattr(cpu, "find_library", lambda: None if fault == "missing" else str(path))
+    assert {row.kernel for row in kernel_report() if row.device == "cpu"} == {"torch reference"}
+    assert ("not built" if fault == "missing" else "cannot be used") in kernel_report()[0].reason
+    assert count_nonfinite(round_trip()) == 0
+
+
+def test_in_a_process_of_its_own() -> None:
+    """Importing loads nothing; the variable is obeyed; and there is one OpenMP runtime, not two pools on one CPU."""
+    if cpu_choice().library is None:
+        pytest.skip(f"no native library: {cpu_choice().reason}")
+    code = """
+import torch, halfbyte.kernels
+from halfbyte.kernels.registry import cpu_choice
+print(cpu_choice.cache_info().currsize)
+weight = torch.randn(512, 512)
+codes, absmax = torch.ops.halfbyte.quantize_4bit(weight @ weight, "nf4", 64)
+print(cpu_choice().reason)
+try:
+    maps = open("/proc/self/maps").read().splitlines()
+    print(len({line.split()[-1] for line in maps if any(name in line for name in ("libgomp", "libomp", "libiomp"))}))
+except FileNotFoundError:  # not Linux
+    print(1)
 """
-    result = run(code)
+    env = {**os.environ, ISA_VARIABLE: "baseline"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "0 {'torch reference'}" in result.stdout
-    assert ("not built" if content is None else "cannot be used") in result.stdout
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_one_openmp_runtime() -> None:
-    """Two copies of libgomp would be two thread pools fighting for the same cores."""
-    needs_library()
-    code = (
-        ROUND_TRIP
-        + """
-weight @ weight
-maps = open("/proc/self/maps").read().splitlines()
-print(*sorted({line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}))
-"""
-    )
-    result = run(code)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 1, result.stdout
+    assert result.stdout.split() == ["0", f"{ISA_VARIABLE}=baseline", "1"]
