@@ -32,7 +32,7 @@ def capture_rng(generators: Mapping[str, torch.Generator] | None = None) -> dict
         "numpy.position": torch.tensor([table["pos"], state["has_gauss"]], dtype=torch.int64),
         "numpy.gauss": torch.tensor([state["gauss"]], dtype=torch.float64),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         found |= {f"torch.cuda.{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
     return found | {f"generator.{name}": each.get_state() for name, each in (generators or {}).items()}
 

@@ -19,7 +19,8 @@ Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .g
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, such as train leaves.")]
 Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with the sections of docs/config.md.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over all else; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over all others; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -76,7 +76,9 @@ def _explain(error: Exception) -> int:
         return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return _fail("out of memory. Lower train.micro_batch_size or set train.gradient_checkpointing=true.", 4)
-    return _fail(f"internal error: {type(error).__name__}: {str(error)[:300]}. Run again with --debug and report it.", 1)
+    return _fail(
+        f"internal error: {type(error).__name__}: {str(error)[:300]}. Run again with --debug and report it.", 1
+    )
 
 
 def _fail(message: str, code: int) -> int:

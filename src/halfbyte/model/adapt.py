@@ -72,7 +72,7 @@ def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor]) -> None:
 
 
 def _shortest_names(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Last parts such as "q_proj" where they name exactly the same layers, as other tools write them; else full names."""
+    """Last parts such as "q_proj" where they name just these layers, as other tools write them; else full names."""
     last_parts = sorted({name.rpartition(".")[2] for name in names})
     chosen = set(names)
     covered = {

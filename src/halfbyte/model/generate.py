@@ -72,7 +72,7 @@ def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[:end]
 
 
-class _Streamer(BaseStreamer):
+class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Hands new tokens on; transformers sends the prompt first."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:

@@ -66,7 +66,7 @@ def open_source(path: str) -> Source:
     local = locate(path)
     folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
     if not kwargs and not (folder / "config.json").is_file():
-        raise ModelError("no config.json", where=path, fix="Give a transformers model folder, a .gguf file or a hub id")
+        raise ModelError("no config.json", where=path, fix="Give a model folder, a .gguf file or a hub id")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError and more for a bad config

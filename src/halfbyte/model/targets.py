@@ -34,9 +34,7 @@ def modules_to_quantize(model: PreTrainedModel, skip_modules: tuple[str, ...]) -
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     return [
-        name
-        for name in linears
-        if modules[name] is not head and name not in tied and not matches(name, skip_modules)
+        name for name in linears if modules[name] is not head and name not in tied and not matches(name, skip_modules)
     ]
 
 

@@ -17,7 +17,7 @@ from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 class _PackedData(Tensor):
     """What `PackedCodes.data` gives: plain bytes, except that adding a float update to them is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def _refuse(self, _: object) -> Tensor:
         raise ConfigError(
@@ -27,7 +27,7 @@ class _PackedData(Tensor):
             fix="Call dequantize() on the base model first (PEFT: model.get_base_model().dequantize()), then merge",
         )
 
-    __iadd__ = __isub__ = _refuse  # type: ignore[assignment]
+    __iadd__ = __isub__ = _refuse
 
     def clone(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().clone(*args, **kwargs).as_subclass(_PackedData)
@@ -41,10 +41,10 @@ class PackedCodes(nn.Parameter):
     """
 
     def __new__(cls, codes: Tensor) -> Self:
-        return super().__new__(cls, codes, requires_grad=False)  # type: ignore[return-value]
+        return super().__new__(cls, codes, requires_grad=False)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return nn.Parameter.data.__get__(self).as_subclass(_PackedData)  # type: ignore[attr-defined, no-any-return]
 
     @data.setter
@@ -52,7 +52,8 @@ class PackedCodes(nn.Parameter):
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCodes:
-        return memo.setdefault(id(self), PackedCodes(self.detach().clone()))
+        copy: PackedCodes = memo.setdefault(id(self), PackedCodes(self.detach().clone()))
+        return copy
 
     def __reduce_ex__(self, proto: Any) -> Any:
         return nn.Parameter(self.detach(), requires_grad=False).__reduce_ex__(proto)
@@ -90,11 +91,8 @@ class Linear4bit(nn.Linear):
         # Not persistent: state dicts hold them under bitsandbytes' names, "weight.absmax" and so on.
         self.register_buffer("absmax", torch.zeros(blocks, dtype=scale_dtype, device=device), persistent=False)
         self.register_buffer("nested_absmax", nested, persistent=False)
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=weight_dtype, device=device), requires_grad=False)
-            if bias
-            else None
-        )
+        fresh = torch.zeros(out_features, dtype=weight_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if fresh is None else nn.Parameter(fresh, requires_grad=False))
 
     @classmethod
     def from_quantized(
@@ -168,7 +166,7 @@ class Linear4bit(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy (copy.deepcopy, pickle) holds its bytes once, as the original does."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_codes(self.weight.detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -176,7 +174,7 @@ class Linear4bit(nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move_only, recurse)
+        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
         self._set_codes(self.weight.detach())
         return self
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,15 +39,15 @@ def packed_attention(
         # torch's bfloat16 attention has a slow backward on CPUs: 1.9 ms where float32 takes 0.6 (9 heads, 64 tokens).
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
-    for start, stop in zip(seq_starts, seq_starts[1:], strict=False):
-        parts = [tensor[:, :, start:stop] for tensor in (query, key, value)]
+    for start, stop in pairwise(seq_starts):
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
         mask = None
         if sliding_window is not None and stop - start > sliding_window:
             ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
             mask = ones.tril().triu(1 - sliding_window)
         outputs.append(
             F.scaled_dot_product_attention(
-                *parts, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None

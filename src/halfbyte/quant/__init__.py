@@ -1,4 +1,4 @@
-"""What a 4-bit weight means: codebooks, block geometry, packing, double quantization, and the plain-torch reference."""
+"""What a 4-bit weight means: codebooks, block geometry, packing, double quantization, the plain-torch reference."""
 
 from halfbyte.quant.blocks import bits_per_weight, quantized_bytes
 from halfbyte.quant.weight import QuantizedWeight, quantize, quantize_slices, slice_rows

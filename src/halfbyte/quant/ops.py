@@ -98,7 +98,8 @@ def _linear_4bit_dx(
     weight = torch.ops.halfbyte.dequantize_4bit(
         codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, [grad.shape[-1], in_features], grad.dtype
     )
-    return grad @ weight
+    result: Tensor = grad @ weight
+    return result
 
 
 @torch.library.register_fake("halfbyte::linear_4bit_dx")

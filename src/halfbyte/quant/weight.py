@@ -127,9 +127,7 @@ class QuantizedWeight:
             **numbers | {"nested_offset": numbers["nested_offset"] or 0.0},
         )
         try:
-            ops._check_weight(
-                weight.codes, weight.absmax, weight.nested_absmax, weight.blocksize, prod(weight.shape)
-            )
+            ops._check_weight(weight.codes, weight.absmax, weight.nested_absmax, weight.blocksize, prod(weight.shape))
         except RuntimeError as error:
             raise ModelError("does not hold what its quant_state says", where=name, why=str(error)) from None
         scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
@@ -201,8 +199,9 @@ def quantize(
         ConfigError: `quant_type` or `blocksize` is not one of those supported.
     """
     return quantize_slices(
-        [weight], tuple(weight.shape), weight.dtype, QuantConfig(  # type: ignore[arg-type]
-            quant_type=quant_type, blocksize=blocksize, double_quant=double_quant
+        [weight], tuple(weight.shape), weight.dtype, QuantConfig(
+            quant_type=quant_type,  # type: ignore[arg-type]
+            blocksize=blocksize, double_quant=double_quant
         ), name=name,
     )  # fmt: skip
 
