@@ -288,3 +288,15 @@ def _known(message: str, raised: set[str]) -> str:
             if re.search(": " + ".+?".join(map(re.escape, pattern.split("…"))), message):
                 return pattern
     raise AssertionError(f"no refusal says {message!r}")
+
+
+# -- the workflows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda file: file.name)
+def test_workflows_are_yaml_and_call_scripts_that_exist(file: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="needs the package pyyaml")
+    text = file.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["jobs"]
+    for name in re.findall(r"scripts/[\w.]+", text + (ROOT / "pyproject.toml").read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
