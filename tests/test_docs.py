@@ -297,6 +297,7 @@ def _known(message: str, raised: set[str]) -> str:
 def test_workflows_are_yaml_and_call_scripts_that_exist(file: Path) -> None:
     yaml = pytest.importorskip("yaml", reason="needs the package pyyaml")
     text = file.read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert yaml.safe_load(text)["jobs"]
-    for name in re.findall(r"scripts/[\w.]+", text + (ROOT / "pyproject.toml").read_text(encoding="utf-8")):
+    for name in re.findall(r"(?:run: |project\}/)(scripts/\w+(?:\.py)?)", text + project):
         assert (ROOT / name).is_file(), name
