@@ -1,4 +1,4 @@
-"""The house rules of docs/design.md §2, read from the source: who imports whom, how long things are, what stays out."""
+"""The house rules of docs/design.md, read from the source: who imports whom, how long things are, what stays out."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ class Objective:
             hidden = self._decoder(**inputs, use_cache=False).last_hidden_state
             return chunked_cross_entropy(hidden, labels, self._head, self._vocab_size)[0]
         logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         if not self._packs:
