@@ -7,6 +7,7 @@ Limits (a refusal names the file): header 100,000,000 bytes as in the safetensor
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod

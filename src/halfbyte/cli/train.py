@@ -11,6 +11,7 @@ from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
 
 if TYPE_CHECKING:
     from halfbyte.train import TrainResult
+    from halfbyte.train.answers import Answer
 
 
 def train(
@@ -62,4 +63,11 @@ def summary(result: TrainResult) -> str:
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
         lines.append(f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})")
+    lines = [*map(_answer_text, result.answers), *lines]
     return "\n".join([*lines, f"adapter  {result.adapter}", f"curves   {result.curves}"])
+
+
+def _answer_text(answer: Answer) -> str:
+    prompt = " ".join(answer.prompt.split())
+    rows = {"expected": answer.expected, "before": answer.before, "after": answer.after}
+    return "\n".join([prompt, *(f"  {name:<9} {' '.join(text.split())}" for name, text in rows.items()), ""])

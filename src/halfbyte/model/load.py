@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ModelError
+from halfbyte.kernels import count_nonfinite
 from halfbyte.model.inventory import Inventory, inventory
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
@@ -189,7 +190,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor, path: str) -> None:
     _check_shape(tensor.shape, old, where)
     if tensor.dtype not in SOURCE_DTYPES:
         raise ModelError(f"has dtype {tensor.dtype}", where=where, why="float32, bfloat16 and float16 are supported")
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    bad = count_nonfinite(tensor)
     if bad:
         raise ModelError(f"has {bad} NaN or Inf", where=where, fix="Use a checkpoint whose weights are finite")
     module_name, _, leaf = name.rpartition(".")

@@ -29,6 +29,7 @@ from halfbyte.errors import NumericsError
 from halfbyte.model.adapt import adapter_state, load_adapter_state
 from halfbyte.model.memory import peak_memory, resident_memory
 from halfbyte.optim import clip_grad_norm, learning_rate
+from halfbyte.train.answers import Answer, answer_samples, page
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.first_step import FirstStepCheck
 from halfbyte.train.metrics import Metrics
@@ -57,6 +58,8 @@ class TrainResult:
     """None: there is no planner yet."""
     adapter: str
     curves: str
+    answers: list[Answer]
+    """A few held-out prompts before and after; empty without data.eval."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -184,6 +187,9 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
 
 def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
+    answers = answer_samples(run.model, run.tokenizer, run.eval_data) if run.eval_data is not None else []
+    if answers:
+        write_file(output / "answers.md", page(answers).encode())
     draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
     result = TrainResult(
         steps=run.steps,
@@ -197,6 +203,7 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainRe
         predicted_peak_memory=None,
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),
+        answers=answers,
     )
     write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
     return result
