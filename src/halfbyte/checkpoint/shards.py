@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 16 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -220,8 +221,12 @@ def _add_all(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> 
 
 
 def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
-    data = torch.empty(stop - start, dtype=torch.uint8)
-    view = memoryview(data.numpy().data)
+    if start == stop:
+        return torch.empty(0, dtype=torch.uint8)
+    # A mapping of its own goes back to the system when it is dropped; the C library would keep it, with holes in it.
+    memory = mmap.mmap(-1, stop - start, **_PRIVATE)
+    data = torch.frombuffer(memory, dtype=torch.uint8)
+    view = memoryview(memory)
     with info.file.open("rb", buffering=0) as file:
         file.seek(start)
         while view:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -150,7 +150,7 @@ def read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: Qu
     if state:
         return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=name)
     shape = reader.shape(name)
-    _check_shape(shape, module.weight, name)
+    _check_shape(shape, _weight_of(module), name)
     if isinstance(module, Conv1D):  # stored as (in, out)
         weight = reader.read(name).T.contiguous()
         return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=name)
@@ -173,10 +173,14 @@ def _slices(reader: TensorReader, name: str, count: int, rows: int) -> Iterator[
 
 def _place_linear4bit(model: nn.Module, name: str, weight: QuantizedWeight, compute_dtype: torch.dtype) -> None:
     old = model.get_submodule(name)
-    _check_shape(weight.shape, old.weight.T if isinstance(old, Conv1D) else old.weight, f"{name}.weight")
+    _check_shape(weight.shape, _weight_of(old).T if isinstance(old, Conv1D) else _weight_of(old), f"{name}.weight")
     layer = Linear4bit.from_quantized(weight, compute_dtype=compute_dtype)
-    layer.bias = old.bias  # still empty, or already read
+    layer.bias = cast(nn.Parameter, old.bias)  # still empty, or already read
     model.set_submodule(name, layer)
+
+
+def _weight_of(module: nn.Module) -> nn.Parameter:
+    return cast(nn.Parameter, module.weight)
 
 
 def _check_shape(shape: tuple[int, ...], expected: Tensor, where: str) -> None:
@@ -204,11 +208,11 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         raise ModelError(f"{len(left)} tensors were not loaded, first {left[0]!r}")
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype != compute_dtype:
-            model.set_submodule(name, FrozenLinear(module.weight, module.bias))
+            model.set_submodule(name, FrozenLinear(_weight_of(module), module.bias))
         elif isinstance(module, nn.Embedding) and module.weight.dtype != compute_dtype:
             module.register_forward_hook(partial(_cast_output, compute_dtype))
         elif type(module) is Conv1D and module.weight.dtype != compute_dtype:
-            weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
+            weight = nn.Parameter(_weight_of(module).T.contiguous(), requires_grad=False)
             model.set_submodule(name, FrozenLinear(weight, module.bias))
         elif not isinstance(module, nn.Linear | nn.Embedding):  # convolutions and the like have no mixed product
             for parameter in module.parameters(recurse=False):
@@ -226,7 +230,7 @@ def _digest(*tensors: Tensor | None) -> bytes:
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))
     return digest.digest()
 
 
