@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model folder every stack reads, the data, and the record of where a figure came from."""
+"""What the benchmarks share: the model folder every stack reads, the data, and where a figure came from."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def halfbyte(*arguments: str, **kwargs: Any) -> dict[str, Any]:
 def provenance() -> dict[str, Any]:
     """Hardware, versions and commit, to be stored beside every figure."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    features = [name for name, on in torch.cpu.get_capabilities().items() if on is True and name.startswith(("avx", "amx"))]
+    features = [
+        name for name, on in torch.cpu.get_capabilities().items() if on is True and name.startswith(("avx", "amx"))
+    ]
     return {
         "commit": commit, "machine": platform.machine(), "cpu_features": features,
         "threads": torch.get_num_threads(), "versions": versions(),

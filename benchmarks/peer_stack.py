@@ -15,6 +15,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 def read(path: str, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """(token ids, labels) of each conversation."""
     samples = []
-    for line in open(path, encoding="utf-8"):
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         start = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]

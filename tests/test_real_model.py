@@ -1,4 +1,4 @@
-"""The promise of the README on the real model: quantize, train, and use the result with bitsandbytes and PEFT alone."""
+"""The README's promise on the real model: quantize, train, use the result with bitsandbytes and PEFT alone."""
 
 from __future__ import annotations
 

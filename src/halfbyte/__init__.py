@@ -1,4 +1,4 @@
-"""halfbyte: QLoRA fine-tuning under a memory budget, on the machine you have."""
+"""halfbyte: QLoRA fine-tuning on the machine you have."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def evaluate(
     for note in notes:
         out.print(note, style="dim", markup=False)
     objective = Objective(loaded.model)
+    objective.check_tokens(tokenized)
     with objective.ready():
         result = run_evaluation(adapted, objective, tokenized, max_tokens=max(2048, run.data.max_seq_len))
     fields = {

@@ -22,7 +22,9 @@ def train(
         Path | None, typer.Option("--eval-data", help="Held-out samples; evaluated before and after.")
     ] = None,
     config: Config = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps; default: one pass over the data.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps; default: one pass over the data.")
+    ] = None,
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="auto|never|DIR", help="Go on from the newest checkpoint.")
     ] = None,

@@ -69,7 +69,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input (the paper: 0.1 up to 13B, 0.05 above; small runs do better without)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (every linear layer but the head), or names of layers, by full name or last part."""
+    """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
 

@@ -153,7 +153,7 @@ class RecordReader:
         if len(raw) > MAX_LINE_BYTES:
             raise DataError("line over 16 MiB", where=where, fix="Write one sample per line")
         try:
-            record = json.loads(raw.decode("utf-8"))
+            record = json.loads(raw.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:
             why = f"byte {error.start + 1} of the line is 0x{raw[error.start]:02x}"
             raise DataError("not valid UTF-8", where=where, why=why, fix="Save the file as UTF-8") from None

@@ -51,7 +51,9 @@ def cpu_choice() -> CpuChoice:
         return CpuChoice(None, f"{ISA_VARIABLE}=reference")
     path = cpu.find_library()
     if path is None:
-        return CpuChoice(None, "the native library was not built: no C++ compiler at install time")
+        return CpuChoice(
+            None, "the native library was not built at install time: no C++ compiler, or its build failed"
+        )
     try:
         library = cpu.Library(path)
     except (OSError, AttributeError, ValueError) as error:

@@ -1,6 +1,20 @@
 """The loop."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from halfbyte.train.loop import TrainResult, train
 from halfbyte.train.observer import Observer, StepMetrics
 
 __all__ = ["Observer", "StepMetrics", "TrainResult", "train"]
+
+
+class _Room(ModuleType):
+    """A room that is also the function of its name: importing it binds ``halfbyte.train`` over the public function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TrainResult:
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -26,7 +26,8 @@ class Answer:
 
 def answer_samples(model: Any, tokenizer: PreTrainedTokenizerBase, data: TokenizedData) -> list[Answer]:
     """Greedy answers to the first samples of `data` that begin with something that is not learned."""
-    prompts, expected = [], []
+    prompts: list[list[int]] = []
+    expected: list[list[int]] = []
     for index in range(len(data)):
         example = data[index]
         first = int((example.labels != IGNORE_INDEX).argmax())

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from halfbyte.checkpoint import (
     capture_rng,
     check_target,
@@ -157,14 +156,12 @@ def _set_learning_rate(run: Run, step: int) -> float:
 def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, Cursor]:
     """(steps done, next batch): those of a checkpoint that is found and fits, else of a fresh start."""
     resume = run.config.train.resume
-    path = {"auto": lambda: latest_checkpoint(output), "never": lambda: None}.get(resume, lambda: Path(resume))()
+    path = None if resume == "never" else latest_checkpoint(output) if resume == "auto" else Path(resume)
     if path is None:
         observer.note(f"fresh start: {'train.resume is never' if resume == 'never' else f'no checkpoint in {output}'}")
         return 0, run.loader.start()
     saved = load_checkpoint(path)
-    changes = compare_config(
-        saved.config, to_dict(run.config), saved_hashes=saved.hashes, current_hashes=run.hashes
-    )
+    changes = compare_config(saved.config, to_dict(run.config), saved_hashes=saved.hashes, current_hashes=run.hashes)
     load_adapter_state(run.model, saved.adapter)
     run.optimizer.load_state_dict(saved.optimizer)
     restore_rng(saved.rng)

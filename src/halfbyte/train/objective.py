@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.data import Batch, to_padded
+from halfbyte.data import Batch, TokenizedData, to_padded
+from halfbyte.errors import DataError
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
 from halfbyte.nn.packed_attention import enable_packed_attention, supports_packed_attention
 
@@ -54,6 +55,19 @@ class Objective:
         logits = self._model(input_ids=ids, use_cache=False).logits
         alone = self._head(self._decoder(input_ids=ids, use_cache=False).last_hidden_state)
         return bool(torch.allclose(logits, alone, rtol=1e-4, atol=1e-4 * float(logits.abs().max())))
+
+    def check_tokens(self, data: TokenizedData) -> None:
+        """See that the model knows every token of `data`.
+
+        Raises:
+            DataError: the tokenizer gives ids beyond the model's vocabulary.
+        """
+        largest = int(data.input_ids.max())
+        if largest >= self._vocab_size:
+            raise DataError(
+                f"token {largest} is not in the model's vocabulary of {self._vocab_size}", where=data.report.path,
+                why="the tokenizer is larger than the model", fix="Use the tokenizer that belongs to the model",
+            )  # fmt: skip
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -93,6 +93,9 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
         f"scaling {config.lora.scaling:g}"
     )
     objective = Objective(loaded.model)
+    for part in (data, eval_data):
+        if part is not None:
+            objective.check_tokens(part)
     for decision in objective.decisions:
         observer.note(decision)
     if config.train.gradient_checkpointing:
