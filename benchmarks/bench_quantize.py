@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from halfbyte.checkpoint import write_folder
-from halfbyte.checkpoint.shards import write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
 from halfbyte.model.source import load_tokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint import versions, write_folder
-from halfbyte.checkpoint.shards import write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
 from halfbyte.cli.demo_data import write_docstring_qa
 from halfbyte.model.source import load_tokenizer, open_source

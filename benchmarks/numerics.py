@@ -143,7 +143,8 @@ def small_run(folder: Path) -> Any:
 def training() -> None:
     """SmolLM2-135M: loss in two dtypes, packed; gradients accumulated and checkpointed."""
     from halfbyte.data import eval_batches, load_data, make_batch
-    from halfbyte.model import attach_lora, load_model, load_tokenizer
+    from halfbyte.model import load_model, load_tokenizer
+    from halfbyte.model.adapt import attach_lora
     from halfbyte.train.objective import Objective
 
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,8 @@ def test_the_adapter_gives_the_same_logits_in_peft_on_a_bitsandbytes_base(traine
     from halfbyte.checkpoint import load_adapter
     from halfbyte.cli.demo import smollm2_path
     from halfbyte.config import QuantConfig
-    from halfbyte.model import attach_saved, load_model
+    from halfbyte.model import load_model
+    from halfbyte.model.adapt import attach_saved
 
     quantized = trained / "base-4bit"
     report = halfbyte("quantize", "--model", smollm2_path(), "--output", str(quantized))

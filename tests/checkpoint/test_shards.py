@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfbyte.checkpoint.shards import INDEX_NAME, SINGLE_NAME, SafetensorsFolder, write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
+from halfbyte.checkpoint.shards import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 from halfbyte.errors import ModelError
 
 
@@ -98,7 +99,7 @@ def test_safetensors_reads_what_we_wrote(tmp_path: Path, limit: int) -> None:
 
 
 def test_writes_one_shard_at_a_time(tmp_path: Path) -> None:
-    """What comes in is on disk before the shard after the next is asked for."""
+    """What fills a file is in it before the next tensor is asked for."""
     seen = []
 
     def stream() -> Any:
@@ -107,7 +108,7 @@ def test_writes_one_shard_at_a_time(tmp_path: Path) -> None:
             yield f"t{number}", torch.full((100,), float(number))
 
     write_shards(tmp_path, stream(), max_shard_bytes=400)
-    assert seen == [0, 0, 1, 2, 3, 4]
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_to_write(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoint.shards import SafetensorsFolder, write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
+from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.load import LoadedModel, load_model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from halfbyte.checkpoint.shards import write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
 
 SLICE = 8 * 2**20 * 2
 """load.SLICE_ELEMENTS in bf16."""

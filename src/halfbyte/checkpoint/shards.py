@@ -1,4 +1,4 @@
-"""Reading and writing safetensors folders tensor by tensor, so that memory holds what is being worked on.
+"""Reading safetensors folders tensor by tensor, so that memory holds what is being worked on.
 
 Files are read with plain reads, not mapped: mapped pages count as resident memory and would break a budget.
 Limits (a refusal names the file): header 100,000,000 bytes as in the safetensors library, index 16 MiB.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
@@ -94,47 +93,6 @@ class SafetensorsFolder:
         row = prod(info.shape[1:]) * info.dtype.itemsize
         data = _read_bytes(info, info.start + start * row, info.start + stop * row)
         return data.view(info.dtype).view(stop - start, *info.shape[1:])
-
-
-def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 500_000_000
-) -> tuple[list[Path], int]:
-    """Write `tensors` as they come into safetensors files of at most `max_shard_bytes` (or one tensor), and an index.
-
-    Holds one shard in memory. `folder` must exist; durability is the caller's (write into a temporary folder).
-
-    Returns:
-        The files written, and the bytes of all tensors.
-    """
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, Tensor] = {}
-    total = pending_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        path = folder / f"shard-{len(shards):05d}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
-        pending_bytes = 0
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        pending_bytes += tensor.nbytes
-        total += tensor.nbytes
-    if pending or not shards:
-        flush()
-    if len(shards) == 1:
-        return [shards[0][0].rename(folder / SINGLE_NAME)], total
-    files, weight_map = [], {}
-    for number, (path, names) in enumerate(shards, 1):
-        files.append(path.rename(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
-        weight_map.update(dict.fromkeys(names, files[-1].name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return [*files, folder / INDEX_NAME], total
 
 
 def _pickle_hint(folder: Path) -> dict[str, str]:

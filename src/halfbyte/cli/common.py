@@ -56,7 +56,8 @@ def open_model(
 
     from halfbyte.checkpoint import check_base, load_adapter
     from halfbyte.cli.progress import LoadBar
-    from halfbyte.model import attach_saved, choose_compute_dtype, load_model, load_tokenizer
+    from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
+    from halfbyte.model.adapt import attach_saved
     from halfbyte.train.setup import tokenizer_sha256
 
     saved = load_adapter(adapter) if adapter is not None else None

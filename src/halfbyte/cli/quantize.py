@@ -21,7 +21,7 @@ def quantize(
 ) -> None:
     """Write a model in bitsandbytes' 4-bit format; transformers and halfbyte load the folder.
 
-    Reads tensor by tensor, large ones slice by slice: memory holds one output file and one slice.
+    Reads tensor by tensor, large ones slice by slice: memory holds one tensor at a time.
     """
     from halfbyte.config import load_config
     from halfbyte.dtypes import format_bytes

@@ -1,4 +1,4 @@
-"""A model folder in, a bitsandbytes 4-bit folder out; memory holds one output shard and one slice of the input."""
+"""A model folder in, a bitsandbytes 4-bit folder out; memory holds one tensor and one slice of the input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint import check_target, write_folder
-from halfbyte.checkpoint.shards import write_shards
+from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
@@ -82,7 +82,8 @@ def quantize_model(
 
     sizes = {name: prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names.values()}
     with write_folder(output, expected_bytes=sum(sizes.values()) // 3) as writer:
-        _, bytes_out = write_shards(writer.path, tensors())
+        header_bytes = sum(7 * (len(name) + 200) for name in names)  # a 4-bit weight is up to seven tensors
+        _, bytes_out = write_shards(writer.path, tensors(), header_bytes=header_bytes)
         _write_config(source, reader, names, model, targets, quant, writer.path)
         load_tokenizer(path).save_pretrained(writer.path)
         for file in COPIED_FILES:

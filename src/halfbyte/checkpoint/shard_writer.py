@@ -1,0 +1,119 @@
+"""Writing safetensors files whose tensors arrive one at a time and are gone again before the next one comes.
+
+The header comes first in the file and is known last, so room is left for it and filled up with spaces, which the
+format allows. Readers want every tensor aligned to its dtype and the format allows no holes: a tensor whose size is
+a multiple of 64 bytes goes to disk at once, the others (scales, JSON) wait for the end, widest dtype first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from halfbyte.dtypes import SAFETENSORS_DTYPES
+
+ALIGNMENT = 64
+ENTRY_BYTES = 160
+"""More than what a tensor's entry in the header needs besides its name."""
+_CODES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items()}
+
+
+class _Shard:
+    """One file while it is being written."""
+
+    def __init__(self, path: Path, header_bytes: int) -> None:
+        self.path = path
+        self.names: list[str] = []
+        self.bytes = 0
+        self._room = -(-(8 + header_bytes) // ALIGNMENT) * ALIGNMENT - 8
+        self._header_used = 64
+        self._file = path.open("xb")
+        self._file.seek(8 + self._room)
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._position = 0
+        self._waiting: dict[str, Tensor] = {}
+
+    def fits(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
+        """Whether `tensor` may still go into this file; the first one always may."""
+        header = self._header_used + ENTRY_BYTES + len(name.encode())
+        return not self.names or (self.bytes + tensor.nbytes <= max_bytes and header <= self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take `tensor`, to disk now or at the end."""
+        self.names.append(name)
+        self.bytes += tensor.nbytes
+        self._header_used += ENTRY_BYTES + len(name.encode())
+        if tensor.nbytes % ALIGNMENT:
+            self._waiting[name] = tensor
+        else:
+            self._write(name, tensor)
+
+    def finish(self) -> None:
+        """Write what waits, then the header."""
+        for name in sorted(self._waiting, key=lambda n: -self._waiting[n].itemsize):
+            self._write(name, self._waiting[name])
+        header = json.dumps(self._entries, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(header) <= self._room, "ENTRY_BYTES is too small"
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        if not self._position:
+            self._file.truncate(8 + self._room)
+        self._file.close()
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        end = self._position + tensor.nbytes
+        self._entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._position, end],
+        }
+        if tensor.nbytes:
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._position = end
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    header_bytes: int = 2**16,
+) -> tuple[list[Path], int]:
+    """Write `tensors` as they come into safetensors files of at most `max_shard_bytes` (or one tensor), and an index.
+
+    Holds one tensor and the small ones of a file in memory. `folder` must exist; durability is the caller's (write
+    into a temporary folder).
+
+    Args:
+        header_bytes: room left for each file's header; a file that fills it is ended early (about 250 per tensor).
+
+    Returns:
+        The files written, and the bytes of all tensors.
+    """
+    shards: list[_Shard] = []
+    for name, tensor in tensors:
+        if not shards or not shards[-1].fits(name, tensor, max_shard_bytes):
+            if shards:
+                shards[-1].finish()
+            room = max(header_bytes, 2 * ENTRY_BYTES + len(name.encode()))
+            shards.append(_Shard(folder / f"shard-{len(shards):05d}.safetensors", room))
+        shards[-1].add(name, tensor)
+    if not shards:
+        shards.append(_Shard(folder / "shard-00000.safetensors", 2 * ENTRY_BYTES))
+    shards[-1].finish()
+    total = sum(shard.bytes for shard in shards)
+    if len(shards) == 1:
+        return [shards[0].path.rename(folder / SINGLE_NAME)], total
+    files, weight_map = [], {}
+    for number, shard in enumerate(shards, 1):
+        files.append(shard.path.rename(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
+        weight_map.update(dict.fromkeys(shard.names, files[-1].name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return [*files, folder / INDEX_NAME], total
