@@ -1,0 +1,75 @@
+"""The README's commands and snippets, run as a stranger would run them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.cli.main import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `halfbyte ...` line."""
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith("halfbyte ")]
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, eval_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with MODEL, train.jsonl and held_out.jsonl in it, as the current one."""
+    shutil.copytree(tiny_llama, tmp_path / "MODEL")
+    shutil.copyfile(chat_file, tmp_path / "train.jsonl")
+    shutil.copyfile(eval_file, tmp_path / "held_out.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")  # what the command line hides from users, it hides here
+def test_every_command_runs_in_order(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = commands()
+    assert {shlex.split(line)[1] for line in lines} >= {
+        "data", "train", "eval", "generate", "chat", "quantize", "doctor"
+    }  # fmt: skip
+    said = iter(["What follows 3?", "/adapter", "/new", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda self, *_: next(said))
+    for line in lines:
+        assert main([*shlex.split(line)[1:], "--json"]) == 0, (line, capsys.readouterr().err)
+        json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/answers.md"):
+        assert (workplace / name).stat().st_size > 0
+    assert (workplace / "base-4bit" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_snippets_run(workplace: Path) -> None:
+    recipe, whole_job = blocks("python")
+    ids = torch.randint(0, 300, (2, 16))
+    dataset = [{"input_ids": row, "labels": row} for row in ids]
+    exec(compile(recipe, "README.md", "exec"), {"dataset": dataset})
+    names: dict[str, object] = {"tensor": torch.randn(8, 64)}
+    exec(compile(whole_job, "README.md", "exec"), names)
+    assert Path(names["result"].adapter).is_dir()  # type: ignore[attr-defined]
+
+
+def test_the_rooms_are_those_on_disk() -> None:
+    """The tree in the README names every room, and no other."""
+    root = Path(__file__).parent.parent
+    tree = README.split("src/halfbyte/\n")[1].split("\ntests/")[0]
+    named = set(re.findall(r"^  ([a-z]+)/", tree, re.MULTILINE))
+    assert named == {p.name for p in (root / "src/halfbyte").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
