@@ -17,7 +17,7 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_the_function_train_survives_the_import_of_its_room() -> None:
-    code = "import halfbyte as hb, halfbyte.train.loop; assert callable(hb.train) and hb.train.__name__.endswith('train')"
+    code = "import halfbyte as hb, halfbyte.train.loop; assert callable(hb.train)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

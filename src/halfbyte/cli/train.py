@@ -60,7 +60,7 @@ def summary(result: TrainResult) -> str:
     lines = [
         f"{result.steps} steps in {result.seconds:,.0f} s, {result.tokens_per_s:,.0f} tokens/s "
         f"({result.supervised_tokens_per_s:,.0f} learned), peak memory {format_bytes(result.peak_memory)}",
-        f"training loss {result.train_loss:.4f}",
+        "training loss " + (f"{result.train_loss:.4f}" if result.train_loss is not None else "not known"),
     ]
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
