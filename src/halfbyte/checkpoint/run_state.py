@@ -148,15 +148,18 @@ def latest_checkpoint(output: str | Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(output: str | Path, keep: int) -> list[Path]:
+def prune_checkpoints(output: str | Path, keep: int, *, step: int | None = None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints that verify. Call it when the new one is on disk.
+
+    Those of later steps than `step`, the one just saved, are an earlier run's: they neither count nor go.
 
     What does not verify, or holds files of the user's, stays.
 
     Returns:
         The checkpoints deleted, newest first.
     """
-    good = [path for path in _numbered(Path(output)) if (path / RUN_STATE).exists() and _is_good(path)]
+    found = [path for path in _numbered(Path(output)) if step is None or _step_of(path) <= step]
+    good = [path for path in found if (path / RUN_STATE).exists() and _is_good(path)]
     return [path for path in good[max(keep, 1) :] if remove_folder(path)]
 
 
@@ -185,6 +188,10 @@ def _numbered(output: Path) -> list[Path]:
     """Folders named checkpoint-<step>, newest first."""
     found = [(int(match[1]), path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True) if path.is_dir() and not path.is_symlink()]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def _is_good(path: Path) -> bool:
