@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class TrainResult:
     """What a run came to; losses are per supervised token, sizes in bytes, None where not measured."""
 
     steps: int
-    train_loss: float
+    train_loss: float | None
     """Over the last tenth of the steps."""
     eval_loss_before: float | None
     eval_loss: float | None
@@ -88,7 +89,7 @@ def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult
             metrics.add_eval(step, result.loss)
             observer.on_eval(step, result.loss)
 
-    with run.objective.ready():
+    with closing(metrics), run.objective.ready():
         evaluate_now(step)
         run.model.train()
         check: FirstStepCheck | None = None
@@ -128,7 +129,6 @@ def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult
                 evaluate_now(step)
             if config.train.save_every and (last or step % config.train.save_every == 0):
                 observer.on_save(_save_checkpoint(run, output, step, cursor))
-    metrics.close()
     save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
     observer.on_save(output / "adapter")
     return _finish(run, output, metrics, started)
@@ -178,7 +178,7 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
         optimizer=run.optimizer.state_dict(), rng=capture_rng(), cursor=asdict(cursor), config=to_dict(run.config),
         hashes=run.hashes,
     )  # fmt: skip
-    prune_checkpoints(output, run.config.train.keep)
+    prune_checkpoints(output, run.config.train.keep, step=step)
     return path
 
 
@@ -187,7 +187,8 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainRe
     answers = answer_samples(run.model, run.tokenizer, run.eval_data) if run.eval_data is not None else []
     if answers:
         write_file(output / "answers.md", page(answers).encode())
-    draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
+    if metrics.steps:
+        draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
     result = TrainResult(
         steps=run.steps,
         train_loss=metrics.train_loss(),

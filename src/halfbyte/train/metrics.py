@@ -24,9 +24,8 @@ class Metrics:
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.steps: list[StepMetrics] = []
         self.evals: list[tuple[int, float]] = []
-        self._seconds = 0.0
-        self._tokens = self._supervised = 0
-        kept = [line for line in _read_lines(path) if line["step"] < first_step]
+        # A fresh start keeps nothing, not even an evaluation before step 1: it may be of another model or data.
+        kept = [line for line in _read_lines(path) if line["step"] < first_step] if first_step > 1 else []
         for line in kept:
             if line["event"] == "step":
                 self.steps.append(StepMetrics(**{k: v for k, v in line.items() if k not in ("event", "time")}))
@@ -39,9 +38,6 @@ class Metrics:
     def add_step(self, metrics: StepMetrics) -> None:
         """Record a finished step."""
         self.steps.append(metrics)
-        self._seconds += metrics.seconds
-        self._tokens += metrics.tokens
-        self._supervised += metrics.supervised_tokens
         self._write({"event": "step", **asdict(metrics), "time": time.time()})
 
     def add_eval(self, step: int, loss: float) -> None:
@@ -50,15 +46,16 @@ class Metrics:
         self._write({"event": "eval", "step": step, "eval_loss": loss, "time": time.time()})
 
     def rates(self) -> tuple[float, float]:
-        """Tokens and supervised tokens a second in this process's training steps."""
-        seconds = max(self._seconds, 1e-9)
-        return self._tokens / seconds, self._supervised / seconds
+        """Tokens and supervised tokens a second over the training steps of the whole run."""
+        seconds = max(sum(step.seconds for step in self.steps), 1e-9)
+        tokens = sum(step.tokens for step in self.steps)
+        return tokens / seconds, sum(step.supervised_tokens for step in self.steps) / seconds
 
-    def train_loss(self) -> float:
-        """Loss per supervised token over the last tenth of the steps."""
+    def train_loss(self) -> float | None:
+        """Loss per supervised token over the last tenth of the steps; None when the log of a finished run is lost."""
         last = self.steps[-max(len(self.steps) // 10, 1) :]
         tokens = sum(step.supervised_tokens for step in last)
-        return sum(step.loss * step.supervised_tokens for step in last) / tokens
+        return sum(step.loss * step.supervised_tokens for step in last) / tokens if tokens else None
 
     def close(self) -> None:
         """Close the file."""
