@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ModelError
 from halfbyte.model.load import load_model
-from halfbyte.model.source import load_tokenizer, open_source
+from halfbyte.model.source import open_source
 from halfbyte.quant import quantize
 
 
@@ -45,12 +45,10 @@ def test_equals_transformers_reader(smollm2_file: Path) -> None:
             is_linear = parameter.dim() == 2 and "embed" not in name
             parameter.copy_(quantize(ours).dequantize(torch.float32) if is_linear else ours)
         loaded = load_model(str(smollm2_file), QuantConfig(), compute_dtype=torch.float32)
-        tokenizer = load_tokenizer(str(smollm2_file))
-        ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+        ids = torch.arange(100, 49000, 2000).unsqueeze(0)
         found, expected = (model.eval()(ids).logits for model in (loaded.model, theirs))
     # fp32 sums in another order through 30 layers; measured 4e-5 at logits of up to 20
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
-    assert tokenizer.decode(found[0, -1].argmax()) == " Paris"
     assert isinstance(loaded.model.get_input_embeddings(), nn.Embedding)
     assert loaded.source.is_gguf
 

@@ -251,7 +251,9 @@ RESUMES: dict[str, tuple[dict[str, Any], list[int]]] = {
 def test_resumed_equals_uninterrupted(make_run: MakeRun, eval_file: Path, name: str) -> None:
     """Adapter, optimizer, random numbers, losses: bit for bit, however often it died."""
     settings, deaths = RESUMES[name]
-    settings = {"train__save_every": 2, "train__eval_every": 4, "data__eval": str(eval_file)} | settings
+    settings = {"train__save_every": 2} | settings
+    if "epoch 0" in name:
+        settings |= {"train__eval_every": 4, "data__eval": str(eval_file)}
     whole, cut = make_run("whole", **settings), make_run("cut", **settings)
     result = train(whole)
     for death in deaths:

@@ -39,6 +39,7 @@ def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     config = peft.LoraConfig(**{key: value for key, value in adapter.config.items() if key in known})
     config.inference_mode = True
+    config.base_model_name_or_path = None  # the base is known by its hash; PEFT would warn of another path
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
