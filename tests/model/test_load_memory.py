@@ -81,3 +81,16 @@ def test_peak_is_the_result_and_one_slice(large_llama: Path, make_llama: Callabl
     assert after["rows"]["4-bit linears"] < 0.26 * 168e6
     assert grown <= after["bytes"] + SLICE + CONSTANT, f"{grown:,} B for a model of {after['bytes']:,} B"
     assert after["bytes"] * 0.95 < grown, "or the measurement does not measure"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is counted differently")
+def test_peak_is_of_this_process_alone() -> None:
+    """Not of the one that started it: here one that has just had 800 MB."""
+    script = (
+        "import os, subprocess, sys\n"
+        "block = bytearray(os.urandom(2**20)) * 800\n"
+        "code = 'from halfbyte.model.memory import peak_memory; print(peak_memory())'\n"
+        "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+    assert int(result.stdout) < 750e6
