@@ -184,7 +184,9 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
 
 def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
-    answers = answer_samples(run.model, run.tokenizer, run.eval_data) if run.eval_data is not None else []
+    answers: list[Answer] = []
+    if run.eval_data is not None:
+        answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
     if answers:
         write_file(output / "answers.md", page(answers).encode())
     if metrics.steps:
