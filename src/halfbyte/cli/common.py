@@ -69,6 +69,7 @@ def open_model(
     notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
         loaded = load_model(model, quant, compute_dtype=dtype, on_progress=bar.update)
+    notes.append(loaded.origin)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes
     notes += check_base(

@@ -50,6 +50,15 @@ class LoadedModel:
     quant: dict[str, Any]
     inventory: Inventory
 
+    @property
+    def origin(self) -> str:
+        """One sentence: how the 4-bit weights came about."""
+        scales = "8-bit scales" if self.quant["double_quant"] else "float32 scales"
+        recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {scales}"
+        if self.source.stored_quantization is None:
+            return f"base: quantized while loading to {recipe}"
+        return f"base: already in 4 bits ({recipe}) and taken as it is, the settings in [quant] are not applied to it"
+
 
 def load_model(
     path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, on_progress: Progress | None = None

@@ -85,6 +85,7 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype, on_progress=observer.load_progress
     )
+    observer.note(loaded.origin)
     observer.note(str(loaded.inventory))
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
