@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, emit
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -15,12 +16,7 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(help="See what a data file becomes before training on it.", no_args_is_help=True)
 
-Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .gguf file, or a hub id.")]
 Data = Annotated[str | None, typer.Option("--data", help="JSON lines; default: data.train of the config.")]
-Config = Annotated[Path | None, typer.Option("--config", help="A TOML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @data_app.command()
@@ -38,7 +34,7 @@ def preview(
     shown = range(min(samples, len(tokenized)))
     if as_json:
         rows = [_sample_json(tokenizer, tokenized[i], int(tokenized.lines[i])) for i in shown]
-        print(json.dumps({"format": tokenized.report.format, "samples": rows}))
+        emit({"format": tokenized.report.format, "samples": rows}, as_json)
         return
     from rich.console import Console
     from rich.text import Text
@@ -68,7 +64,7 @@ def check(
     _, tokenized = _load(model, data, config, settings)
     report = tokenized.report
     if as_json:
-        print(json.dumps(report.to_dict()))
+        emit(report.to_dict(), as_json)
         return
     rows = [
         ("file", report.path),
