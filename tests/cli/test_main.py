@@ -1,0 +1,132 @@
+"""The error contract of the command line: one line, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.cli.main import main
+from halfbyte.config import RunConfig
+from halfbyte.config.schema import DataConfig, ModelConfig, TrainConfig
+
+
+@pytest.fixture
+def options(tiny_llama: Path, chat_file: Path, tmp_path: Path) -> list[str]:
+    """Good options for `train`."""
+    return ["--model", str(tiny_llama), "--data", str(chat_file), "--output", str(tmp_path / "run"), "--steps", "1"]
+
+
+def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """(exit code, the one line on standard error) of a command that fails."""
+    code = main(arguments)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("halfbyte: ")]
+    assert len(lines) == 1, captured.err
+    assert captured.err.rstrip().endswith(lines[0])
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["trian"], 2, "Did you mean 'train'"),
+        (["train", "--nope"], 2, "No such option"),
+        (["train", "--steps", "x"], 2, "Invalid value for '--steps'"),
+        (["train"], 2, "model.path: is not set. Give --model"),
+        (["train", "--set", "lora.rank=3"], 2, "unknown key lora.rank"),
+        (["train", "--set", "lorra.r=3"], 2, "Did you mean 'lora'"),
+        (["train", "--set", "optim.lr=0"], 2, "optim.lr: 0.0 is not possible"),
+        (["train", "--set", "lora.r=0"], 2, "the rank is at least 1"),
+        (["train", "--steps", "-1"], 2, "train.steps"),
+        (["train", "--config", "/nope.toml"], 2, "no such file"),
+        (["quantize", "--model", "/nope"], 2, "--output: is not set"),
+        (["eval", "--model", "/nope", "--data", "x.jsonl"], 3, "/nope: no such model"),
+        (["generate", "--model", "/nope", "--prompt", " "], 2, "--prompt: is empty"),
+        (["data", "check", "--model", "/nope", "--data", "x.jsonl"], 3, "/nope: no such model"),
+    ],
+)
+def test_one_line_and_the_exit_code(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, line = fail(arguments, capsys)
+    assert result == code
+    assert said in line
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "code", "said"),
+    [
+        (["--set", "lora.target_modules=qq_proj"], 2, "This model has down_proj, gate_proj"),
+        (["--set", "quant.skip_modules=nothing"], 2, "names no linear layer"),
+        (["--resume", "/nope"], 3, "/nope"),
+        (["--data", "/nope.jsonl"], 3, "/nope.jsonl"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing(
+    options: list[str], settings: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*options, *settings])
+    capsys.readouterr()
+    result = main(["train", *options, *settings])
+    err = capsys.readouterr().err.splitlines()
+    assert result == code
+    assert said in err[-1]
+    assert err[-1].startswith("halfbyte: ")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("x" * 10_000)
+
+    monkeypatch.setattr("halfbyte.config.load_config", explode)
+    code, line = fail(["train", *options], capsys)
+    assert code == 1
+    assert "internal error: ZeroDivisionError" in line
+    assert len(line) < 500
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *options, "--debug"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 4), (BrokenPipeError(), 141)])
+def test_interrupts_and_full_memory(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], error: BaseException, code: int
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("halfbyte.config.load_config", stop)
+    assert main(["train", *options]) == code
+
+
+def test_json_is_the_last_line_with_the_fields_of_the_design(options: list[str], eval_file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "train", *options, "--eval-data", str(eval_file), "--json"],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(done.stdout.splitlines()) == 1
+    assert {
+        "steps", "train_loss", "eval_loss_before", "eval_loss", "tokens_per_s", "supervised_tokens_per_s", "seconds",
+        "peak_memory", "predicted_peak_memory", "adapter",
+    } <= set(result)  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_a_config_is_checked_before_anything_is_loaded() -> None:
+    """Settings that contradict each other are found without torch."""
+    with pytest.raises(ValueError, match="the output is a file"):
+        RunConfig(
+            model=ModelConfig(path="x"), data=DataConfig(train="x"), train=TrainConfig(output=__file__)
+        )  # fmt: skip
