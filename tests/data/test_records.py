@@ -95,7 +95,7 @@ TURNS = GOOD["messages"]
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 REJECTED = {
-    "truncated last line": ('{"messages": [{"role": "us', r":2:27: not valid JSON: Invalid control character"),
+    "truncated last line": ('{"messages": [{"role": "us', r":2:24: not valid JSON: Unterminated string"),
     "invalid UTF-8": (b'{"text": "caf\xe9"}', r":2: not valid UTF-8: byte 14 of the line is 0xe9\. Save the file as"),
     "a JSON list": ("[]", r":2: not a JSON object: it is a list\. Write one JSON object per line"),
     "a number of thousands of digits": ('{"a": ' + "9" * 5000 + "}", r":2: not valid JSON: Exceeds the limit"),
