@@ -68,6 +68,7 @@ def test_one_line_and_the_exit_code(
         (["--set", "quant.skip_modules=nothing"], 2, "names no linear layer"),
         (["--resume", "/nope"], 3, "/nope"),
         (["--data", "/nope.jsonl"], 3, "/nope.jsonl"),
+        (["--output", "/proc/nope"], 4, "/proc/nope"),
     ],
 )
 def test_a_run_that_cannot_start_leaves_nothing(

@@ -77,6 +77,8 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if isinstance(error, typer.exceptions.TyperException):
         return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
+    if isinstance(error, OSError) and error.filename:  # a path that cannot be written or read
+        return _fail(f"{error.filename}: {error.strerror}. Check the path, its permissions and the disk.", 4)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return _fail("out of memory. Lower train.micro_batch_size or set train.gradient_checkpointing=true.", 4)
     return _fail(

@@ -84,6 +84,18 @@ def open_source(path: str) -> Source:
     return Source(label=path, path=local, config=config, stored_quantization=stored)
 
 
+def check_weights(path: str) -> None:
+    """See that the model called `path` has readable weights, from their headers alone (a second or less).
+
+    Raises:
+        ModelError: as `open_source`; pickled weights above all, before anything else of the folder is complained of.
+        ResourceError: a hub id that cannot be fetched.
+    """
+    local = locate(path)
+    if local.is_dir():
+        SafetensorsFolder(local)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with its chat template, of the base model called `path`.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from halfbyte.checkpoint import (
     capture_rng,
-    check_target,
     compare_config,
     environment_changes,
     latest_checkpoint,
@@ -74,10 +73,8 @@ def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult
     """
     started = time.perf_counter()
     observer = observer or Observer()
-    output = Path(config.train.output)
-    check_target(output / "adapter")
     run = prepare(config, observer)
-    output.mkdir(parents=True, exist_ok=True)
+    output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)
     metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
     max_eval_tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint import versions
+from halfbyte.checkpoint import check_target, versions
+from halfbyte.checkpoint.disk import disk_errors, make_folder
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, count_overlap, load_data
 from halfbyte.errors import ConfigError
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
-from halfbyte.model.source import load_tokenizer
+from halfbyte.model.source import check_weights, load_tokenizer
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
@@ -74,6 +76,11 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     for section, key in (("model", "path"), ("data", "train"), ("train", "output")):
         if not getattr(getattr(config, section), key):
             raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
+    check_weights(config.model.path)
+    output = Path(config.train.output)
+    with disk_errors(output):
+        make_folder(output)
+    check_target(output / "adapter")
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
