@@ -62,10 +62,12 @@ def test_the_adapter_gives_the_same_logits_in_peft_on_a_bitsandbytes_base(traine
             layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
             decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             assert torch.equal(decoded, ours.model.get_submodule(name).dequantize(decoded.dtype)), name
+    ids = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
+    as_it_comes = AutoModelForCausalLM.from_pretrained(quantized).train()  # in the dtype the folder says: bfloat16
+    assert torch.isfinite(as_it_comes(input_ids=ids[:, :8]).logits).all()
     for parameter in theirs.parameters():
         if parameter.is_floating_point():  # transformers leaves the embedding of a 4-bit folder in bfloat16
             parameter.data = parameter.data.float()
-    ids = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         adapter = trained / "demo" / "adapter"
         expected = peft.PeftModel.from_pretrained(theirs, adapter)(input_ids=ids).logits

@@ -56,10 +56,13 @@ def open_model(
 
     from halfbyte.checkpoint import check_base, load_adapter
     from halfbyte.cli.progress import LoadBar
+    from halfbyte.errors import ConfigError
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
     from halfbyte.model.adapt import attach_saved
     from halfbyte.train.setup import tokenizer_sha256
 
+    if not model:
+        raise ConfigError("is not set", where="model.path", fix="Give --model")
     saved = load_adapter(adapter) if adapter is not None else None
     if saved is not None and saved.info.get("quant"):
         known = {key: saved.info["quant"][key] for key in ("quant_type", "blocksize", "double_quant")}

@@ -34,6 +34,7 @@ def evaluate(
     out = console()
     tokenized = load_data(run.data.eval, load_tokenizer(run.model.path), run.data)
     loaded, adapted, _, notes = open_model(run.model.path, adapter, run.quant, out)
+    notes += [f"{count} samples dropped: {reason}" for reason, count in tokenized.report.dropped.items()]
     for note in notes:
         out.print(note, style="dim", markup=False)
     objective = Objective(loaded.model)
@@ -42,7 +43,8 @@ def evaluate(
         result = run_evaluation(adapted, objective, tokenized, max_tokens=max(2048, run.data.max_seq_len))
     fields = {
         "loss": result.loss, "perplexity": result.perplexity, "supervised_tokens": result.supervised_tokens,
-        "samples": len(tokenized), "base_sha256": loaded.base_sha256,
+        "samples": len(tokenized), "read": tokenized.report.read, "dropped": tokenized.report.dropped,
+        "base_sha256": loaded.base_sha256,
     }  # fmt: skip
     text = f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f} over {result.supervised_tokens:,} tokens"
     emit(fields, as_json, text)

@@ -22,6 +22,10 @@ from halfbyte.errors import HalfbyteError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+STOPPED = (
+    "interrupted. Checkpoints that were saved are whole, and the same command goes on from the newest; "
+    "train.save_every=N saves one every N steps."
+)
 
 app = typer.Typer(
     help="QLoRA fine-tuning on the machine you have: the base model in 4 bits, adapters on top.",
@@ -55,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; checkpoints that were complete are good", INTERRUPTED)
+        return _fail(STOPPED, INTERRUPTED)
+    except SystemExit as exit_:  # typer turns Ctrl-C into an exit of its own, without a word
+        if exit_.code == INTERRUPTED:
+            return _fail(STOPPED, INTERRUPTED)
+        raise
     except BrokenPipeError:
         return CLOSED_PIPE
     except Exception as error:  # the last resort: no traceback unless it is asked for

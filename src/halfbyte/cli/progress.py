@@ -85,7 +85,7 @@ class TrainProgress(Observer):
         """Move the training bar, or print a line now and then."""
         self._loss = m.loss if self._loss is None else 0.9 * self._loss + 0.1 * m.loss
         info = (
-            f"loss {self._loss:.3f}  lr {m.lr:.1e}  {m.tokens / m.seconds:,.0f} tok/s "
+            f"smoothed loss {self._loss:.3f}  lr {m.lr:.1e}  {m.tokens / m.seconds:,.0f} tok/s "
             f"({m.supervised_tokens / m.seconds:,.0f} learned)  {format_bytes(m.memory)}"
         )
         if self._console.is_terminal:

@@ -25,6 +25,7 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Optimizer steps; default: one pass over the data.")
     ] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data, without --steps.")] = None,
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="auto|never|DIR", help="Go on from the newest checkpoint.")
     ] = None,
@@ -43,7 +44,7 @@ def train(
 
     run = load_config(
         config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
-        train__output=text(output), train__steps=steps, train__resume=resume,
+        train__output=text(output), train__steps=steps, train__epochs=epochs, train__resume=resume,
     )  # fmt: skip
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
     from halfbyte.train import train as run_training

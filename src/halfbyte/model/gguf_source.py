@@ -18,8 +18,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 class GgufFile:
     """The tensors of one .gguf file.
 
-    Quantized tensors are decoded in float32 and given as bfloat16, the dtype such models were released in; F32 and
-    F16 tensors keep theirs.
+    All tensors are given in one dtype, the embedding's: float32 and float16 as they are, bfloat16 (what such models
+    were released in) where it is quantized. llama.cpp stores norms in F32 whatever they were.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
@@ -40,6 +40,8 @@ class GgufFile:
         name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         self._path = path
         self._heads = (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else None
+        kind = by_gguf_name["token_embd.weight"].tensor_type.name if "token_embd.weight" in by_gguf_name else ""
+        self._dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
         self._tensors = {}
         for name in _parameter_names(config):
             stem, _, suffix = name.rpartition(".")
@@ -60,8 +62,7 @@ class GgufFile:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which tensor `name` is given."""
-        kind = self._tensors[name].tensor_type.name
-        return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+        return self._dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`."""

@@ -25,6 +25,8 @@ from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 
+FEW_STEPS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -112,12 +114,18 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
         data, micro_batch_size=config.train.micro_batch_size, packing=config.data.packing,
         max_seq_len=config.data.max_seq_len, seed=config.train.seed,
     )  # fmt: skip
+    steps = config.train.steps or _steps_of(config, loader)
+    observer.note(
+        f"{steps} steps of {config.train.gradient_accumulation_steps} x {config.train.micro_batch_size} "
+        f"{'packs' if config.data.packing else 'samples'}; one pass is {loader.batches_per_epoch()} batches"
+        + ("; few steps teach little: raise train.epochs or lower data.max_seq_len" if steps < FEW_STEPS else "")
+    )
     optim = config.optim
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     return Run(
         config=config, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded, model=model,
         objective=objective, optimizer=AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps),
-        steps=config.train.steps or _steps_of(config, loader),
+        steps=steps,
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
