@@ -101,13 +101,15 @@ def test_what_nobody_foresaw_is_one_line_too(
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 4), (BrokenPipeError(), 141)])
 def test_interrupts_and_full_memory(
-    monkeypatch: pytest.MonkeyPatch, options: list[str], error: BaseException, code: int
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, options: list[str], error: BaseException, code: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def stop(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("halfbyte.config.load_config", stop)
     assert main(["train", *options]) == code
+    assert ("halfbyte: " in capsys.readouterr().err) == (code != 141)  # nobody is left to read it
 
 
 def test_json_is_the_last_line_with_the_fields_of_the_design(options: list[str], eval_file: Path) -> None:

@@ -55,15 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_other_libraries()
     try:
         code = app(args=arguments, prog_name="halfbyte", standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            return _fail(STOPPED, INTERRUPTED)
         return code if isinstance(code, int) else 0
     except typer.Exit as exit_:
         return exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail(STOPPED, INTERRUPTED)
-    except SystemExit as exit_:  # typer turns Ctrl-C into an exit of its own, without a word
-        if exit_.code == INTERRUPTED:
-            return _fail(STOPPED, INTERRUPTED)
-        raise
     except BrokenPipeError:
         return CLOSED_PIPE
     except Exception as error:  # the last resort: no traceback unless it is asked for
