@@ -75,14 +75,7 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     Raises:
         HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
     """
-    for section, key in (("model", "path"), ("data", "train"), ("train", "output")):
-        if not getattr(getattr(config, section), key):
-            raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
-    check_weights(config.model.path)
-    output = Path(config.train.output)
-    with disk_errors(output):
-        make_folder(output)
-    check_target(output / "adapter")
+    _check_paths(config)
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
@@ -115,11 +108,7 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
         max_seq_len=config.data.max_seq_len, seed=config.train.seed,
     )  # fmt: skip
     steps = config.train.steps or _steps_of(config, loader)
-    observer.note(
-        f"{steps} steps of {config.train.gradient_accumulation_steps} x {config.train.micro_batch_size} "
-        f"{'packs' if config.data.packing else 'samples'}; one pass is {loader.batches_per_epoch()} batches"
-        + ("; few steps teach little: raise train.epochs or lower data.max_seq_len" if steps < FEW_STEPS else "")
-    )
+    observer.note(_plan_text(config, loader, steps))
     optim = config.optim
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     return Run(
@@ -130,6 +119,18 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
     )  # fmt: skip
+
+
+def _check_paths(config: RunConfig) -> None:
+    """What is set, readable and writable, before anything is loaded."""
+    for section, key in (("model", "path"), ("data", "train"), ("train", "output")):
+        if not getattr(getattr(config, section), key):
+            raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
+    check_weights(config.model.path)
+    output = Path(config.train.output)
+    with disk_errors(output):
+        make_folder(output)
+    check_target(output / "adapter")
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -145,6 +146,15 @@ def _steps_of(config: RunConfig, loader: BatchLoader) -> int:
     batches: float = sum(loader.batches_per_epoch(epoch) for epoch in range(whole))
     batches += (config.train.epochs - whole) * loader.batches_per_epoch(whole)
     return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
+
+
+def _plan_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
+    unit = "packs" if config.data.packing else "samples"
+    few = "; few steps teach little: raise train.epochs or lower data.max_seq_len" if steps < FEW_STEPS else ""
+    return (
+        f"{steps} steps of {config.train.gradient_accumulation_steps} x {config.train.micro_batch_size} {unit}; "
+        f"one pass is {loader.batches_per_epoch()} batches{few}"
+    )
 
 
 def _report_data(observer: Observer, data: TokenizedData, eval_data: TokenizedData | None) -> None:
