@@ -21,6 +21,7 @@ from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.load import LoadedModel, load_model
+from halfbyte.model.quantize import quantize_model
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.quant import quantize
 
@@ -304,6 +305,11 @@ def test_bad_folders(tiny_llama: Path, tmp_path: Path, bad: str) -> None:
         load(folder)
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
+    if bad.startswith(("NaN", "Inf", "integers", "norm of")):
+        assert str(folder) in str(caught.value)
+    with pytest.raises(ModelError, match=message):  # what cannot be loaded is not written either
+        quantize_model(str(folder), tmp_path / "out", QuantConfig())
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "ran").exists()
 
 

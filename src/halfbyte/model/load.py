@@ -84,15 +84,15 @@ def load_model(
             on_progress(done, len(names), name)
         module_name, _, leaf = name.rpartition(".")
         if module_name in targets and leaf == "weight":
-            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
+            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
             _place_linear4bit(model, module_name, weight, compute_dtype)
             hashes[name] = _digest(weight.codes, weight.absmax, weight.nested_absmax)
         else:
-            tensor = reader.read(stored_name)
+            tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
             hashes[name] = _digest(tensor)  # as stored: the base is the same in every compute dtype
             if tensor.is_floating_point() and tensor.dim() < 2:
                 tensor = tensor.to(compute_dtype)
-            _place(model, name, tensor, path)
+            _place(model, name, tensor)
     model.tie_weights()
     _finish(model, compute_dtype)
     if on_progress:
@@ -153,19 +153,26 @@ def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict
     return names
 
 
-def read_quantized(reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig) -> QuantizedWeight:
-    """Tensor `name` in 4 bits, in the orientation of nn.Linear: read slice by slice, or taken as it is stored."""
+def read_quantized(
+    reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig, path: str
+) -> QuantizedWeight:
+    """Tensor `name` in 4 bits, in the orientation of nn.Linear: read slice by slice, or taken as it is stored.
+
+    Raises:
+        ModelError: wrong shape or dtype, NaN or Inf; names `path` and the tensor.
+    """
+    where = f"{path}: {name}"
     state = {n.removeprefix(name + "."): reader.read(n) for n in _state_names(reader, name)}
     if state:
-        return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=name)
+        return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=where)
     shape = reader.shape(name)
-    _check_shape(shape, _weight_of(module), name)
+    _check_shape(shape, _weight_of(module), where)
     if isinstance(module, Conv1D):  # stored as (in, out)
         weight = reader.read(name).T.contiguous()
-        return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=name)
+        return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=where)
     rows = slice_rows(shape, quant.blocksize, SLICE_ELEMENTS)
     slices = _slices(reader, name, shape[0], rows)
-    return quantize_slices(slices, shape, reader.dtype(name), quant, name=name)
+    return quantize_slices(slices, shape, reader.dtype(name), quant, name=where)
 
 
 def _state_names(reader: TensorReader, name: str) -> list[str]:
@@ -197,15 +204,24 @@ def _check_shape(shape: tuple[int, ...], expected: Tensor, where: str) -> None:
         raise ModelError(f"has shape {tuple(shape)}, the config says {tuple(expected.shape)}", where=where)
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, path: str) -> None:
-    old = model.get_parameter(name)
+def read_unquantized(reader: TensorReader, name: str, expected: Tensor, path: str) -> Tensor:
+    """Tensor `name` as it is stored.
+
+    Raises:
+        ModelError: not the shape of `expected`, a dtype that is not supported, NaN or Inf; names `path` and the tensor.
+    """
     where = f"{path}: {name}"
-    _check_shape(tensor.shape, old, where)
+    _check_shape(reader.shape(name), expected, where)
+    tensor = reader.read(name)
     if tensor.dtype not in SOURCE_DTYPES:
         raise ModelError(f"has dtype {tensor.dtype}", where=where, why="float32, bfloat16 and float16 are supported")
     bad = count_nonfinite(tensor)
     if bad:
         raise ModelError(f"has {bad} NaN or Inf", where=where, fix="Use a checkpoint whose weights are finite")
+    return tensor
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
 

@@ -18,7 +18,7 @@ from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
-from halfbyte.model.load import Progress, match_names, read_quantized, skeleton
+from halfbyte.model.load import Progress, match_names, read_quantized, read_unquantized, skeleton
 from halfbyte.model.memory import peak_memory
 from halfbyte.model.source import Source, TensorReader, load_tokenizer, open_source
 from halfbyte.model.targets import linear_names, modules_to_quantize
@@ -71,9 +71,9 @@ def quantize_model(
                 on_progress(done, len(names), name)
             module_name, _, leaf = name.rpartition(".")
             if module_name not in targets or leaf != "weight":
-                yield name, reader.read(stored_name)
+                yield name, read_unquantized(reader, stored_name, model.get_parameter(name), path)
                 continue
-            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant)
+            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
             counts["weights"] += prod(weight.shape)
             counts["bytes"] += weight.nbytes
             yield name, weight.codes.view(-1, 1)
