@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ class _Shard:
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         if not self._position:
             self._file.truncate(8 + self._room)
+        self.close()
+
+    def close(self) -> None:
+        """Also when the tensors stop coming."""
         self._file.close()
 
     def _write(self, name: str, tensor: Tensor) -> None:
@@ -97,16 +102,22 @@ def write_shards(
         The files written, and the bytes of all tensors.
     """
     shards: list[_Shard] = []
-    for name, tensor in tensors:
-        if not shards or not shards[-1].fits(name, tensor, max_shard_bytes):
-            if shards:
-                shards[-1].finish()
-            room = max(header_bytes, 2 * ENTRY_BYTES + len(name.encode()))
-            shards.append(_Shard(folder / f"shard-{len(shards):05d}.safetensors", room))
-        shards[-1].add(name, tensor)
-    if not shards:
-        shards.append(_Shard(folder / "shard-00000.safetensors", 2 * ENTRY_BYTES))
-    shards[-1].finish()
+    with ExitStack() as opened:
+
+        def new_shard(room: int) -> _Shard:
+            shard = _Shard(folder / f"shard-{len(shards):05d}.safetensors", room)
+            opened.callback(shard.close)
+            return shard
+
+        for name, tensor in tensors:
+            if not shards or not shards[-1].fits(name, tensor, max_shard_bytes):
+                if shards:
+                    shards[-1].finish()
+                shards.append(new_shard(max(header_bytes, 2 * ENTRY_BYTES + len(name.encode()))))
+            shards[-1].add(name, tensor)
+        if not shards:
+            shards.append(new_shard(2 * ENTRY_BYTES))
+        shards[-1].finish()
     total = sum(shard.bytes for shard in shards)
     if len(shards) == 1:
         return [shards[0].path.rename(folder / SINGLE_NAME)], total

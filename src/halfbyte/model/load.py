@@ -208,7 +208,7 @@ def read_unquantized(reader: TensorReader, name: str, expected: Tensor, path: st
     """Tensor `name` as it is stored.
 
     Raises:
-        ModelError: not the shape of `expected`, a dtype that is not supported, NaN or Inf; names `path` and the tensor.
+        ModelError: another shape than `expected`, an unsupported dtype, NaN or Inf; names `path` and the tensor.
     """
     where = f"{path}: {name}"
     _check_shape(reader.shape(name), expected, where)
