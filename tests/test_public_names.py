@@ -24,3 +24,8 @@ def test_the_function_train_survives_the_import_of_its_room() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, halfbyte, halfbyte.cli.main; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_quantize_runs_on_the_kernels_not_on_their_specification() -> None:
+    code = "import sys, halfbyte; halfbyte.quantize; assert 'halfbyte.kernels.cpu_ops' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -44,6 +44,8 @@ def __getattr__(name: str) -> Any:
     # Resolved on first use, so that `halfbyte --help` does not wait for torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    if _HOMES[name] == "halfbyte.quant":
+        import_module("halfbyte.kernels")  # or quantize() would run its slow specification
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

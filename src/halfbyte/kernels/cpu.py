@@ -14,57 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.abi import ABI_VERSION, DTYPES, ISAS, OK, SIGNATURES, Weight
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.codebook import codebook, dynamic_map
 
 MODULE = "halfbyte.kernels._halfbyte_cpu"
-ABI_VERSION = 1
-ISAS = ("baseline", "avx2", "avx512")
-"""Instruction sets in the library's numbering."""
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Element types in the library's numbering."""
-
 LEAST_BLOCKSIZE = 32
 """The library handles block sizes that are powers of two from this on."""
-
-OK, UNSUPPORTED, NO_MEMORY = 0, 1, 2
-
-
-class _Weight(ct.Structure):
-    """`hb_weight` of csrc/halfbyte.h."""
-
-    _fields_ = (
-        ("codes", ct.c_void_p),
-        ("absmax", ct.c_void_p),
-        ("nested_absmax", ct.c_void_p),
-        ("dynamic_map", ct.c_void_p),
-        ("codebook", ct.c_void_p),
-        ("blocksize", ct.c_int64),
-        ("nested_blocksize", ct.c_int64),
-        ("rows", ct.c_int64),
-        ("cols", ct.c_int64),
-        ("nested_offset", ct.c_float),
-    )
-
-
-_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
-# Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "hb_abi_version": (_INT, ()),
-    "hb_isa_supported": (_INT, (_INT,)),
-    "hb_isa_current": (_INT, ()),
-    "hb_isa_force": (_INT, (_INT,)),
-    "hb_has_fused_linear": (_INT, ()),
-    "hb_fast_bf16": (_INT, ()),
-    "hb_openmp": (_INT, ()),
-    "hb_release_workspace": (None, ()),
-    "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
-    "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
-    "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
-    "hb_linear": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
-    "hb_linear_dx": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
-}
 
 
 class Library:
@@ -72,7 +28,7 @@ class Library:
 
     def __init__(self, path: str) -> None:
         handle = ct.CDLL(path)
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in SIGNATURES.items():
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
         self.path = path
@@ -161,7 +117,7 @@ class WeightView:
             if nested.dtype != torch.float32 or nested.numel() != num_blocks(absmax.numel(), NESTED_BLOCKSIZE):
                 raise ValueError(f"{nested.numel()} {nested.dtype} second-level scales for {absmax.numel()} blocks")
         self._kept = (codes, absmax, nested, values, dynamic)
-        self._struct = _Weight(
+        self._struct = Weight(
             codes.data_ptr(), absmax.data_ptr(), None if nested is None else nested.data_ptr(), dynamic.data_ptr(),
             values.data_ptr(), blocksize, NESTED_BLOCKSIZE, shape[0], shape[1], nested_offset,
         )  # fmt: skip

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import panel
-from halfbyte.kernels.cpu import DTYPES, LEAST_BLOCKSIZE, NO_MEMORY, Library, WeightView
+from halfbyte.kernels.abi import DTYPES, NO_MEMORY
+from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import cpu
+from halfbyte.kernels.abi import DTYPES, ISAS
 
 ISA_VARIABLE = "HALFBYTE_ISA"
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
@@ -44,8 +45,8 @@ class CpuChoice:
 def cpu_choice() -> CpuChoice:
     """Load the native library once. Only a wrong ``HALFBYTE_ISA`` raises; everything else falls back."""
     wanted = os.environ.get(ISA_VARIABLE, "")
-    if wanted not in ("", "reference", *cpu.ISAS):
-        names = ", ".join((*cpu.ISAS, "reference"))
+    if wanted not in ("", "reference", *ISAS):
+        names = ", ".join((*ISAS, "reference"))
         raise ConfigError(f"unknown instruction set {wanted!r}", where=ISA_VARIABLE, fix=f"Choose one of {names}")
     if wanted == "reference":
         return CpuChoice(None, f"{ISA_VARIABLE}=reference")
@@ -71,7 +72,7 @@ def cpu_choice() -> CpuChoice:
 
 def count_nonfinite(tensor: Tensor) -> int:
     """NaN and Inf in a floating tensor; one pass over it, without a temporary where the library serves."""
-    choice = cpu_choice() if tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES else None
+    choice = cpu_choice() if tensor.device.type == "cpu" and tensor.dtype in DTYPES else None
     if choice is not None and choice.library is not None:
         return choice.library.count_nonfinite(tensor)
     return int(tensor.numel() - torch.isfinite(tensor).sum().item())

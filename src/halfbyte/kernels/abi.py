@@ -1,0 +1,54 @@
+"""csrc/halfbyte.h for Python: its structures, constants and the types of every function."""
+
+from __future__ import annotations
+
+import ctypes as ct
+from typing import Any
+
+import torch
+
+ABI_VERSION = 1
+ISAS = ("baseline", "avx2", "avx512")
+"""Instruction sets in the library's numbering."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Element types in the library's numbering."""
+
+OK, UNSUPPORTED, NO_MEMORY = 0, 1, 2
+"""What the functions return."""
+
+
+class Weight(ct.Structure):
+    """`hb_weight` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("codes", ct.c_void_p),
+        ("absmax", ct.c_void_p),
+        ("nested_absmax", ct.c_void_p),
+        ("dynamic_map", ct.c_void_p),
+        ("codebook", ct.c_void_p),
+        ("blocksize", ct.c_int64),
+        ("nested_blocksize", ct.c_int64),
+        ("rows", ct.c_int64),
+        ("cols", ct.c_int64),
+        ("nested_offset", ct.c_float),
+    )
+
+
+_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
+# Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "hb_abi_version": (_INT, ()),
+    "hb_isa_supported": (_INT, (_INT,)),
+    "hb_isa_current": (_INT, ()),
+    "hb_isa_force": (_INT, (_INT,)),
+    "hb_has_fused_linear": (_INT, ()),
+    "hb_fast_bf16": (_INT, ()),
+    "hb_openmp": (_INT, ()),
+    "hb_release_workspace": (None, ()),
+    "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
+    "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
+    "hb_linear": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
+    "hb_linear_dx": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
+}
