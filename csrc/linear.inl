@@ -1,5 +1,6 @@
-// Both matrix products of a 4-bit linear layer, forward y = x W^T + b and backward dx = g W, as one loop nest.
+// Both matrix products of a frozen linear layer, forward y = x W^T + b and backward dx = g W, as one loop nest.
 //
+// W is a source of tiles: rows(), cols(), forward() and backward(), which fill a tile with its values in fp32.
 // X (x or g) is packed once into panels of a few rows. A task owns a range of output columns; it decodes the part of W
 // it needs, 512 deep, into a scratch tile that stays in L2, in the order the inner kernel reads, and multiplies it with
 // every panel of X. So W is decoded once, is never transposed, and its decoded values never reach memory.
@@ -10,6 +11,22 @@ constexpr int64_t max_tile_columns = 128;   // 512 x 128 fp32 is 256 KB: half of
 constexpr int64_t block_rows = 48;          // rows of X multiplied with one panel of the tile before the next panel
 constexpr int64_t packed_bytes = 16 << 20;  // X is packed in parts of about this size
 constexpr int64_t min_packed_rows = 192;    // and never fewer rows: each part decodes W anew
+
+// W in 4 bits.
+struct FourBit {
+    const hb_weight& w;
+    const Decoder decoder;
+
+    explicit FourBit(const hb_weight& weight) : w(weight), decoder(weight.codebook) {}
+    int64_t rows() const { return w.rows; }
+    int64_t cols() const { return w.cols; }
+    void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
+        decode_forward(w, decoder, row, rows, k0, depth, tile);
+    }
+    void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
+        decode_backward(w, decoder, r0, depth, column, columns, tile);
+    }
+};
 
 struct Plan {
     int64_t m, depth, width;  // of this part: y(m, width) = x(m, depth) times W in the direction asked for
@@ -66,27 +83,26 @@ inline void multiply_block(const Plan& p, const float* tile, int64_t column, int
     }
 }
 
-template <bool BACKWARD>
-void run_task(const hb_weight& w, const Decoder& decoder, const Plan& p, int64_t task, float* tile) {
+template <bool BACKWARD, class W>
+void run_task(const W& w, const Plan& p, int64_t task, float* tile) {
     const int64_t column = task / p.row_tasks * p.columns, columns = at_most(p.columns, p.width - column);
     const int64_t first = task % p.row_tasks * p.task_panels, last = at_most(first + p.task_panels, p.panels);
     const int64_t step = at_least(block_rows / p.panel_rows, 1);
     for (int64_t k0 = 0; k0 < p.depth; k0 += max_depth) {
         const int64_t depth = at_most(max_depth, p.depth - k0);
         if (BACKWARD)
-            decode_backward(w, decoder, k0, depth, column, columns, tile);
+            w.backward(k0, depth, column, columns, tile);
         else
-            decode_forward(w, decoder, column, columns, k0, depth, tile);
+            w.forward(column, columns, k0, depth, tile);
         for (int64_t panel = first; panel < last; panel += step)
             multiply_block(p, tile, column, columns, k0, depth, panel, at_most(panel + step, last));
     }
 }
 
-template <bool BACKWARD, class T>
-int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
+template <bool BACKWARD, class W, class T>
+int product(const W& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
     constexpr bool wide = sizeof(T) == 4;  // y itself takes the fp32 sums
-    if (!BACKWARD && m <= max_dot_rows) return small_linear(w, x, m, bias, y, threads);
-    const int64_t depth = BACKWARD ? w.rows : w.cols, width = BACKWARD ? w.cols : w.rows;
+    const int64_t depth = BACKWARD ? w.rows() : w.cols(), width = BACKWARD ? w.cols() : w.rows();
     if (threads < 1) threads = 1;
     const int64_t longest = at_least(wide ? depth : at_least(depth, width), 1);
     int64_t part = at_least(packed_bytes / 4 / longest, min_packed_rows) / max_panel_rows * max_panel_rows;
@@ -102,7 +118,6 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
     float* bias32 = packed + divide_up(packed_floats, 16) * 16;
     float* sums32 = bias32 + padded_width;
     for (int64_t i = 0; i < padded_width; ++i) bias32[i] = bias && i < width ? widen(bias[i]) : 0.0f;
-    const Decoder decoder(w.codebook);
 
     for (int64_t row = 0; row < m; row += part) {
         Plan p = plan_of(at_most(part, m - row), depth, width, threads);
@@ -119,7 +134,7 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
                            packed + panel * p.panel_rows * depth);
             float* tile = workspace + thread_number() * tile_floats;
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t task = 0; task < tasks; ++task) run_task<BACKWARD>(w, decoder, p, task, tile);
+            for (int64_t task = 0; task < tasks; ++task) run_task<BACKWARD>(w, p, task, tile);
             if (!wide) {
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
@@ -131,30 +146,36 @@ int product(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int 
     return HB_OK;
 }
 
+template <class T>
+int linear_of(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
+    if (m <= max_dot_rows) return small_linear(w, x, m, bias, y, threads);
+    return product<false>(FourBit(w), x, m, bias, y, threads);
+}
+
 int linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads) {
     switch (dtype) {
         case HB_BF16:
-            return product<false>(*w, static_cast<const bf16*>(x), m, static_cast<const bf16*>(bias),
-                                  static_cast<bf16*>(y), threads);
+            return linear_of(*w, static_cast<const bf16*>(x), m, static_cast<const bf16*>(bias), static_cast<bf16*>(y),
+                             threads);
         case HB_F16:
-            return product<false>(*w, static_cast<const fp16*>(x), m, static_cast<const fp16*>(bias),
-                                  static_cast<fp16*>(y), threads);
+            return linear_of(*w, static_cast<const fp16*>(x), m, static_cast<const fp16*>(bias), static_cast<fp16*>(y),
+                             threads);
         default:
-            return product<false>(*w, static_cast<const float*>(x), m, static_cast<const float*>(bias),
-                                  static_cast<float*>(y), threads);
+            return linear_of(*w, static_cast<const float*>(x), m, static_cast<const float*>(bias),
+                             static_cast<float*>(y), threads);
     }
 }
 
 int linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads) {
     switch (dtype) {
         case HB_BF16:
-            return product<true>(*w, static_cast<const bf16*>(g), m, static_cast<const bf16*>(nullptr),
+            return product<true>(FourBit(*w), static_cast<const bf16*>(g), m, static_cast<const bf16*>(nullptr),
                                  static_cast<bf16*>(dx), threads);
         case HB_F16:
-            return product<true>(*w, static_cast<const fp16*>(g), m, static_cast<const fp16*>(nullptr),
+            return product<true>(FourBit(*w), static_cast<const fp16*>(g), m, static_cast<const fp16*>(nullptr),
                                  static_cast<fp16*>(dx), threads);
         default:
-            return product<true>(*w, static_cast<const float*>(g), m, static_cast<const float*>(nullptr),
+            return product<true>(FourBit(*w), static_cast<const float*>(g), m, static_cast<const float*>(nullptr),
                                  static_cast<float*>(dx), threads);
     }
 }
