@@ -99,7 +99,7 @@ def test_files_and_functions_are_short(file: Path) -> None:
 
 
 def test_room_inits_hold_public_names_only() -> None:
-    """A docstring, imports, and __all__ that names exactly what is imported."""
+    """A docstring, imports, and __all__ that names what is imported, but for modules imported to register."""
     for file in SOURCE.glob("*/__init__.py"):
         if file.parent.name in CALLABLE_ROOMS:
             continue
@@ -119,7 +119,8 @@ def test_room_inits_hold_public_names_only() -> None:
             else:
                 pytest.fail(f"{where}:{statement.lineno} holds {type(statement).__name__}")
         assert sorted(exported) == sorted(set(exported)), where
-        assert imported - {"annotations"} <= set(exported) | {"cpu_ops"}, where
+        registering = {module.stem for module in file.parent.glob("*.py")}
+        assert imported - {"annotations"} <= set(exported) | registering, where
         assert not [name for name in exported if name.startswith("_")], where
 
 

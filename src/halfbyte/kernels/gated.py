@@ -1,0 +1,67 @@
+"""The gated activation of an MLP, act(gate) * up, and its gradient. Float32 arithmetic, one rounding.
+
+`gate_up` holds a row's gates, then its ups: what one product with both weights side by side gives. The backward pass
+also makes h = act(gate) * up again, so that nothing but `gate_up` need be kept for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte.kernels.abi import DTYPES
+
+torch.library.define("halfbyte::gated", "(Tensor gate_up, str activation) -> Tensor")
+torch.library.define("halfbyte::gated_backward", "(Tensor g, Tensor gate_up, str activation) -> (Tensor, Tensor)")
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""Activations in the library's numbering: x * sigmoid(x), and GELU by its tanh formula (gelu_pytorch_tanh)."""
+
+
+def _check(gate_up: Tensor, activation: str, g: Tensor | None = None) -> None:
+    """gate_up (..., 2 I), g (..., I) of its dtype."""
+    torch._check(gate_up.dtype in DTYPES, lambda: f"no gated activation of {gate_up.dtype}")
+    torch._check(activation in ACTIVATIONS, lambda: f"activation {activation!r} is not among {', '.join(ACTIVATIONS)}")
+    torch._check(
+        gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, lambda: f"rows of {gate_up.shape} are not gates and ups"
+    )
+    torch._check(
+        g is None or (g.dtype == gate_up.dtype and g.shape == (*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+        lambda: f"the gradient does not fit gate_up, {gate_up.dtype} {gate_up.shape}",
+    )
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+@torch.library.impl("halfbyte::gated", "CompositeExplicitAutograd")
+def _gated(gate_up: Tensor, activation: str) -> Tensor:
+    _check(gate_up, activation)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (_activate(gate, activation) * up).to(gate_up.dtype)
+
+
+@torch.library.register_fake("halfbyte::gated")
+def _gated_fake(gate_up: Tensor, activation: str) -> Tensor:
+    _check(gate_up, activation)
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@torch.library.impl("halfbyte::gated_backward", "CompositeExplicitAutograd")
+def _gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    _check(gate_up, activation, g)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    activated, wide = _activate(gate, activation), g.float()
+    if activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(wide * up, gate)
+    else:
+        d_gate = torch.ops.aten.gelu_backward(wide * up, gate, approximate="tanh")
+    return torch.cat((d_gate, wide * activated), dim=-1).to(gate_up.dtype), (activated * up).to(gate_up.dtype)
+
+
+@torch.library.register_fake("halfbyte::gated_backward")
+def _gated_backward_fake(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    _check(gate_up, activation, g)
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(g.shape)
