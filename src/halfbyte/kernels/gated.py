@@ -36,11 +36,13 @@ def _activate(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-@torch.library.impl("halfbyte::gated", "CompositeExplicitAutograd")
-def _gated(gate_up: Tensor, activation: str) -> Tensor:
+def plain_gated(gate_up: Tensor, activation: str) -> Tensor:
     _check(gate_up, activation)
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (_activate(gate, activation) * up).to(gate_up.dtype)
+
+
+torch.library.impl("halfbyte::gated", "CompositeExplicitAutograd", plain_gated)
 
 
 @torch.library.register_fake("halfbyte::gated")
@@ -49,8 +51,7 @@ def _gated_fake(gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@torch.library.impl("halfbyte::gated_backward", "CompositeExplicitAutograd")
-def _gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def plain_gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     _check(gate_up, activation, g)
     gate, up = gate_up.float().chunk(2, dim=-1)
     activated, wide = _activate(gate, activation), g.float()
@@ -59,6 +60,9 @@ def _gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     else:
         d_gate = torch.ops.aten.gelu_backward(wide * up, gate, approximate="tanh")
     return torch.cat((d_gate, wide * activated), dim=-1).to(gate_up.dtype), (activated * up).to(gate_up.dtype)
+
+
+torch.library.impl("halfbyte::gated_backward", "CompositeExplicitAutograd", plain_gated_backward)
 
 
 @torch.library.register_fake("halfbyte::gated_backward")

@@ -1,8 +1,8 @@
 """Root-mean-square norms: of rows, of rows after a residual sum, and of the query and key heads of packed rows.
 
 All arithmetic is float32 with one rounding to the result's type; `offset` is 1 for Gemma, whose weights lie around 0,
-and 0 for the others. The weight is frozen: it gets no gradient, and may be of another dtype than x. The backward passes
-take rstd = 1 / sqrt(mean(x^2) + eps), float32, and x itself: where a weight is zero the output says nothing of x.
+and 0 for the others. The weight is frozen: it gets no gradient; it may be of another dtype than x. The backward
+passes take rstd = 1 / sqrt(mean(x^2) + eps), float32, and x itself: of x, the output says nothing where a weight is 0.
 """
 
 from __future__ import annotations
@@ -66,12 +66,14 @@ def _head_scale(q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int) -
     return torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)]).float()
 
 
-@torch.library.impl("halfbyte::rms_norm", "CompositeExplicitAutograd")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     _check(x, weight)
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     return (wide * rstd.unsqueeze(-1) * (offset + weight.float())).to(x.dtype), rstd
+
+
+torch.library.impl("halfbyte::rms_norm", "CompositeExplicitAutograd", plain_rms_norm)
 
 
 @torch.library.register_fake("halfbyte::rms_norm")
@@ -80,13 +82,15 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tupl
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.impl("halfbyte::add_rms_norm", "CompositeExplicitAutograd")
-def _add_rms_norm(
+def plain_add_rms_norm(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, delta)
     total = x + delta
-    return (total, *_rms_norm(total, weight, eps, offset))
+    return (total, *plain_rms_norm(total, weight, eps, offset))
+
+
+torch.library.impl("halfbyte::add_rms_norm", "CompositeExplicitAutograd", plain_add_rms_norm)
 
 
 @torch.library.register_fake("halfbyte::add_rms_norm")
@@ -97,8 +101,7 @@ def _add_rms_norm_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.impl("halfbyte::rms_norm_backward", "CompositeExplicitAutograd")
-def _rms_norm_backward(
+def plain_rms_norm_backward(
     g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, add: Tensor | None
 ) -> Tensor:
     _check(x, weight, g, add, rstd=rstd)
@@ -106,6 +109,9 @@ def _rms_norm_backward(
     normed, scaled = x.float() * scale, g.float() * (offset + weight.float())
     dx = scale * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return (dx if add is None else dx + add.float()).to(x.dtype)
+
+
+torch.library.impl("halfbyte::rms_norm_backward", "CompositeExplicitAutograd", plain_rms_norm_backward)
 
 
 @torch.library.register_fake("halfbyte::rms_norm_backward")
@@ -116,8 +122,7 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape)
 
 
-@torch.library.impl("halfbyte::rms_norm_heads", "CompositeExplicitAutograd")
-def _rms_norm_heads(
+def plain_rms_norm_heads(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     _check_heads(qkv, q_weight, k_weight, heads, kv_heads)
@@ -130,6 +135,9 @@ def _rms_norm_heads(
     return out, rstd
 
 
+torch.library.impl("halfbyte::rms_norm_heads", "CompositeExplicitAutograd", plain_rms_norm_heads)
+
+
 @torch.library.register_fake("halfbyte::rms_norm_heads")
 def _rms_norm_heads_fake(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float
@@ -138,8 +146,7 @@ def _rms_norm_heads_fake(
     return qkv.new_empty(qkv.shape), qkv.new_empty((qkv.shape[0], heads + kv_heads), dtype=torch.float32)
 
 
-@torch.library.impl("halfbyte::rms_norm_heads_backward_", "CompositeExplicitAutograd")
-def _rms_norm_heads_backward_(
+def plain_rms_norm_heads_backward_(
     dqkv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rstd: Tensor, heads: int, kv_heads: int,
     offset: float,
 ) -> None:  # fmt: skip
@@ -149,6 +156,9 @@ def _rms_norm_heads_backward_(
     unit = qkv.unflatten(1, shape)[:, :normed].float() * scale
     scaled = part.float() * (offset + _head_scale(q_weight, k_weight, heads, kv_heads))
     part.copy_(scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)))
+
+
+torch.library.impl("halfbyte::rms_norm_heads_backward_", "CompositeExplicitAutograd", plain_rms_norm_heads_backward_)
 
 
 @torch.library.register_fake("halfbyte::rms_norm_heads_backward_")

@@ -32,8 +32,7 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> 
     )
 
 
-@torch.library.impl("halfbyte::rope_", "CompositeExplicitAutograd")
-def _rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inverse: bool) -> None:
+def plain_rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inverse: bool) -> None:
     _check(qkv, cos, sin, heads, head_dim)
     rotary_dim = cos.shape[1]
     part = qkv[:, : heads * head_dim].unflatten(1, (heads, head_dim))[..., :rotary_dim]
@@ -44,6 +43,9 @@ def _rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inv
         part.copy_(wide * cos + torch.cat((wide_sin[..., half:], -wide_sin[..., :half]), dim=-1))
     else:
         part.copy_(wide * cos + torch.cat((-wide[..., half:], wide[..., :half]), dim=-1) * sin)
+
+
+torch.library.impl("halfbyte::rope_", "CompositeExplicitAutograd", plain_rope_)
 
 
 @torch.library.register_fake("halfbyte::rope_")
