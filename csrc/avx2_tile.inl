@@ -2,17 +2,9 @@
 
 #define HB_PANEL_ROWS 6
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
-constexpr int64_t vec_width = 8;
 // Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
 inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
-typedef __m256 vec;
 constexpr int64_t panel_width = 2 * vec_width;
-inline vec vzero() { return _mm256_setzero_ps(); }
-inline vec vload(const float* p) { return _mm256_loadu_ps(p); }
-inline vec vbroadcast(const float* p) { return _mm256_broadcast_ss(p); }
-inline vec vadd(vec a, vec b) { return _mm256_add_ps(a, b); }
-inline vec vfma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline void vstore(float* p, vec x) { _mm256_storeu_ps(p, x); }
 
 // The nibble of element BIT of eight dwords, one row of W in each lane, times the rows' scales.
 template <int BIT>

@@ -3,17 +3,9 @@
 
 #define HB_PANEL_ROWS 14
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
-constexpr int64_t vec_width = 16;
 // Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
 inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
-typedef __m512 vec;
 constexpr int64_t panel_width = 2 * vec_width;
-inline vec vzero() { return _mm512_setzero_ps(); }
-inline vec vload(const float* p) { return _mm512_loadu_ps(p); }
-inline vec vbroadcast(const float* p) { return _mm512_set1_ps(*p); }
-inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
-inline vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline void vstore(float* p, vec x) { _mm512_storeu_ps(p, x); }
 
 // 16 bytes of each of eight rows as four dword columns, a row in each lane.
 inline void turn_eight_rows(const uint8_t* const* rows, int64_t byte, __m256i* dwords) {

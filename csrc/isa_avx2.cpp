@@ -13,6 +13,10 @@ namespace hb_avx2 {
 #include "quantize.inl"
 #include "dequantize.inl"
 
+#include "avx2_vec.inl"
+#include "lanes.inl"
+#include "exp.inl"
+
 #include "avx2_tile.inl"
 #include "avx2_pack.inl"
 #include "micro.inl"

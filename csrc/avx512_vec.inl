@@ -1,0 +1,43 @@
+// AVX-512's vector of floats, and the operations that the shared kernels are written in.
+
+typedef __m512 vec;
+constexpr int64_t vec_width = 16;
+
+inline vec vzero() { return _mm512_setzero_ps(); }
+inline vec vset(float x) { return _mm512_set1_ps(x); }
+inline vec vbroadcast(const float* p) { return _mm512_set1_ps(*p); }
+
+inline vec vload(const float* p) { return _mm512_loadu_ps(p); }
+inline vec vload(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline vec vload(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+inline void vstore(float* p, vec x) { _mm512_storeu_ps(p, x); }
+inline void vstore(fp16* p, vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void vstore(bf16* p, vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    // A NaN must stay one: rounding up could carry its mantissa away.
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec vsub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+inline vec vmul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+inline vec vdiv(vec a, vec b) { return _mm512_div_ps(a, b); }
+inline vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+inline vec vfnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }                // b where either is NaN
+inline vec vmin(vec a, vec b) { return _mm512_min_ps(a, b); }
+inline float vsum(vec x) { return _mm512_reduce_add_ps(x); }
+inline float vpeak(vec x) { return _mm512_reduce_max_ps(x); }  // the largest lane
+
+inline vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vec vscale(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^n for whole n
