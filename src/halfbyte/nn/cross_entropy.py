@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import halfbyte.kernels  # noqa: F401  (registers the operators)
+from halfbyte.nn.frozen_linear import FrozenLinear
 
 IGNORE_INDEX = -100
 """The label of a token that is not learned."""
 CHUNK_BYTES = 64 * 2**20
-"""Largest float32 logits buffer; two are alive at a time."""
+"""Largest float32 logits buffer. One is alive at a time over a plain linear head, two over any other."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,5 +67,22 @@ def chunked_cross_entropy(
         return hidden.sum(dtype=torch.float32) * 0.0, 0
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
     rows_per_chunk = max(CHUNK_BYTES // (4 * vocab_size), 16)
-    total: Tensor = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]
+    total: Tensor
+    if _is_plain(head):
+        total, _ = torch.ops.halfbyte.linear_cross_entropy(
+            rows, targets[kept], head.weight, head.bias, rows_per_chunk, torch.is_grad_enabled() and rows.requires_grad
+        )
+    else:
+        total = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]
     return total, int(kept.numel())
+
+
+def _is_plain(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
+    """Whether calling `head` is no more than a frozen linear layer: nobody hooked, wrapped or trains it."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head) in (nn.Linear, FrozenLinear)
+        and not any(parameter.requires_grad for parameter in head.parameters())
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and "forward" not in vars(head)
+    )

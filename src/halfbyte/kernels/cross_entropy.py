@@ -1,0 +1,107 @@
+"""Cross-entropy over a large vocabulary, and over the frozen linear layer that makes the logits.
+
+    softmax_cross_entropy_(logits, targets)   logits (n, vocab) become softmax - onehot, the loss's gradient
+    linear_cross_entropy(hidden, targets, weight, bias, chunk_rows, need_dx)   never holds more than a chunk of logits
+
+The loss is summed over rows, a float32 scalar; targets are int64, each in [0, vocab).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+torch.library.define("halfbyte::softmax_cross_entropy_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
+torch.library.define(
+    "halfbyte::linear_cross_entropy",
+    "(Tensor hidden, Tensor targets, Tensor weight, Tensor? bias, int chunk_rows, bool need_dx) -> (Tensor, Tensor)",
+)
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    torch._check(logits.is_floating_point(), lambda: f"logits must be floating, not {logits.dtype}")
+    torch._check(targets.dtype == torch.int64, lambda: f"targets must be int64, not {targets.dtype}")
+    torch._check(
+        logits.dim() == 2 and targets.shape == logits.shape[:1],
+        lambda: f"targets of {tuple(targets.shape)} for logits of {tuple(logits.shape)}",
+    )
+
+
+def _check_range(targets: Tensor, vocab: int) -> None:
+    if targets.numel():
+        least, largest = (int(bound) for bound in targets.aminmax())
+        if least < 0 or largest >= vocab:
+            raise IndexError(f"target {least if least < 0 else largest} is not in a vocabulary of {vocab}")
+
+
+def softmax_default(logits: Tensor, targets: Tensor) -> Tensor:
+    """The specification: any device; float32 (float64 for float64 logits) between reading and writing."""
+    _check(logits, targets)
+    _check_range(targets, logits.shape[1])
+    shifted = logits if logits.dtype == torch.float64 else logits.float()
+    shifted = shifted - shifted.amax(1, keepdim=True)
+    target = targets.unsqueeze(1)
+    score = shifted.gather(1, target)
+    softmax = shifted.exp_()
+    norm = softmax.sum(1, keepdim=True, dtype=torch.float64)
+    loss = (norm.log() - score).sum().float()
+    softmax /= norm.to(softmax.dtype)
+    softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
+    logits.copy_(softmax)
+    return loss
+
+
+torch.library.impl("halfbyte::softmax_cross_entropy_", "CompositeExplicitAutograd", softmax_default)
+
+
+@torch.library.register_fake("halfbyte::softmax_cross_entropy_")
+def _softmax_fake(logits: Tensor, targets: Tensor) -> Tensor:
+    _check(logits, targets)
+    return logits.new_empty((), dtype=torch.float32)
+
+
+def linear_cross_entropy_default(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """The specification: chunk by chunk over the operators above."""
+    ops = torch.ops.halfbyte
+    loss = hidden.new_zeros((), dtype=torch.float64)
+    dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
+    for start in range(0, hidden.shape[0], chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits = ops.linear_frozen(hidden[rows], weight, bias)
+        loss += ops.softmax_cross_entropy_(logits, targets[rows])
+        if need_dx:
+            dx[rows] = ops.linear_frozen_dx(logits, weight)
+        del logits  # before the next chunk's are made
+    return loss.float(), dx
+
+
+torch.library.impl("halfbyte::linear_cross_entropy", "CompositeExplicitAutograd", linear_cross_entropy_default)
+
+
+@torch.library.register_fake("halfbyte::linear_cross_entropy")
+def _linear_cross_entropy_fake(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
+    return hidden.new_empty((), dtype=torch.float32), dx
+
+
+def _save_dx(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1] if inputs[5] else None)
+
+
+def _linear_cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (dx,) = ctx.saved_tensors
+    if dx is None:
+        raise RuntimeError("linear_cross_entropy was called with need_dx=False: it has no gradient")
+    return dx * grad_loss.to(dx.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "halfbyte::linear_cross_entropy", _linear_cross_entropy_backward, setup_context=_save_dx
+)

@@ -1,0 +1,100 @@
+"""Products with a frozen, unquantized weight (output head, `skip_modules`) of another or the same dtype than x.
+
+    linear_frozen(x, weight, bias)   (..., in) -> (..., out): x W^T + bias, in the dtype of x
+    linear_frozen_dx(grad, weight)   (..., out) -> (..., in): grad W, in the dtype of grad
+
+No path holds a whole weight in the dtype of x. The weight gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL_BYTES = 8 * 2**20
+"""Largest piece of the weight that the plain default holds in the dtype of x."""
+
+torch.library.define("halfbyte::linear_frozen", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("halfbyte::linear_frozen_dx", "(Tensor grad, Tensor weight) -> Tensor")
+
+
+def _check(x: Tensor, weight: Tensor, features: int, bias: Tensor | None = None) -> None:
+    torch._check(weight.dim() == 2, lambda: f"weight must be (out, in), not {tuple(weight.shape)}")
+    torch._check(x.is_floating_point(), lambda: f"cannot multiply {x.dtype}")
+    torch._check(weight.is_floating_point(), lambda: f"weight must be floating, not {weight.dtype}")
+    torch._check(
+        x.dim() > 0 and x.shape[-1] == features,
+        lambda: f"{tuple(x.shape)} does not fit a weight of {tuple(weight.shape)}",
+    )
+    if bias is not None:
+        torch._check(
+            bias.shape == (weight.shape[0],), lambda: f"bias of {tuple(bias.shape)} for {weight.shape[0]} outputs"
+        )
+
+
+def _panels(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    rows = max(PANEL_BYTES // max(weight.shape[1] * dtype.itemsize, 1), 1)
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def linear_default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The specification: any device, any floating dtypes; casts the weight panel by panel."""
+    _check(x, weight, weight.shape[-1], bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for rows in _panels(weight, x.dtype):
+        y[..., rows] = x @ weight[rows].to(x.dtype).T
+    return y if bias is None else y.add_(bias)
+
+
+torch.library.impl("halfbyte::linear_frozen", "CompositeExplicitAutograd", linear_default)
+
+
+@torch.library.register_fake("halfbyte::linear_frozen")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, weight.shape[-1], bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def dx_default(grad: Tensor, weight: Tensor) -> Tensor:
+    """The specification of the other product."""
+    _check(grad, weight, weight.shape[0])
+    if grad.dtype == weight.dtype:
+        return grad @ weight
+    dx = grad.new_zeros(*grad.shape[:-1], weight.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    for rows in _panels(weight, grad.dtype):
+        dx += grad[..., rows] @ weight[rows].to(grad.dtype)
+    return dx.to(grad.dtype)
+
+
+torch.library.impl("halfbyte::linear_frozen_dx", "CompositeExplicitAutograd", dx_default)
+
+
+@torch.library.register_fake("halfbyte::linear_frozen_dx")
+def _dx_fake(grad: Tensor, weight: Tensor) -> Tensor:
+    _check(grad, weight, weight.shape[0])
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(weight)
+    ctx.bias = None if bias is None else (bias.dtype, list(range(x.dim() - 1)))
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    (weight,) = ctx.saved_tensors
+    grad_x = torch.ops.halfbyte.linear_frozen_dx(grad, weight) if ctx.needs_input_grad[0] else None
+    grad_bias = None
+    if ctx.needs_input_grad[2]:
+        dtype, dims = ctx.bias
+        grad_bias = (grad.sum(dims) if dims else grad).to(dtype)
+    return grad_x, None, grad_bias
+
+
+torch.library.register_autograd("halfbyte::linear_frozen", _linear_backward, setup_context=_save_weight)
