@@ -82,8 +82,8 @@ def test_default_in_panels(panel_rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(frozen_linear, "PANEL_BYTES", panel_rows * 24 * 4)
     for dtype in (torch.float32, torch.bfloat16):
         x, grad, bias, weight = operands((50, 24), 9, dtype, torch.float16)
-        assert_product(frozen_linear.linear_default(x, weight, bias), x, weight.t(), bias.double())
-        assert_product(frozen_linear.dx_default(grad, weight), grad, weight)
+        assert_product(frozen_linear.plain_linear_frozen(x, weight, bias), x, weight.t(), bias.double())
+        assert_product(frozen_linear.plain_linear_frozen_dx(grad, weight), grad, weight)
 
 
 class Widest(TorchDispatchMode):
@@ -103,8 +103,8 @@ class Widest(TorchDispatchMode):
 def test_default_holds_no_wide_copy() -> None:
     weight = torch.randn(8192, 1024).bfloat16()  # 33.5 MB in fp32: four panels of 8 MiB
     with Widest() as widest:
-        y = frozen_linear.linear_default(torch.randn(4, 1024), weight, None)
-        frozen_linear.dx_default(y, weight)
+        y = frozen_linear.plain_linear_frozen(torch.randn(4, 1024), weight, None)
+        frozen_linear.plain_linear_frozen_dx(y, weight)
     assert frozen_linear.PANEL_BYTES // 2 < widest.bytes <= frozen_linear.PANEL_BYTES
 
 

@@ -1,4 +1,4 @@
-"""The operators of `quant`, faster, and those of the decoder layer and the head. Importing this room registers them."""
+"""The operators of `quant`, faster, and those of decoder layer and head. Importing this room registers them."""
 
 from halfbyte.kernels import cpu_ops, cross_entropy, frozen_linear, gated, norm, rope  # noqa: F401  (they register)
 from halfbyte.kernels.registry import KernelRow, count_nonfinite, kernel_report, release_workspace

@@ -36,7 +36,7 @@ def _check_range(targets: Tensor, vocab: int) -> None:
             raise IndexError(f"target {least if least < 0 else largest} is not in a vocabulary of {vocab}")
 
 
-def softmax_default(logits: Tensor, targets: Tensor) -> Tensor:
+def plain_softmax_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The specification: any device; float32 (float64 for float64 logits) between reading and writing."""
     _check(logits, targets)
     _check_range(targets, logits.shape[1])
@@ -53,7 +53,7 @@ def softmax_default(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-torch.library.impl("halfbyte::softmax_cross_entropy_", "CompositeExplicitAutograd", softmax_default)
+torch.library.impl("halfbyte::softmax_cross_entropy_", "CompositeExplicitAutograd", plain_softmax_cross_entropy_)
 
 
 @torch.library.register_fake("halfbyte::softmax_cross_entropy_")
@@ -62,7 +62,7 @@ def _softmax_fake(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.new_empty((), dtype=torch.float32)
 
 
-def linear_cross_entropy_default(
+def plain_linear_cross_entropy(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """The specification: chunk by chunk over the operators above."""
@@ -79,7 +79,7 @@ def linear_cross_entropy_default(
     return loss.float(), dx
 
 
-torch.library.impl("halfbyte::linear_cross_entropy", "CompositeExplicitAutograd", linear_cross_entropy_default)
+torch.library.impl("halfbyte::linear_cross_entropy", "CompositeExplicitAutograd", plain_linear_cross_entropy)
 
 
 @torch.library.register_fake("halfbyte::linear_cross_entropy")

@@ -40,7 +40,7 @@ def _panels(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
-def linear_default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_linear_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The specification: any device, any floating dtypes; casts the weight panel by panel."""
     _check(x, weight, weight.shape[-1], bias)
     bias = None if bias is None else bias.to(x.dtype)
@@ -52,7 +52,7 @@ def linear_default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-torch.library.impl("halfbyte::linear_frozen", "CompositeExplicitAutograd", linear_default)
+torch.library.impl("halfbyte::linear_frozen", "CompositeExplicitAutograd", plain_linear_frozen)
 
 
 @torch.library.register_fake("halfbyte::linear_frozen")
@@ -61,7 +61,7 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def dx_default(grad: Tensor, weight: Tensor) -> Tensor:
+def plain_linear_frozen_dx(grad: Tensor, weight: Tensor) -> Tensor:
     """The specification of the other product."""
     _check(grad, weight, weight.shape[0])
     if grad.dtype == weight.dtype:
@@ -72,7 +72,7 @@ def dx_default(grad: Tensor, weight: Tensor) -> Tensor:
     return dx.to(grad.dtype)
 
 
-torch.library.impl("halfbyte::linear_frozen_dx", "CompositeExplicitAutograd", dx_default)
+torch.library.impl("halfbyte::linear_frozen_dx", "CompositeExplicitAutograd", plain_linear_frozen_dx)
 
 
 @torch.library.register_fake("halfbyte::linear_frozen_dx")
