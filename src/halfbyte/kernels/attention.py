@@ -1,0 +1,152 @@
+"""Causal attention of sequences laid end to end, forward and backward, straight from the packed projection.
+
+The plain-torch default below is the specification. It holds one sequence's scores at a time; the CPU kernels
+(csrc/attention.inl) hold none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ARGUMENTS = "int heads, int kv_heads, Tensor seq_starts, float scale, int window"
+
+torch.library.define("halfbyte::packed_attention", f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "halfbyte::packed_attention_backward",
+    f"(Tensor g, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor dqkv",
+)
+
+
+def _head_dim(qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, window: int) -> int:
+    """Checks everything that shapes say. Raises RuntimeError."""
+    torch._check(qkv.dim() == 2 and qkv.is_floating_point(), lambda: f"qkv is {qkv.dtype} {tuple(qkv.shape)}")
+    torch._check(
+        kv_heads > 0 and heads > 0 and heads % kv_heads == 0, lambda: f"{heads} heads over {kv_heads} key heads"
+    )
+    columns, all_heads = qkv.shape[1], heads + 2 * kv_heads
+    torch._check(
+        columns > 0 and columns % all_heads == 0, lambda: f"{columns} columns for {heads} + 2 * {kv_heads} heads"
+    )
+    torch._check(
+        seq_starts.dtype == torch.int32 and seq_starts.dim() == 1 and seq_starts.numel() > 0,
+        lambda: f"seq_starts is {seq_starts.dtype} {tuple(seq_starts.shape)}, not int32 (sequences + 1)",
+    )
+    torch._check(window >= 0, lambda: f"a window of {window}")
+    return columns // all_heads
+
+
+def _check_backward(g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, head_dim: int) -> None:
+    shape = (qkv.shape[0], heads * head_dim)
+    torch._check(g.shape == shape and out.shape == shape, lambda: f"g, out are not {shape}")
+    torch._check(g.dtype == qkv.dtype and out.dtype == qkv.dtype, lambda: f"g, out are not {qkv.dtype}")
+    torch._check(
+        lse.shape == (heads, qkv.shape[0]) and lse.dtype == _wide(qkv), lambda: f"lse is not {_wide(qkv)} (heads, T)"
+    )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sequences(seq_starts: Tensor, tokens: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each sequence. Raises RuntimeError unless they rise from 0 to `tokens`."""
+    starts: list[int] = seq_starts.tolist()
+    rising = starts[0] == 0 and starts[-1] == tokens and all(a <= b for a, b in pairwise(starts))
+    torch._check(rising, lambda: f"seq_starts must rise from 0 to {tokens}")
+    return pairwise(starts)
+
+
+def _split(rows: Tensor, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, (heads + 2 kv_heads) * D) -> q (kv_heads, group, n, D) and k, v (kv_heads, 1, n, D)."""
+    q, k, v = rows.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    return (
+        q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3),
+        k.transpose(0, 1).unsqueeze(1),
+        v.transpose(0, 1).unsqueeze(1),
+    )
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
+    """q k^T * scale, -inf where key j is after query i or out of its window."""
+    n = q.shape[-2]
+    behind = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+    hidden = (behind < 0) | (behind >= (window or n))
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, -torch.inf)
+
+
+def plain_packed_attention(
+    qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    head_dim, wide = _head_dim(qkv, heads, kv_heads, seq_starts, window), _wide(qkv)
+    out = qkv.new_empty(qkv.shape[0], heads * head_dim)
+    lse = qkv.new_empty(heads, qkv.shape[0], dtype=wide)
+    for start, stop in _sequences(seq_starts, qkv.shape[0]):
+        q, k, v = _split(qkv[start:stop].to(wide), heads, kv_heads, head_dim)
+        scores = _scores(q, k, scale, window)
+        lse[:, start:stop] = scores.logsumexp(-1).flatten(0, 1)
+        out[start:stop] = (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(1)
+    return out, lse
+
+
+def plain_packed_attention_backward(
+    g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float,
+    window: int,
+) -> Tensor:  # fmt: skip
+    head_dim, wide = _head_dim(qkv, heads, kv_heads, seq_starts, window), _wide(qkv)
+    _check_backward(g, qkv, out, lse, heads, head_dim)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    for start, stop in _sequences(seq_starts, qkv.shape[0]):
+        q, k, v = _split(qkv[start:stop].to(wide), heads, kv_heads, head_dim)
+        dq, dk, dv = _split(dqkv[start:stop], heads, kv_heads, head_dim)
+        dout, o = (x[start:stop].to(wide).view(-1, *q.shape[:2], head_dim).permute(1, 2, 0, 3) for x in (g, out))
+        p = (_scores(q, k, scale, window) - lse[:, start:stop].view(*q.shape[:3], 1)).exp()
+        ds = p * (dout @ v.transpose(-1, -2) - (dout * o).sum(-1, keepdim=True)) * scale
+        dq.copy_(ds @ k)
+        dk.copy_((ds.transpose(-1, -2) @ q).sum(1, keepdim=True))
+        dv.copy_((p.transpose(-1, -2) @ dout).sum(1, keepdim=True))
+    return dqkv
+
+
+torch.library.impl("halfbyte::packed_attention", "CompositeExplicitAutograd", plain_packed_attention)
+torch.library.impl("halfbyte::packed_attention_backward", "CompositeExplicitAutograd", plain_packed_attention_backward)
+
+
+@torch.library.register_fake("halfbyte::packed_attention")
+def _packed_attention_fake(
+    qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    head_dim = _head_dim(qkv, heads, kv_heads, seq_starts, window)
+    return qkv.new_empty(qkv.shape[0], heads * head_dim), qkv.new_empty(heads, qkv.shape[0], dtype=_wide(qkv))
+
+
+@torch.library.register_fake("halfbyte::packed_attention_backward")
+def _packed_attention_backward_fake(
+    g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float,
+    window: int,
+) -> Tensor:  # fmt: skip
+    _check_backward(g, qkv, out, lse, heads, _head_dim(qkv, heads, kv_heads, seq_starts, window))
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, heads, kv_heads, seq_starts, scale, window = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, seq_starts)
+    ctx.numbers = (heads, kv_heads, scale, window)
+
+
+def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, seq_starts = ctx.saved_tensors
+    heads, kv_heads, scale, window = ctx.numbers
+    dqkv = torch.ops.halfbyte.packed_attention_backward(
+        g.contiguous(), qkv, out, lse, heads, kv_heads, seq_starts, scale, window
+    )
+    return dqkv, None, None, None, None, None
+
+
+torch.library.register_autograd("halfbyte::packed_attention", _backward, setup_context=_save)
