@@ -1,0 +1,163 @@
+"""Linear layers that read the same input, each with a 4-bit weight and perhaps a LoRA adapter, as one operator.
+
+``y_i = x W_i^T + bias_i + scaling_i (x A_i^T) B_i^T`` for every member i of the group (q, k and v; gate and up; or one
+layer alone), and its gradients. The weights and biases are frozen; only A and B learn.
+
+The default below is the specification. On the CPU the native library packs `x` once for the whole group and adds the
+adapters inside the same accumulation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import panel
+
+_GROUP = (
+    "Tensor[] codes, Tensor[] absmax, Tensor?[] nested_absmax, float[] nested_offset, str quant_type, int blocksize, "
+    "int[] out_features, Tensor?[] bias, Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling"
+)
+torch.library.define("halfbyte::lora_linear_4bit", f"(Tensor x, {_GROUP}) -> (Tensor y, Tensor u)")
+torch.library.define(
+    "halfbyte::lora_linear_4bit_backward",
+    f"(Tensor g, Tensor x, Tensor u, {_GROUP}, bool need_dx) -> (Tensor dx, Tensor[] dA, Tensor[] dB)",
+)
+
+Group = tuple[
+    list[Tensor], list[Tensor], list[Tensor | None], list[float], str, int, list[int],
+    list[Tensor | None], list[Tensor | None], list[Tensor | None], list[float],
+]  # fmt: skip
+"""The group's arguments in the schema's order."""
+
+
+class Member(NamedTuple):
+    """One layer: its weight (out_features, in_features) and its adapter (rank, in_features), (out_features, rank)."""
+
+    weight: panel.Weight
+    out_features: int
+    bias: Tensor | None
+    lora_A: Tensor | None  # noqa: N815
+    lora_B: Tensor | None  # noqa: N815
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 without one."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+
+def _members(group: Group, in_features: int) -> list[Member]:
+    """The group by layers, checked: a kernel reads as far as these shapes say."""
+    codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, *rest = group
+    lists = (codes, absmax, nested_absmax, nested_offset, *rest)
+    torch._check(len(codes) > 0, lambda: "a group needs a member")
+    torch._check(
+        all(len(each) == len(codes) for each in lists), lambda: f"lists of {[len(each) for each in lists]} members"
+    )
+    members = []
+    for code, scale, nested, offset, out_features, bias, lora_A, lora_B, scaling in zip(*lists, strict=True):
+        weight = (code, scale, nested, offset, quant_type, blocksize)
+        member = Member(weight, out_features, bias, lora_A, lora_B, scaling)
+        torch._check((lora_A is None) == (lora_B is None), lambda: "lora_A and lora_B come together")
+        for name, tensor, shape in (
+            ("lora_A", lora_A, (member.rank, in_features)),
+            ("lora_B", lora_B, (out_features, member.rank)),
+        ):
+            if tensor is not None:
+                fits = tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
+                torch._check(
+                    fits, lambda n=name, t=tensor, s=shape: f"{n} {t.dtype} {tuple(t.shape)}, not float32 {s}"
+                )
+        if bias is not None:
+            torch._check(bias.shape == (out_features,), lambda b=bias: f"bias {tuple(b.shape)}")
+        members.append(member)
+    return members
+
+
+def _check_rows(name: str, rows: Tensor, columns: int, like: Tensor | None = None) -> None:
+    fits = rows.dim() == 2 and rows.shape[1] == columns
+    torch._check(fits, lambda: f"{name} {tuple(rows.shape)}, not (T, {columns})")
+    if like is not None:
+        torch._check(rows.shape[0] == like.shape[0], lambda: f"{name} has {rows.shape[0]} rows of {like.shape[0]}")
+
+
+def _default_forward(x: Tensor, members: list[Member]) -> tuple[Tensor, Tensor]:
+    ys, us = [], [x.new_empty(x.shape[0], 0, dtype=torch.float32)]
+    for member in members:
+        bias = None if member.bias is None else member.bias.to(x.dtype)
+        y = torch.ops.halfbyte.linear_4bit(x, *member.weight, member.out_features, bias)
+        if member.lora_A is not None and member.lora_B is not None:
+            us.append(x.float() @ member.lora_A.t())
+            y = (y + member.scaling * us[-1] @ member.lora_B.t()).to(x.dtype)
+        ys.append(y)
+    return torch.cat(ys, 1), torch.cat(us, 1)
+
+
+def _default_backward(
+    g: Tensor, x: Tensor, u: Tensor, members: list[Member], need_dx: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dx = x.new_zeros(x.shape if need_dx else (0, x.shape[1]), dtype=torch.float32)
+    dA, dB = [], []
+    gs = g.split([member.out_features for member in members], 1)
+    us = iter(u.split([member.rank for member in members if member.lora_A is not None], 1))
+    for member, g_i in zip(members, gs, strict=True):
+        if need_dx:
+            dx += torch.ops.halfbyte.linear_4bit_dx(g_i, *member.weight, x.shape[1])
+        if member.lora_A is None or member.lora_B is None:
+            continue
+        v = member.scaling * g_i.float() @ member.lora_B
+        if need_dx:
+            dx += v @ member.lora_A
+        dA.append(v.t() @ x.float())
+        dB.append(member.scaling * g_i.float().t() @ next(us))
+    return dx.to(x.dtype), dA, dB
+
+
+def _forward_arguments(x: Tensor, group: Group) -> list[Member]:
+    members = _members(group, x.shape[-1])
+    _check_rows("x", x, x.shape[-1])
+    return members
+
+
+def _backward_arguments(g: Tensor, x: Tensor, u: Tensor, group: Group) -> list[Member]:
+    members = _forward_arguments(x, group)
+    _check_rows("g", g, sum(member.out_features for member in members), x)
+    _check_rows("u", u, sum(member.rank for member in members), x)
+    torch._check(g.dtype == x.dtype, lambda: f"g is {g.dtype}, x {x.dtype}")
+    torch._check(u.dtype == torch.float32, lambda: f"u is {u.dtype}")
+    return members
+
+
+@torch.library.impl("halfbyte::lora_linear_4bit", "CompositeExplicitAutograd")
+def _lora_linear_4bit(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
+    return _default_forward(x, _forward_arguments(x, group))  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("halfbyte::lora_linear_4bit")
+def _lora_linear_4bit_fake(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
+    members = _forward_arguments(x, group)  # type: ignore[arg-type]
+    rank, width = sum(member.rank for member in members), sum(member.out_features for member in members)
+    return x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], rank, dtype=torch.float32)
+
+
+@torch.library.impl("halfbyte::lora_linear_4bit_backward", "CompositeExplicitAutograd")
+def _lora_linear_4bit_backward(
+    g: Tensor, x: Tensor, u: Tensor, *group_and_need_dx: object
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *group, need_dx = group_and_need_dx
+    return _default_backward(g, x, u, _backward_arguments(g, x, u, tuple(group)), bool(need_dx))  # type: ignore[arg-type]
+
+
+@torch.library.register_fake("halfbyte::lora_linear_4bit_backward")
+def _lora_linear_4bit_backward_fake(
+    g: Tensor, x: Tensor, u: Tensor, *group_and_need_dx: object
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *group, need_dx = group_and_need_dx
+    members = _backward_arguments(g, x, u, tuple(group))  # type: ignore[arg-type]
+    pairs = [(member.lora_A, member.lora_B) for member in members if member.lora_A is not None]
+    dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a, _ in pairs if a is not None]
+    dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for _, b in pairs if b is not None]
+    return x.new_empty(x.shape if need_dx else (0, x.shape[1])), dA, dB
