@@ -9,7 +9,7 @@ adapters inside the same accumulation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,12 +51,11 @@ class Member(NamedTuple):
 
 def _members(group: Group, in_features: int) -> list[Member]:
     """The group by layers, checked: a kernel reads as far as these shapes say."""
-    codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, *rest = group
-    lists = (codes, absmax, nested_absmax, nested_offset, *rest)
-    torch._check(len(codes) > 0, lambda: "a group needs a member")
-    torch._check(
-        all(len(each) == len(codes) for each in lists), lambda: f"lists of {[len(each) for each in lists]} members"
-    )
+    quant_type, blocksize = group[4:6]
+    lists: list[list[Any]] = [*group[:4], *group[6:]]
+    lengths = [len(each) for each in lists]
+    torch._check(lengths[0] > 0, lambda: "a group needs a member")
+    torch._check(len(set(lengths)) == 1, lambda: f"lists of {lengths} members")
     members = []
     for code, scale, nested, offset, out_features, bias, lora_A, lora_B, scaling in zip(*lists, strict=True):
         weight = (code, scale, nested, offset, quant_type, blocksize)
