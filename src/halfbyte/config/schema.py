@@ -129,6 +129,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    bits: Literal[32, 8] = 32
+    """Of each moment that AdamW keeps: 32 (8 bytes a parameter) or 8 (2 bytes, blocks of 256; other numbers)."""
     schedule: Schedule = "constant"
     """constant, linear or cosine (both fall towards 0, which the step after the last would have), after warm-up."""
     warmup_steps: int = 0
@@ -145,6 +147,7 @@ class OptimConfig:
         )  # fmt: skip
         _require(0 < self.eps < math.inf, "optim.eps", self.eps, "above 0 and finite")
         _require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "at least 0 and below 1")
+        _require_choice("optim.bits", self.bits, (32, 8))
         _require_choice("optim.schedule", self.schedule, get_args(Schedule))
         _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")

@@ -1,6 +1,7 @@
 """The operators of `quant`, faster, and those of decoder layer and head. Importing this room registers them."""
 
 from halfbyte.kernels import (  # noqa: F401  (they register)
+    adamw,
     attention,
     cpu_ops,
     cross_entropy,

@@ -1,4 +1,4 @@
-"""AdamW with 32-bit states: torch's own fused kernel, fed with fp32 whatever the parameters' dtype."""
+"""AdamW with moments in 32 or 8 bits, over the paged operators of `kernels.adamw`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-_FUSED_ON = ("cpu", "cuda")
+import halfbyte.kernels  # noqa: F401  (registers the operators)
+from halfbyte.kernels.adamw import BLOCKSIZE
+from halfbyte.quant.blocks import num_blocks
+
+LEAST_8BIT = 4096
+"""Smaller parameters keep 32-bit moments, as in bitsandbytes: they take no memory and are often the sensitive ones."""
+
+_MOMENTS = {32: ("exp_avg", "exp_avg_sq"), 8: ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")}
+"""What a parameter's state holds beside `step`, in the order of the operators' arguments."""
 
 
 class AdamW(Optimizer):
     """Decoupled weight decay (arXiv 1711.05101) with bias correction.
 
-    States are fp32: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape, under torch's names. A 16-bit
-    parameter is updated in fp32, one tensor at a time, and rounded once; fp32 ones go through the kernel together.
+    A state holds `step` () and, of the parameter's shape, `exp_avg` and `exp_avg_sq`: torch's names, float32. With
+    8 bits these two are uint8 codes, and `exp_avg_absmax` and `exp_avg_sq_absmax` (ceil(n/256),) float32 their scales.
+    A 16-bit parameter is updated in fp32, one tensor at a time, and rounded once.
 
-    Equal to `torch.optim.AdamW(fused=True)` to the bit on fp32 parameters, and as fast. torch's unfused loop rounds in
-    another order: measured on LoRA matrices with lr 1e-3, the parameters are at most 1e-9 apart after 1 step, 3e-8
-    after 25, 6e-8 after 100 (an ulp or two of the largest); the loop takes 2.7 times, foreach 4.8 times as long.
+    With 32 bits it is `torch.optim.AdamW` but for the order of rounding; see docs/numerics.md for the distance.
 
     Args:
         params: parameters or groups; float32, bfloat16 or float16.
@@ -29,6 +35,8 @@ class AdamW(Optimizer):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: lr * weight_decay of the parameter is taken off at every step.
+        bits: 32, or 8 for a quarter of the memory. Like the others it belongs to a group, is saved with the state and
+            comes back with it.
     """
 
     def __init__(
@@ -38,10 +46,18 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        bits: int = 32,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} is out of range")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if bits not in _MOMENTS:
+            raise ValueError(f"bits={bits}: choose 32 or 8")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("bits", 32)  # saved before there was a choice
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -59,59 +75,62 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            together: dict[torch.device, list[Tensor]] = {}
+            together: dict[tuple[torch.device, int, int], list[list[Tensor]]] = {}
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 if param.grad.is_sparse:
                     raise ValueError("AdamW takes no sparse gradients")
-                if param.dtype == torch.float32:
-                    together.setdefault(param.device, []).append(param)
+                state = self._state_of(param, group["bits"])
+                state["step"] += 1
+                names = _MOMENTS[8 if "exp_avg_absmax" in state else 32]
+                grad = param.grad.reshape(-1) if param.grad.dtype == torch.bfloat16 else _flat(param.grad)
+                page = [_flat(param), grad, *(state[name].view(-1) for name in names)]
+                if page[0].data_ptr() == param.data_ptr():
+                    together.setdefault((param.device, int(state["step"]), len(names)), []).append(page)
                     continue
-                exact = param.float()
-                self._update([param], [exact], group)
-                param.copy_(exact)
-            for params in together.values():
-                self._update(params, params, group)
+                _update([page], group, int(state["step"]))
+                param.copy_(page[0].view(param.shape))
+            for (_, number, _), pages in together.items():
+                _update(pages, group, number)
         return loss
 
-    def _update(self, params: list[Tensor], values: list[Tensor], group: dict[str, Any]) -> None:
-        """Update `values`, the fp32 values of `params` (on one device), in place."""
-        states = [self._state_of(param) for param in params]
-        fused = values[0].device.type in _FUSED_ON
-        adamw(
-            values,
-            [param.grad.float() for param in params if param.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=not fused,
-            fused=fused,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, bits: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
-        if not state:
-            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"AdamW takes float32 and 16-bit parameters, not {param.dtype}")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
+        if state:
+            return state
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"AdamW takes float32 and 16-bit parameters, not {param.dtype}")
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        eight = bits == 8 and param.numel() >= LEAST_8BIT
+        for name in _MOMENTS[8 if eight else 32]:
+            if name.endswith("absmax"):
+                state[name] = torch.zeros(num_blocks(param.numel(), BLOCKSIZE), device=param.device)
+            else:
+                dtype = torch.uint8 if eight else torch.float32
+                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that states stay fp32 beside 16-bit parameters, and are copies."""
+        """As torch's, except that states keep their dtype beside 16-bit parameters, and are copies."""
         super().load_state_dict(state_dict)
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                self.state[param][name] = torch.as_tensor(value).to(param.device, torch.float32, copy=True)
+                value = torch.as_tensor(value)
+                dtype = torch.uint8 if value.dtype == torch.uint8 else torch.float32
+                device = torch.device("cpu") if name == "step" else param.device
+                self.state[param][name] = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """1-D float32; the tensor itself where it lies like that."""
+    return tensor.detach().float().reshape(-1)
+
+
+def _update(pages: list[list[Tensor]], group: dict[str, Any], step: int) -> None:
+    """One kernel call for pages (param, grad, *moments) of one device and one layout."""
+    lists = [list(tensors) for tensors in zip(*pages, strict=True)]
+    operator = torch.ops.halfbyte.adamw_8bit_ if len(lists) == 6 else torch.ops.halfbyte.adamw_32bit_
+    operator(*lists, group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)

@@ -113,7 +113,7 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     return Run(
         config=config, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded, model=model,
-        objective=objective, optimizer=AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps),
+        objective=objective, optimizer=AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits),
         steps=steps,
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
