@@ -1,4 +1,4 @@
-"""AdamW is torch's, with fp32 states and arithmetic for every parameter dtype."""
+"""AdamW is torch's but for rounding, with fp32 arithmetic for every parameter dtype and moments in 32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from halfbyte.errors import NumericsError
 from halfbyte.optim import AdamW, clip_grad_norm, lora_param_groups
 
-SHAPES = [(16, 96), (96, 16), (7,), (1, 1), (33, 5)]
+SHAPES = [(16, 96), (96, 16), (7,), (1, 1), (33, 5), (5, 1000)]
+"""The last is large enough for 8-bit moments."""
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
@@ -30,16 +31,21 @@ def run(params: list[Parameter], optimizer: torch.optim.Optimizer, first: int, l
         optimizer.step()
 
 
-def test_equal_to_torch_fused_to_the_bit_and_to_its_loop_within_the_bound() -> None:
-    """The bound against the loop is measured (25 steps, values up to 0.5: 3e-8 apart at most), with a margin."""
+def test_close_to_torch() -> None:
+    """torch rounds in another order. Measured with values up to 0.5 (an ulp is 3e-8): at most 1.5e-8 apart after one
+    step, 4.5e-8 after 25, 7.5e-8 after 100, from its fused kernel and its loop alike."""
     options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.01}
     ours, fused, loop = parameters(), parameters(), parameters()
-    run(ours, AdamW(ours, **options), 0, 25)
-    run(fused, torch.optim.AdamW(fused, fused=True, **options), 0, 25)
-    run(loop, torch.optim.AdamW(loop, foreach=False, **options), 0, 25)
-    for one, two, three in zip(ours, fused, loop, strict=True):
-        assert torch.equal(one, two)
-        torch.testing.assert_close(one, three, rtol=1e-6, atol=5e-8)
+    optimizers = (
+        AdamW(ours, **options), torch.optim.AdamW(fused, fused=True, **options),
+        torch.optim.AdamW(loop, foreach=False, **options),
+    )  # fmt: skip
+    for last, bound in ((1, 3e-8), (25, 1e-7)):
+        for params, optimizer in zip((ours, fused, loop), optimizers, strict=True):
+            run(params, optimizer, 0 if last == 1 else 1, last)
+        for one, two, three in zip(ours, fused, loop, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=bound)
+            torch.testing.assert_close(one, three, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -60,10 +66,11 @@ def test_sixteen_bit_parameters_are_updated_in_fp32(dtype: torch.dtype) -> None:
                 twin.copy_(param)
 
 
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_round_trip_to_the_bit(dtype: torch.dtype) -> None:
+def test_state_dict_round_trip_to_the_bit(dtype: torch.dtype, bits: int) -> None:
     whole = parameters(dtype)
-    optimizer = AdamW(whole, lr=1e-2)
+    optimizer = AdamW(whole, lr=1e-2, bits=bits)
     run(whole, optimizer, 0, 5)
     state, values = copy.deepcopy(optimizer.state_dict()), [param.detach().clone() for param in whole]
     run(whole, optimizer, 5, 9)
@@ -75,9 +82,10 @@ def test_state_dict_round_trip_to_the_bit(dtype: torch.dtype) -> None:
     assert second.param_groups[0]["lr"] == 1e-2
     for one, two in zip(whole, resumed, strict=True):
         assert torch.equal(one, two)
-        for name in ("step", "exp_avg", "exp_avg_sq"):
-            assert second.state[two][name].dtype == torch.float32
-            assert torch.equal(optimizer.state[one][name], second.state[two][name])
+        assert list(optimizer.state[one]) == list(second.state[two])
+        for name, value in optimizer.state[one].items():
+            assert second.state[two][name].dtype == value.dtype
+            assert torch.equal(value, second.state[two][name])
     for number, part in state["state"].items():
         for name, value in part.items():
             assert torch.equal(value, kept["state"][number][name]), "loading took copies"
@@ -92,7 +100,50 @@ def test_states_are_torchs_and_load_there() -> None:
     other.load_state_dict({"state": state, "param_groups": other.state_dict()["param_groups"]})
     run(ours, optimizer, 3, 6)
     run(theirs, other, 3, 6)
-    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
+
+
+def test_eight_bits() -> None:
+    """A quarter of the state from 4096 elements on; what was saved before there was a choice has 32 bits."""
+    params = [Parameter(torch.randn(4095)), Parameter(torch.randn(64, 64))]
+    optimizer = AdamW(params, bits=8)
+    run(params, optimizer, 0, 2)
+    small, large = (optimizer.state[param] for param in params)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in large.items()} == {
+        "step": ((), torch.float32),
+        "exp_avg": ((64, 64), torch.uint8), "exp_avg_absmax": ((16,), torch.float32),
+        "exp_avg_sq": ((64, 64), torch.uint8), "exp_avg_sq_absmax": ((16,), torch.float32),
+    }  # fmt: skip
+    assert list(small) == ["step", "exp_avg", "exp_avg_sq"]
+    assert small["exp_avg"].dtype == torch.float32
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["param_groups"][0].pop("bits") == 8
+    older = AdamW(params)
+    older.load_state_dict(state)
+    assert older.param_groups[0]["bits"] == 32
+    with pytest.raises(ValueError, match="choose 32 or 8"):
+        AdamW(params, bits=16)
+
+
+def test_eight_bits_go_where_thirty_two_go() -> None:
+    """Least squares with inputs of very different sizes: measured final losses 0.78 % and 0.89 % of the first one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 64, generator=generator) * 10 ** (-2 * torch.rand(64, generator=generator))
+    wanted = inputs @ torch.randn(64, 64, generator=generator)
+    last = {}
+    for bits in (32, 8):
+        weight = Parameter(torch.zeros(64, 64))
+        optimizer = AdamW([weight], lr=1e-2, bits=bits)
+        losses = []
+        for _ in range(300):
+            loss = (inputs @ weight - wanted).square().mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        last[bits] = losses[-1] / losses[0]
+    assert last[8] < 1.2 * last[32] < 1e-2
 
 
 def test_parameters_without_a_gradient_and_closures() -> None:
@@ -134,7 +185,7 @@ def test_lora_groups() -> None:
         "up.lora_B.default.weight",
         "norm.weight",
     ]
-    named = dict(zip(names, parameters(), strict=True))
+    named = dict(zip(names, parameters()[:5], strict=True))
     named["frozen.lora_B.weight"] = Parameter(torch.zeros(1), requires_grad=False)
     slow, fast = lora_param_groups(named.items(), 1e-4, 16, 0.01)
     assert [id(param) for param in slow["params"]] == [id(named[names[i]]) for i in (0, 2, 4)]
@@ -174,7 +225,7 @@ def test_clip_reports_what_is_not_finite_and_changes_nothing() -> None:
         for param in params:
             param.grad = torch.ones_like(param)
         params[1].grad[0, 0] = value  # type: ignore[index]
-        with pytest.raises(NumericsError, match="1 of 5 tensors"):
+        with pytest.raises(NumericsError, match="1 of 6 tensors"):
             clip_grad_norm(params, 1.0)
         assert torch.equal(params[0].grad, torch.ones_like(params[0]))  # type: ignore[arg-type]
 

@@ -242,6 +242,7 @@ RESUMES: dict[str, tuple[dict[str, Any], list[int]]] = {
         {"data__packing": False, "train__micro_batch_size": 8, "train__gradient_accumulation_steps": 3,
          "optim__schedule": "cosine", "optim__warmup_steps": 3, "optim__lr_b_ratio": 4.0, "train__steps": 9}, [4, 7],
     ),
+    "8-bit moments": ({"optim__bits": 8, "lora__r": 64, "train__steps": 6}, [3, 5]),
     "before the first checkpoint": ({"train__steps": 6}, [1]),
     "at the last step": ({"train__steps": 6}, [6]),
 }  # fmt: skip
@@ -442,6 +443,19 @@ def test_what_must_be_set(make_run: MakeRun, section: str, key: str) -> None:
 
 
 # -- settings reach what they name -------------------------------------------------------------------------------
+
+
+def test_eight_bit_moments_learn_as_well(make_run: MakeRun) -> None:
+    """Measured: from 6.18 in 30 steps to 4.2516 with 32 bits and 4.2514 with 8 (means of the last five steps)."""
+    last = {}
+    for bits in (32, 8):
+        settings = {"optim__bits": bits, "optim__lr": 2e-3, "lora__r": 64, "train__steps": 30, "train__save_every": 30}
+        config = make_run(f"{bits}", **settings)
+        train(config)
+        last[bits] = sum(losses(config)[-5:]) / 5
+        saved = load_file(Path(config.train.output) / "checkpoint-30/optimizer.safetensors")
+        assert any(tensor.dtype == torch.uint8 for tensor in saved.values()) == (bits == 8)
+    assert last[8] == pytest.approx(last[32], rel=0.005)
 
 
 def test_lora_plus_reaches_b(make_run: MakeRun) -> None:

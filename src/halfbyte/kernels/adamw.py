@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Numbers:
         )
 
 
-def update_reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Numbers) -> None:
+def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Numbers) -> None:
     """One step in place: param, exp_avg, exp_avg_sq float32, grad float32 or bfloat16, all (n,)."""
     grad = grad.float()
     exp_avg.mul_(numbers.beta1).add_(grad * numbers.rest1)
@@ -74,85 +74,73 @@ def update_reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: T
     param.mul_(numbers.keep).sub_((exp_avg * numbers.step_size).div_(denominator))
 
 
-def decode_reference(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
+def _decode(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
     """codes (n,) uint8, absmax (ceil(n/256),) float32, values (256,) -> (n,) float32."""
     return values.to(codes.device)[codes.int()] * absmax.repeat_interleave(BLOCKSIZE)[: codes.numel()]
 
 
-def encode_reference(x: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
-    """x (n,) float32 -> codes (n,) uint8: how many of the 255 boundaries lie below x / absmax; absmax (ceil(n/256),)."""
-    blocks = num_blocks(x.numel(), BLOCKSIZE)
-    padded = torch.nn.functional.pad(x, (0, blocks * BLOCKSIZE - x.numel())).view(blocks, BLOCKSIZE)
-    absmax = padded.abs().amax(dim=1) if blocks else x.new_zeros(0)
+def _encode(x: Tensor, boundaries: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """x (n,) float32 into absmax (ceil(n/256),) and codes (n,): how many boundaries lie below x / absmax."""
+    padded = torch.nn.functional.pad(x, (0, absmax.numel() * BLOCKSIZE - x.numel())).view(-1, BLOCKSIZE)
+    absmax.copy_(padded.abs().amax(dim=1))
     scaled = (padded * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).view(-1)[: x.numel()]
-    return torch.bucketize(scaled, boundaries.to(x.device), out_int32=True).to(torch.uint8), absmax
+    codes.copy_(torch.bucketize(scaled, boundaries.to(x.device), out_int32=True))
 
 
-def _check(param: list[Tensor], grad: list[Tensor], moments: list[list[Tensor]], absmax: list[list[Tensor]]) -> None:
-    for tensors in (grad, *moments, *absmax):
-        torch._check(len(tensors) == len(param), lambda: f"lists of {len(tensors)} and {len(param)} pages")
-    state_dtype = torch.uint8 if absmax else torch.float32
-    for i, page in enumerate(param):
-        count = page.numel()
-        expected = [(page, torch.float32, count), (grad[i], grad[i].dtype, count)]
-        expected += [(tensors[i], state_dtype, count) for tensors in moments]
-        expected += [(tensors[i], torch.float32, num_blocks(count, BLOCKSIZE)) for tensors in absmax]
-        for tensor, dtype, size in expected:
-            torch._check(
-                tensor.dim() == 1 and tensor.numel() == size and tensor.dtype == dtype,
-                lambda: f"page {i}: {tensor.dtype} {tuple(tensor.shape)} where {dtype} ({size},) is needed",
-            )
-        torch._check(
-            grad[i].dtype in (torch.float32, torch.bfloat16),
-            lambda: f"page {i}: the gradient is {grad[i].dtype}, not float32 or bfloat16",
-        )
+def _check(*lists: list[Tensor]) -> None:
+    """The operators' lists, in their order: six with 8-bit moments, else four."""
+    for number, page in enumerate(zip(*lists, strict=True)):
+        count, grad_dtype = page[0].numel(), page[1].dtype
+        needed = [(torch.float32, count), (grad_dtype, count)]
+        if len(lists) == 6:
+            needed += [(torch.uint8, count), (torch.float32, num_blocks(count, BLOCKSIZE))] * 2
+        else:
+            needed += [(torch.float32, count)] * 2
+        for tensor, (dtype, size) in zip(page, needed, strict=True):
+            if tensor.dtype != dtype or tensor.shape != (size,):
+                raise ValueError(
+                    f"page {number}: {tensor.dtype} {tuple(tensor.shape)} where {dtype} ({size},) is needed"
+                )
+        if grad_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"page {number}: the gradient is {grad_dtype}, not float32 or bfloat16")
 
 
-@torch.library.impl("halfbyte::adamw_32bit_", "CompositeExplicitAutograd")
-def _adamw_32bit_(
-    param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-) -> None:  # fmt: skip
-    _check(param, grad, [exp_avg, exp_avg_sq], [])
-    numbers = Numbers.of(lr, beta1, beta2, eps, weight_decay, step)
+def plain_adamw_32bit_(
+    param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], *numbers: Any
+) -> None:
+    _check(param, grad, exp_avg, exp_avg_sq)
     for page in zip(param, grad, exp_avg, exp_avg_sq, strict=True):
-        update_reference(*page, numbers)
+        _update(*page, Numbers.of(*numbers))
 
 
-@torch.library.impl("halfbyte::adamw_8bit_", "CompositeExplicitAutograd")
-def _adamw_8bit_(
+def plain_adamw_8bit_(
     param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_absmax: list[Tensor],
-    exp_avg_sq: list[Tensor], exp_avg_sq_absmax: list[Tensor],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    exp_avg_sq: list[Tensor], exp_avg_sq_absmax: list[Tensor], *numbers: Any,
 ) -> None:  # fmt: skip
-    _check(param, grad, [exp_avg, exp_avg_sq], [exp_avg_absmax, exp_avg_sq_absmax])
-    numbers = Numbers.of(lr, beta1, beta2, eps, weight_decay, step)
+    _check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax)
     pages = zip(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, strict=True)
-    for value, gradient, codes1, absmax1, codes2, absmax2 in pages:
-        moment1 = decode_reference(codes1, absmax1, dynamic_map())
-        moment2 = decode_reference(codes2, absmax2, unsigned_dynamic_map())
-        update_reference(value, gradient, moment1, moment2, numbers)
-        for moment, bounds, codes, absmax in (
-            (moment1, dynamic_boundaries(), codes1, absmax1),
-            (moment2, unsigned_dynamic_boundaries(), codes2, absmax2),
-        ):
-            new_codes, new_absmax = encode_reference(moment, bounds)
-            codes.copy_(new_codes)
-            absmax.copy_(new_absmax)
+    for value, gradient, codes, absmax, codes_sq, absmax_sq in pages:
+        moment = _decode(codes, absmax, dynamic_map())
+        moment_sq = _decode(codes_sq, absmax_sq, unsigned_dynamic_map())
+        _update(value, gradient, moment, moment_sq, Numbers.of(*numbers))
+        _encode(moment, dynamic_boundaries(), codes, absmax)
+        _encode(moment_sq, unsigned_dynamic_boundaries(), codes_sq, absmax_sq)
+
+
+torch.library.impl("halfbyte::adamw_32bit_", "CompositeExplicitAutograd", plain_adamw_32bit_)
+torch.library.impl("halfbyte::adamw_8bit_", "CompositeExplicitAutograd", plain_adamw_8bit_)
 
 
 @torch.library.register_fake("halfbyte::adamw_32bit_")
 def _adamw_32bit_fake(
-    param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-) -> None:  # fmt: skip
-    _check(param, grad, [exp_avg, exp_avg_sq], [])
+    param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], *numbers: Any
+) -> None:
+    _check(param, grad, exp_avg, exp_avg_sq)
 
 
 @torch.library.register_fake("halfbyte::adamw_8bit_")
 def _adamw_8bit_fake(
     param: list[Tensor], grad: list[Tensor], exp_avg: list[Tensor], exp_avg_absmax: list[Tensor],
-    exp_avg_sq: list[Tensor], exp_avg_sq_absmax: list[Tensor],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    exp_avg_sq: list[Tensor], exp_avg_sq_absmax: list[Tensor], *numbers: Any,
 ) -> None:  # fmt: skip
-    _check(param, grad, [exp_avg, exp_avg_sq], [exp_avg_absmax, exp_avg_sq_absmax])
+    _check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax)
