@@ -112,3 +112,25 @@ int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* 
     hb_prefer_huge_pages(dx, m * w->cols * (dtype == HB_F32 ? 4 : 2));
     return table->linear_dx(w, g, dtype, m, dx, threads);
 }
+
+int hb_linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
+                     const void* bias, void* y, int threads) {
+    const auto function = current()->linear_frozen;
+    if (!function) return HB_UNSUPPORTED;
+    hb_prefer_huge_pages(y, m * rows * (dtype == HB_F32 ? 4 : 2));
+    return function(w, w_dtype, rows, cols, x, dtype, m, bias, y, threads);
+}
+
+int hb_linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* g, int dtype, int64_t m,
+                        void* dx, int threads) {
+    const auto function = current()->linear_frozen_dx;
+    if (!function) return HB_UNSUPPORTED;
+    hb_prefer_huge_pages(dx, m * cols * (dtype == HB_F32 ? 4 : 2));
+    return function(w, w_dtype, rows, cols, g, dtype, m, dx, threads);
+}
+
+int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets, double* loss,
+                             int write, int threads) {
+    const auto function = current()->softmax_cross_entropy;
+    return function ? function(logits, dtype, n, vocab, targets, loss, write, threads) : HB_UNSUPPORTED;
+}

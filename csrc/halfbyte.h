@@ -53,3 +53,14 @@ HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype
 // contiguous and share `dtype`; bias may be NULL.
 HB_API int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads);
 HB_API int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads);
+
+// The same products with a weight(rows, cols) as it is stored, contiguous, of `w_dtype`. HB_UNSUPPORTED where the ISA
+// lacks them.
+HB_API int hb_linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
+                            const void* bias, void* y, int threads);
+HB_API int hb_linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* g, int dtype,
+                               int64_t m, void* dx, int threads);
+// *loss = the cross-entropy of logits(n, vocab), contiguous, summed over rows; with `write` they are overwritten by
+// softmax - onehot. Targets lie in [0, vocab): the caller has checked.
+HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,
+                                    double* loss, int write, int threads);

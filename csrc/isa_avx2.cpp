@@ -23,11 +23,14 @@ namespace hb_avx2 {
 #include "avx2_dot.inl"
 #include "small.inl"
 #include "linear.inl"
+#include "frozen.inl"
+#include "cross_entropy.inl"
 
 }  // namespace hb_avx2
 }  // namespace
 
 extern const hb_table hb_table_avx2 = {
-    hb_avx2::quantize, hb_avx2::count_nonfinite, hb_avx2::dequantize, hb_avx2::linear, hb_avx2::linear_dx,
+    hb_avx2::quantize,  hb_avx2::count_nonfinite, hb_avx2::dequantize,       hb_avx2::linear,
+    hb_avx2::linear_dx, hb_avx2::linear_frozen,   hb_avx2::linear_frozen_dx, hb_avx2::softmax_cross_entropy,
 };
 #endif

@@ -23,11 +23,14 @@ namespace hb_avx512 {
 #include "avx512_dot.inl"
 #include "small.inl"
 #include "linear.inl"
+#include "frozen.inl"
+#include "cross_entropy.inl"
 
 }  // namespace hb_avx512
 }  // namespace
 
 extern const hb_table hb_table_avx512 = {
-    hb_avx512::quantize, hb_avx512::count_nonfinite, hb_avx512::dequantize, hb_avx512::linear, hb_avx512::linear_dx,
+    hb_avx512::quantize,  hb_avx512::count_nonfinite, hb_avx512::dequantize,       hb_avx512::linear,
+    hb_avx512::linear_dx, hb_avx512::linear_frozen,   hb_avx512::linear_frozen_dx, hb_avx512::softmax_cross_entropy,
 };
 #endif

@@ -50,3 +50,13 @@ inline float sum_lanes(int64_t n, Term term) {
     if (i < n) b = term(i, Part{n - i}, b);
     return vsum(vadd(vadd(a, b), vadd(c, d)));
 }
+
+// Runs `body` with a zero of the type that `dtype` names.
+template <class Body>
+inline void with_type(int dtype, Body body) {
+    switch (dtype) {
+        case HB_BF16: return body(bf16());
+        case HB_F16: return body(fp16());
+        default: return body(float());
+    }
+}

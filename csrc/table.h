@@ -12,6 +12,9 @@ struct hb_table {
     void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
     int (*linear)(const hb_weight*, const void*, int, int64_t, const void*, void*, int);  // NULL: not offered
     int (*linear_dx)(const hb_weight*, const void*, int, int64_t, void*, int);
+    int (*linear_frozen)(const void*, int, int64_t, int64_t, const void*, int, int64_t, const void*, void*, int);
+    int (*linear_frozen_dx)(const void*, int, int64_t, int64_t, const void*, int, int64_t, void*, int);
+    int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int);
 };
 
 extern const hb_table hb_table_baseline;

@@ -125,6 +125,29 @@ def test_gradient(isa: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)  # torch's products promise less
+def test_threads_change_nothing(isa: str) -> None:
+    logits, targets = torch.randn(67, 1003), torch.randint(0, 1003, (67,))
+    hidden, weight = torch.randn(67, 64), torch.randn(1003, 64).bfloat16()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            grad = logits.clone()
+            results.append(
+                (
+                    torch.ops.halfbyte.softmax_cross_entropy_(grad, targets),
+                    grad,
+                    *torch.ops.halfbyte.linear_cross_entropy(hidden, targets, weight, None, 30, True),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch 2.13 tracing with aot_autograd
 def test_schema(isa: str) -> None:
     targets = torch.randint(0, 33, (5,))

@@ -51,4 +51,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
     "hb_linear": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
     "hb_linear_dx": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
-}
+    "hb_linear_frozen": (
+        _INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
+    ),
+    "hb_linear_frozen_dx": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _INT)),
+    "hb_softmax_cross_entropy": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _INT)),
+}  # fmt: skip

@@ -8,10 +8,15 @@ The loss is summed over rows, a float32 scalar; targets are int64, each in [0, v
 
 from __future__ import annotations
 
+import ctypes as ct
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.frozen_linear import dx_into, linear_into
+from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::softmax_cross_entropy_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
 torch.library.define(
@@ -56,6 +61,24 @@ def plain_softmax_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 torch.library.impl("halfbyte::softmax_cross_entropy_", "CompositeExplicitAutograd", plain_softmax_cross_entropy_)
 
 
+def _native_loss(logits: Tensor, targets: Tensor, write: bool) -> float | None:
+    """The loss of contiguous logits, overwritten by its gradient with `write`; None where that is not served."""
+    loss = ct.c_double()
+    served = logits.dtype in DTYPES and run_native(
+        "hb_softmax_cross_entropy", logits.data_ptr(), DTYPES[logits.dtype], *logits.shape, targets.data_ptr(),
+        ct.byref(loss), write,
+    )  # fmt: skip
+    return loss.value if served else None
+
+
+@torch.library.impl("halfbyte::softmax_cross_entropy_", "CPU")
+def _softmax_cpu(logits: Tensor, targets: Tensor) -> Tensor:
+    _check(logits, targets)
+    _check_range(targets, logits.shape[1])
+    loss = _native_loss(logits, targets.contiguous(), write=True) if logits.is_contiguous() else None
+    return plain_softmax_cross_entropy_(logits, targets) if loss is None else torch.tensor(loss, dtype=torch.float32)
+
+
 @torch.library.register_fake("halfbyte::softmax_cross_entropy_")
 def _softmax_fake(logits: Tensor, targets: Tensor) -> Tensor:
     _check(logits, targets)
@@ -80,6 +103,29 @@ def plain_linear_cross_entropy(
 
 
 torch.library.impl("halfbyte::linear_cross_entropy", "CompositeExplicitAutograd", plain_linear_cross_entropy)
+
+
+@torch.library.impl("halfbyte::linear_cross_entropy", "CPU")
+def _linear_cross_entropy_cpu(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """As the plain one, in one buffer for the logits of every chunk."""
+    _check_range(targets, weight.shape[0])
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    offset = None if bias is None else bias.to(hidden.dtype).contiguous()
+    buffer = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
+    dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
+    total = 0.0
+    for start in range(0, hidden.shape[0], chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits = buffer[: hidden[rows].shape[0]]
+        loss = None
+        if linear_into(logits, hidden[rows], weight, offset):
+            loss = _native_loss(logits, targets[rows], need_dx)
+        if loss is None or (need_dx and not dx_into(dx[rows], logits, weight)):
+            return plain_linear_cross_entropy(hidden, targets, weight, bias, chunk_rows, need_dx)
+        total += loss
+    return torch.tensor(total, dtype=torch.float32), dx
 
 
 @torch.library.register_fake("halfbyte::linear_cross_entropy")

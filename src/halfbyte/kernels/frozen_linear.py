@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.registry import run_native
+
 PANEL_BYTES = 8 * 2**20
 """Largest piece of the weight that the plain default holds in the dtype of x."""
 
@@ -79,6 +82,46 @@ torch.library.impl("halfbyte::linear_frozen_dx", "CompositeExplicitAutograd", pl
 def _dx_fake(grad: Tensor, weight: Tensor) -> Tensor:
     _check(grad, weight, weight.shape[0])
     return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+def _native(x: Tensor, weight: Tensor) -> bool:
+    """Does the native library know this case?"""
+    return (
+        x.dtype in DTYPES and weight.dtype in DTYPES and weight.is_contiguous() and 0 not in (*x.shape, *weight.shape)
+    )
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """x (n, in) W^T + bias into out (n, out), natively; all contiguous. False where that is not served."""
+    return _native(x, weight) and run_native(
+        "hb_linear_frozen", weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, x.data_ptr(), DTYPES[x.dtype],
+        x.shape[0], None if bias is None else bias.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+
+
+def dx_into(out: Tensor, grad: Tensor, weight: Tensor) -> bool:
+    """grad (n, out) W into out (n, in), natively; all contiguous. False where that is not served."""
+    return _native(grad, weight) and run_native(
+        "hb_linear_frozen_dx", weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, grad.data_ptr(),
+        DTYPES[grad.dtype], grad.shape[0], out.data_ptr(),
+    )  # fmt: skip
+
+
+@torch.library.impl("halfbyte::linear_frozen", "CPU")
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, weight.shape[-1], bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = x.contiguous().flatten(0, -2) if x.dim() > 1 else x.contiguous().unsqueeze(0)
+    offset = None if bias is None else bias.to(x.dtype).contiguous()
+    return y if linear_into(y, rows, weight, offset) else plain_linear_frozen(x, weight, bias)
+
+
+@torch.library.impl("halfbyte::linear_frozen_dx", "CPU")
+def _dx_cpu(grad: Tensor, weight: Tensor) -> Tensor:
+    _check(grad, weight, weight.shape[0])
+    dx = grad.new_empty(*grad.shape[:-1], weight.shape[1])
+    rows = grad.contiguous().flatten(0, -2) if grad.dim() > 1 else grad.contiguous().unsqueeze(0)
+    return dx if dx_into(dx, rows, weight) else plain_linear_frozen_dx(grad, weight)
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import cpu
-from halfbyte.kernels.abi import DTYPES, ISAS
+from halfbyte.kernels.abi import DTYPES, ISAS, OK
 
 ISA_VARIABLE = "HALFBYTE_ISA"
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
@@ -68,6 +69,12 @@ def cpu_choice() -> CpuChoice:
             fix=f"Choose one of {', '.join((*library.supported(), 'reference'))}",
         )
     return CpuChoice(library, f"{ISA_VARIABLE}={wanted}")
+
+
+def run_native(name: str, *arguments: Any) -> bool:
+    """Call the library's function `name` with `arguments` and the number of threads; False where it does not serve."""
+    library = cpu_choice().library
+    return library is not None and getattr(library.call, name)(*arguments, torch.get_num_threads()) == OK
 
 
 def count_nonfinite(tensor: Tensor) -> int:
