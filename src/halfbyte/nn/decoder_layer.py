@@ -1,0 +1,294 @@
+"""A whole decoder layer as one autograd function: what is saved is chosen by hand, and every pass over memory counted.
+
+Forward keeps x, the rotated q, k, v, the attention's output, the sum after it, and gate and up; the norms' outputs
+and the MLP's product are made again in the backward, which costs one pass each. With gradient checkpointing only x is
+kept, and what the backward does not read is not computed again: the down projection, the largest of the layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import halfbyte.kernels  # noqa: F401  (registers the operators)
+from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection
+
+ops = torch.ops.halfbyte
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linear layers over the same input, as the operators take them."""
+
+    members: tuple[Projection, ...]
+
+    @property
+    def adapters(self) -> list[Tensor]:
+        """A and B of the adapted members, in order."""
+        return [t for p in self.members if p.lora_A is not None for t in (p.lora_A, p.lora_B) if t is not None]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        bases = [p.base for p in self.members]
+        weights = [base.quantized_weight for base in bases]
+        return (
+            [w.codes for w in weights], [w.absmax for w in weights], [w.nested_absmax for w in weights],
+            [w.nested_offset for w in weights], weights[0].quant_type, weights[0].blocksize,
+            [base.out_features for base in bases], [base.bias for base in bases],
+            [p.lora_A for p in self.members], [p.lora_B for p in self.members], [p.scaling for p in self.members],
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (T, in) -> y (T, sum of out), u (T, sum of ranks)."""
+        y, u = ops.lora_linear_4bit(x, *self.args)
+        return y, u
+
+    def backward(self, g: Tensor, x: Tensor, u: Tensor, *, need_dx: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """-> dx, and dA and dB of the adapted members in the order of `adapters`."""
+        codes, absmax, nested, offsets, quant_type, blocksize, sizes, _, a, b, scaling = self.args
+        dx, da, db = ops.lora_linear_4bit_backward(
+            g, x, u, codes, absmax, nested, offsets, quant_type, blocksize, sizes, a, b, scaling, need_dx
+        )
+        return dx, [t for pair in zip(da, db, strict=True) for t in pair]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One use of a layer: its description, its linear layers as they are now, and where sequences begin."""
+
+    spec: LayerSpec
+    qkv: _Group
+    o: _Group
+    gate_up: _Group
+    down: _Group
+    cos: Tensor
+    sin: Tensor
+    seq_starts: Tensor
+    checkpoint: bool
+
+    @property
+    def adapters(self) -> list[Tensor]:
+        return [t for group in (self.qkv, self.o, self.gate_up, self.down) for t in group.adapters]
+
+    @property
+    def attention_args(self) -> tuple[Any, ...]:
+        spec = self.spec
+        return spec.num_heads, spec.num_kv_heads, self.seq_starts, spec.scale, spec.sliding_window
+
+
+class _Saved(NamedTuple):
+    """What the backward reads, besides x. None where the layer has no such norm."""
+
+    rstd: Tensor
+    qkv: Tensor
+    head_rstd: Tensor | None
+    u_qkv: Tensor
+    attention: Tensor
+    lse: Tensor
+    u_o: Tensor
+    o: Tensor | None
+    o_rstd: Tensor | None
+    h: Tensor
+    h_rstd: Tensor
+    gate_up: Tensor
+    u_gate_up: Tensor
+
+
+def _norm(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    y, rstd = ops.rms_norm(x, norm.weight, norm.eps, norm.offset)
+    return y, rstd
+
+
+def _norm_backward(g: Tensor, x: Tensor, norm: Norm, rstd: Tensor | None, add: Tensor | None = None) -> Tensor:
+    dx: Tensor = ops.rms_norm_backward(g, x, norm.weight, rstd, norm.offset, add)
+    return dx
+
+
+def _rotate(qkv: Tensor, call: _Call, *, inverse: bool = False) -> None:
+    spec = call.spec
+    ops.rope_(qkv, call.cos, call.sin, spec.num_heads + spec.num_kv_heads, spec.head_dim, inverse)
+
+
+def _head_norms(qkv: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    """q and k normed head by head; the same tensor where the layer has no such norms."""
+    q, k = spec.q_norm, spec.k_norm
+    if q is None or k is None:
+        return qkv, None
+    normed, rstd = ops.rms_norm_heads(qkv, q.weight, k.weight, spec.num_heads, spec.num_kv_heads, q.eps, q.offset)
+    return normed, rstd
+
+
+def _until_down(x: Tensor, call: _Call) -> _Saved:
+    """The layer up to gate and up."""
+    spec = call.spec
+    normed, rstd = _norm(x, spec.input_norm)
+    qkv, u_qkv = call.qkv.forward(normed)
+    rotated, head_rstd = _head_norms(qkv, spec)
+    _rotate(rotated, call)
+    attention, lse = ops.packed_attention(rotated, *call.attention_args)
+    del normed, rotated
+    o, u_o = call.o.forward(attention)
+    o_before, o_rstd = None, None
+    if spec.post_attention_norm is not None:
+        o_before = o
+        o, o_rstd = _norm(o, spec.post_attention_norm)
+    norm = spec.mlp_norm
+    h, normed, h_rstd = ops.add_rms_norm(x, o, norm.weight, norm.eps, norm.offset)
+    gate_up, u_gate_up = call.gate_up.forward(normed)
+    return _Saved(
+        rstd, qkv, head_rstd, u_qkv, attention, lse, u_o, o_before, o_rstd, h, h_rstd, gate_up, u_gate_up
+    )  # fmt: skip
+
+
+def _mlp_backward(g: Tensor, call: _Call, saved: _Saved, u_down: Tensor, down: Tensor | None, down_rstd: Tensor | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradient at h, and those of the adapters of gate and up, and of down."""
+    spec = call.spec
+    g_down = g if spec.post_mlp_norm is None or down is None else _norm_backward(g, down, spec.post_mlp_norm, down_rstd)
+    product = ops.gated(saved.gate_up, spec.activation)
+    g_product, d_down = call.down.backward(g_down, product, u_down)
+    del product
+    g_gate_up, _ = ops.gated_backward(g_product, saved.gate_up, spec.activation)
+    normed, _ = _norm(saved.h, spec.mlp_norm)
+    g_normed, d_gate_up = call.gate_up.backward(g_gate_up, normed, saved.u_gate_up)
+    return _norm_backward(g_normed, saved.h, spec.mlp_norm, saved.h_rstd, g), d_gate_up, d_down
+
+
+def _attention_backward(
+    g_h: Tensor, x: Tensor, call: _Call, saved: _Saved, *, need_dx: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradient at x, and those of the adapters of q, k and v, and of o."""
+    spec = call.spec
+    g_o = g_h
+    if spec.post_attention_norm is not None and saved.o is not None:
+        g_o = _norm_backward(g_h, saved.o, spec.post_attention_norm, saved.o_rstd)
+    g_attention, d_o = call.o.backward(g_o, saved.attention, saved.u_o)
+    rotated, _ = _head_norms(saved.qkv, spec)
+    if rotated is not saved.qkv:
+        _rotate(rotated, call)
+    g_qkv = ops.packed_attention_backward(
+        g_attention, rotated, saved.attention, saved.lse, *call.attention_args
+    )
+    del rotated, g_attention
+    _rotate(g_qkv, call, inverse=True)
+    q, k = spec.q_norm, spec.k_norm
+    if q is not None and k is not None:
+        ops.rms_norm_heads_backward_(
+            g_qkv, saved.qkv, q.weight, k.weight, saved.head_rstd, spec.num_heads, spec.num_kv_heads, q.offset
+        )
+    normed, _ = _norm(x, spec.input_norm)
+    g_normed, d_qkv = call.qkv.backward(g_qkv, normed, saved.u_qkv, need_dx=need_dx)
+    dx = _norm_backward(g_normed, x, spec.input_norm, saved.rstd, g_h) if need_dx else None
+    return dx, d_qkv, d_o
+
+
+class _DecoderLayer(torch.autograd.Function):
+    """x (T, hidden) -> y (T, hidden)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: _Call, *adapters: Tensor) -> Tensor:
+        spec = call.spec
+        saved = _until_down(x, call)
+        product = ops.gated(saved.gate_up, spec.activation)
+        down, u_down = call.down.forward(product)
+        del product
+        y, down_rstd, down_before = down, None, None
+        if spec.post_mlp_norm is not None:
+            down_before = down
+            y, down_rstd = _norm(down, spec.post_mlp_norm)
+        y.add_(saved.h)
+        ctx.call = call
+        kept = () if call.checkpoint else saved
+        ctx.save_for_backward(x, u_down, down_before, down_rstd, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        x, u_down, down, down_rstd, *kept = ctx.saved_tensors
+        saved = _Saved(*kept) if kept else _until_down(x, call)
+        del kept
+        g_h, d_gate_up, d_down = _mlp_backward(g.contiguous(), call, saved, u_down, down, down_rstd)
+        dx, d_qkv, d_o = _attention_backward(g_h, x, call, saved, need_dx=ctx.needs_input_grad[0])
+        return dx, None, *d_qkv, *d_o, *d_gate_up, *d_down
+
+
+class FusedLayer(nn.Module):
+    """In the place of a transformers decoder layer, over the same modules under the same names.
+
+    Computes as one function when the call is plain (causal attention within sequences, nothing recorded, 4-bit linear
+    layers with at most one LoRA adapter each and no dropout), and calls the layer it stands for otherwise.
+    """
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+        self.__dict__["_plain"] = layer  # not a child: the children are shared, and their names stay
+        training = layer.training
+        super().__init__()
+        self._modules = layer._modules
+        self.spec = spec
+        self.training = training
+
+    @property
+    def plain(self) -> nn.Module:
+        """The layer that this one stands for."""
+        layer: nn.Module = self.__dict__["_plain"]
+        return layer
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.plain.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.plain.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.plain, name)  # what a model's own code reads off its layers
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the layer it stands for; ``seq_starts`` (cumulative lengths) says where packed sequences begin."""
+        call = None if args else self._call(hidden_states, **kwargs)
+        if call is None:
+            return self.plain(hidden_states, *args, **kwargs)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y: Tensor = _DecoderLayer.apply(rows, call, *call.adapters)  # type: ignore[no-untyped-call]
+        return y.view(hidden_states.shape)
+
+    def _call(
+        self, x: Tensor, *, attention_mask: Tensor | None = None, past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None, seq_starts: list[int] | None = None,
+        output_attentions: bool = False, **_: Any,
+    ) -> _Call | None:  # fmt: skip
+        """This use of the layer, or None where it is not one that the fused function covers."""
+        if attention_mask is not None or past_key_values is not None or position_embeddings is None or output_attentions:
+            return None
+        groups = [self._group(modules, x.dtype) for modules in self._linear_groups]
+        if any(group is None for group in groups) or torch.is_autocast_enabled(x.device.type):
+            return None
+        batch, length = x.shape[0], x.shape[1]
+        starts = seq_starts if seq_starts is not None else list(range(0, batch * length + 1, length))
+        cos, sin = (t.expand(batch, -1, -1).reshape(batch * length, -1) for t in position_embeddings)
+        qkv, o, gate_up, down = groups
+        return _Call(
+            self.spec, qkv, o, gate_up, down, cos, sin, torch.tensor(starts, dtype=torch.int32),
+            checkpoint=bool(self.plain.gradient_checkpointing) and self.training,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    @property
+    def _linear_groups(self) -> tuple[tuple[nn.Module, ...], ...]:
+        return self.spec.qkv, (self.spec.o,), self.spec.gate_up, (self.spec.down,)
+
+    def _group(self, modules: tuple[nn.Module, ...], dtype: torch.dtype) -> _Group | None:
+        members = tuple(projection(module, training=self.training) for module in modules)
+        found = tuple(p for p in members if p is not None)
+        kinds = {(p.base.quant_type, p.base.blocksize) for p in found}
+        same = all(p.base.compute_dtype in (None, dtype) for p in found)
+        return _Group(found) if len(found) == len(members) and len(kinds) == 1 and same else None
