@@ -7,8 +7,6 @@ kept, and what the backward does not read is not computed again: the down projec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection
+from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, linear_groups, projection
 
 ops = torch.ops.halfbyte
 
@@ -145,11 +143,14 @@ def _until_down(x: Tensor, call: _Call) -> _Saved:
     )  # fmt: skip
 
 
-def _mlp_backward(g: Tensor, call: _Call, saved: _Saved, u_down: Tensor, down: Tensor | None, down_rstd: Tensor | None
+def _mlp_backward(
+    g: Tensor, call: _Call, saved: _Saved, u_down: Tensor, down: Tensor | None, down_rstd: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradient at h, and those of the adapters of gate and up, and of down."""
     spec = call.spec
-    g_down = g if spec.post_mlp_norm is None or down is None else _norm_backward(g, down, spec.post_mlp_norm, down_rstd)
+    g_down = (
+        g if spec.post_mlp_norm is None or down is None else _norm_backward(g, down, spec.post_mlp_norm, down_rstd)
+    )
     product = ops.gated(saved.gate_up, spec.activation)
     g_product, d_down = call.down.backward(g_down, product, u_down)
     del product
@@ -171,9 +172,7 @@ def _attention_backward(
     rotated, _ = _head_norms(saved.qkv, spec)
     if rotated is not saved.qkv:
         _rotate(rotated, call)
-    g_qkv = ops.packed_attention_backward(
-        g_attention, rotated, saved.attention, saved.lse, *call.attention_args
-    )
+    g_qkv = ops.packed_attention_backward(g_attention, rotated, saved.attention, saved.lse, *call.attention_args)
     del rotated, g_attention
     _rotate(g_qkv, call, inverse=True)
     q, k = spec.q_norm, spec.k_norm
@@ -204,18 +203,23 @@ class _DecoderLayer(torch.autograd.Function):
         y.add_(saved.h)
         ctx.call = call
         kept = () if call.checkpoint else saved
-        ctx.save_for_backward(x, u_down, down_before, down_rstd, *kept)
+        ctx.num_adapters = len(adapters)  # kept so that autograd notices if one is changed before the backward
+        ctx.save_for_backward(*adapters, x, u_down, down_before, down_rstd, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, u_down, down, down_rstd, *kept = ctx.saved_tensors
+        x, u_down, down, down_rstd, *kept = ctx.saved_tensors[ctx.num_adapters :]
         saved = _Saved(*kept) if kept else _until_down(x, call)
         del kept
         g_h, d_gate_up, d_down = _mlp_backward(g.contiguous(), call, saved, u_down, down, down_rstd)
         dx, d_qkv, d_o = _attention_backward(g_h, x, call, saved, need_dx=ctx.needs_input_grad[0])
         return dx, None, *d_qkv, *d_o, *d_gate_up, *d_down
+
+
+_STATES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+"""What torch and transformers set on layers: a fused one keeps it in the layer it stands for."""
 
 
 class FusedLayer(nn.Module):
@@ -227,11 +231,10 @@ class FusedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
         self.__dict__["_plain"] = layer  # not a child: the children are shared, and their names stay
-        training = layer.training
         super().__init__()
+        del self.__dict__["training"]
         self._modules = layer._modules
         self.spec = spec
-        self.training = training
 
     @property
     def plain(self) -> nn.Module:
@@ -239,13 +242,11 @@ class FusedLayer(nn.Module):
         layer: nn.Module = self.__dict__["_plain"]
         return layer
 
-    @property
-    def training(self) -> bool:  # type: ignore[override]
-        return self.plain.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.plain.training = mode
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STATES:
+            setattr(self.plain, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -268,23 +269,30 @@ class FusedLayer(nn.Module):
         output_attentions: bool = False, **_: Any,
     ) -> _Call | None:  # fmt: skip
         """This use of the layer, or None where it is not one that the fused function covers."""
-        if attention_mask is not None or past_key_values is not None or position_embeddings is None or output_attentions:
+        if (
+            attention_mask is not None
+            or past_key_values is not None
+            or position_embeddings is None
+            or output_attentions
+        ):
             return None
-        groups = [self._group(modules, x.dtype) for modules in self._linear_groups]
-        if any(group is None for group in groups) or torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        if linear_groups(self.plain) != self.spec.groups:  # an adapter was attached since
+            spec = describe(self.plain)
+            if spec is None:
+                return None
+            self.spec = spec
+        qkv, o, gate_up, down = (self._group(modules, x.dtype) for modules in self.spec.groups)
+        if qkv is None or o is None or gate_up is None or down is None:
             return None
         batch, length = x.shape[0], x.shape[1]
         starts = seq_starts if seq_starts is not None else list(range(0, batch * length + 1, length))
         cos, sin = (t.expand(batch, -1, -1).reshape(batch * length, -1) for t in position_embeddings)
-        qkv, o, gate_up, down = groups
         return _Call(
             self.spec, qkv, o, gate_up, down, cos, sin, torch.tensor(starts, dtype=torch.int32),
-            checkpoint=bool(self.plain.gradient_checkpointing) and self.training,
-        )  # type: ignore[arg-type]  # fmt: skip
-
-    @property
-    def _linear_groups(self) -> tuple[tuple[nn.Module, ...], ...]:
-        return self.spec.qkv, (self.spec.o,), self.spec.gate_up, (self.spec.down,)
+            checkpoint=self.training and bool(getattr(self.plain, "gradient_checkpointing", False)),
+        )  # fmt: skip
 
     def _group(self, modules: tuple[nn.Module, ...], dtype: torch.dtype) -> _Group | None:
         members = tuple(projection(module, training=self.training) for module in modules)
@@ -292,3 +300,25 @@ class FusedLayer(nn.Module):
         kinds = {(p.base.quant_type, p.base.blocksize) for p in found}
         same = all(p.base.compute_dtype in (None, dtype) for p in found)
         return _Group(found) if len(found) == len(members) and len(kinds) == 1 and same else None
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Put a `FusedLayer` in the place of every decoder layer of `model` that can be described; how many there were.
+
+    Parameters keep their names and identity. Whether the layers then compute what they did is for the caller to try:
+    a description cannot see what a layer's own `forward` does beyond its modules. `unfuse_layers` takes it back.
+    """
+    found = [
+        (name, module, describe(module)) for name, module in model.named_modules() if hasattr(module, "self_attn")
+    ]
+    described = [(name, module, spec) for name, module, spec in found if spec is not None]
+    for name, module, spec in described:
+        model.set_submodule(name, FusedLayer(module, spec))
+    return len(described)
+
+
+def unfuse_layers(model: nn.Module) -> None:
+    """Put the layers back that `fuse_layers` replaced."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedLayer):
+            model.set_submodule(name, module.plain)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from halfbyte.nn.linear4bit import Linear4bit
 
+Groups = tuple[tuple[nn.Module, ...], tuple[nn.Module, ...], tuple[nn.Module, ...], tuple[nn.Module, ...]]
+"""Linear layers over one input, together: qkv, o, gate_up, down."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -44,7 +47,7 @@ class Projection:
 class LayerSpec:
     """h = x + o(attention(rope(qkv(norm(x))))); y = h + down(act(gate(norm(h))) * up(norm(h))).
 
-    The linear layers are named, not held, because adapters may come and go: `projection` reads the present state.
+    Adapters come and go: `projection` reads what is on a linear layer at present.
     """
 
     input_norm: Norm
@@ -71,9 +74,9 @@ class LayerSpec:
     """Keys a token sees, itself included; 0 for all before it."""
 
     @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        """All linear layers of the layer."""
-        return (*self.qkv, self.o, *self.gate_up, self.down)
+    def groups(self) -> Groups:
+        """The linear layers, those over one input together."""
+        return self.qkv, (self.o,), self.gate_up, (self.down,)
 
 
 def projection(module: nn.Module, *, training: bool) -> Projection | None:
@@ -97,21 +100,31 @@ def projection(module: nn.Module, *, training: bool) -> Projection | None:
 
 def describe(layer: nn.Module) -> LayerSpec | None:
     """What `layer` computes, or None where its modules are not those of a layer that `LayerSpec` can say."""
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
+    groups = linear_groups(layer)
+    if groups is None:
         return None
-    qkv = _named(attention, ("q_proj", "k_proj", "v_proj")) or _named(attention, ("qkv_proj",))
-    gate_up = _named(mlp, ("gate_proj", "up_proj")) or _named(mlp, ("gate_up_proj",))
-    o, down, norms = _named(attention, ("o_proj",)), _named(mlp, ("down_proj",)), _norms(layer, attention)
-    activation, heads = _activation(mlp), _heads(attention)
-    if not (qkv and gate_up and o and down and norms and activation and heads):
+    qkv, o, gate_up, down = groups
+    attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
+    norms, activation, heads = _norms(layer, attention), _activation(mlp), _heads(attention)
+    if not (norms and activation and heads):
         return None
-    known = {id(module) for module in (*qkv, *gate_up, *o, *down)} | {id(norm) for norm in norms.modules}
+    known = {id(module) for module in (*qkv, *o, *gate_up, *down)} | {id(norm) for norm in norms.modules}
     if not _nothing_else(layer, known):
         return None
     return LayerSpec(
         qkv=qkv, o=o[0], gate_up=gate_up, down=down[0], activation=activation, **norms.by_field, **heads
     )  # fmt: skip
+
+
+def linear_groups(layer: nn.Module) -> Groups | None:
+    """The layer's linear layers as they are now, those over one input together: qkv, o, gate_up, down."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
+        return None
+    qkv = _named(attention, ("q_proj", "k_proj", "v_proj")) or _named(attention, ("qkv_proj",))
+    gate_up = _named(mlp, ("gate_proj", "up_proj")) or _named(mlp, ("gate_up_proj",))
+    o, down = _named(attention, ("o_proj",)), _named(mlp, ("down_proj",))
+    return (qkv, o, gate_up, down) if qkv and o and gate_up and down else None
 
 
 def _named(parent: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...]:
@@ -138,6 +151,8 @@ def _norms(layer: nn.Module, attention: nn.Module) -> _Norms | None:
     }
     by_field = {field: None if module is None else _rms_norm(module) for field, module in places.items()}
     recognized = all((module is None) == (by_field[field] is None) for field, module in places.items())
+    q, k = by_field["q_norm"], by_field["k_norm"]
+    recognized &= (q is None) == (k is None) and (q is None or k is None or (q.eps, q.offset) == (k.eps, k.offset))
     if not recognized or by_field["input_norm"] is None or by_field["mlp_norm"] is None:
         return None
     return _Norms(by_field, [module for module in places.values() if module is not None])
