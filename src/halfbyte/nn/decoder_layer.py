@@ -121,15 +121,15 @@ def _head_norms(qkv: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
     return normed, rstd
 
 
-def _until_down(x: Tensor, call: _Call) -> _Saved:
-    """The layer up to gate and up."""
+def _until_down(x: Tensor, call: _Call) -> tuple[_Saved, Tensor]:
+    """The layer up to gate and up; and q, k, v as attention reads them."""
     spec = call.spec
     normed, rstd = _norm(x, spec.input_norm)
     qkv, u_qkv = call.qkv.forward(normed)
     rotated, head_rstd = _head_norms(qkv, spec)
     _rotate(rotated, call)
     attention, lse = ops.packed_attention(rotated, *call.attention_args)
-    del normed, rotated
+    del normed
     o, u_o = call.o.forward(attention)
     o_before, o_rstd = None, None
     if spec.post_attention_norm is not None:
@@ -138,9 +138,10 @@ def _until_down(x: Tensor, call: _Call) -> _Saved:
     norm = spec.mlp_norm
     h, normed, h_rstd = ops.add_rms_norm(x, o, norm.weight, norm.eps, norm.offset)
     gate_up, u_gate_up = call.gate_up.forward(normed)
-    return _Saved(
+    saved = _Saved(
         rstd, qkv, head_rstd, u_qkv, attention, lse, u_o, o_before, o_rstd, h, h_rstd, gate_up, u_gate_up
     )  # fmt: skip
+    return saved, rotated
 
 
 def _mlp_backward(
@@ -187,12 +188,12 @@ def _attention_backward(
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """x (T, hidden) -> y (T, hidden)."""
+    """x (T, hidden) -> y (T, hidden); and q, k, v as attention reads them, for a cache: no gradient flows there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, *adapters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _Call, *adapters: Tensor) -> tuple[Tensor, Tensor]:
         spec = call.spec
-        saved = _until_down(x, call)
+        saved, rotated = _until_down(x, call)
         product = ops.gated(saved.gate_up, spec.activation)
         down, u_down = call.down.forward(product)
         del product
@@ -205,13 +206,14 @@ class _DecoderLayer(torch.autograd.Function):
         kept = () if call.checkpoint else saved
         ctx.num_adapters = len(adapters)  # kept so that autograd notices if one is changed before the backward
         ctx.save_for_backward(*adapters, x, u_down, down_before, down_rstd, *kept)
-        return y
+        ctx.mark_non_differentiable(rotated)
+        return y, rotated
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         x, u_down, down, down_rstd, *kept = ctx.saved_tensors[ctx.num_adapters :]
-        saved = _Saved(*kept) if kept else _until_down(x, call)
+        saved = _Saved(*kept) if kept else _until_down(x, call)[0]
         del kept
         g_h, d_gate_up, d_down = _mlp_backward(g.contiguous(), call, saved, u_down, down, down_rstd)
         dx, d_qkv, d_o = _attention_backward(g_h, x, call, saved, need_dx=ctx.needs_input_grad[0])
@@ -242,6 +244,10 @@ class FusedLayer(nn.Module):
         layer: nn.Module = self.__dict__["_plain"]
         return layer
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.plain)  # transformers knows by their class the layers whose outputs it records
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _STATES:
             setattr(self.plain, name, value)
@@ -260,8 +266,23 @@ class FusedLayer(nn.Module):
         if call is None:
             return self.plain(hidden_states, *args, **kwargs)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y: Tensor = _DecoderLayer.apply(rows, call, *call.adapters)  # type: ignore[no-untyped-call]
+        y, qkv = _DecoderLayer.apply(rows, call, *call.adapters)  # type: ignore[no-untyped-call]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            self._fill(cache, qkv, hidden_states.shape[0])
         return y.view(hidden_states.shape)
+
+    @property
+    def _index(self) -> int:
+        index: int = self.get_submodule("self_attn").layer_idx  # type: ignore[assignment]
+        return index
+
+    def _fill(self, cache: Any, qkv: Tensor, batch: int) -> None:
+        """Put keys and values into transformers' cache of this layer."""
+        spec = self.spec
+        heads = qkv.view(batch, -1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim).transpose(1, 2)
+        key, value = heads[:, spec.num_heads :].chunk(2, dim=1)
+        cache.update(key, value, self._index)
 
     def _call(
         self, x: Tensor, *, attention_mask: Tensor | None = None, past_key_values: Any = None,
@@ -269,12 +290,9 @@ class FusedLayer(nn.Module):
         output_attentions: bool = False, **_: Any,
     ) -> _Call | None:  # fmt: skip
         """This use of the layer, or None where it is not one that the fused function covers."""
-        if (
-            attention_mask is not None
-            or past_key_values is not None
-            or position_embeddings is None
-            or output_attentions
-        ):
+        if attention_mask is not None or position_embeddings is None or output_attentions:
+            return None
+        if past_key_values is not None and past_key_values.get_seq_length(self._index):
             return None
         if torch.is_autocast_enabled(x.device.type):
             return None
@@ -303,22 +321,24 @@ class FusedLayer(nn.Module):
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Put a `FusedLayer` in the place of every decoder layer of `model` that can be described; how many there were.
+    """Put a `FusedLayer` in the place of every decoder layer of `model` that it covers; how many there were.
 
-    Parameters keep their names and identity. Whether the layers then compute what they did is for the caller to try:
-    a description cannot see what a layer's own `forward` does beyond its modules. `unfuse_layers` takes it back.
+    Covered is a layer that can be described and whose linear layers are all in 4 bits, with at most one plain LoRA
+    adapter each. Parameters keep their names and identity. Whether the layers then compute what they did is for the
+    caller to try: a description cannot see what a layer's own `forward` does beyond its modules.
     """
-    found = [
-        (name, module, describe(module)) for name, module in model.named_modules() if hasattr(module, "self_attn")
-    ]
-    described = [(name, module, spec) for name, module, spec in found if spec is not None]
-    for name, module, spec in described:
-        model.set_submodule(name, FusedLayer(module, spec))
-    return len(described)
+    covered = {}
+    for name, module in model.named_modules():
+        spec = describe(module) if hasattr(module, "self_attn") and not isinstance(module, FusedLayer) else None
+        if spec is not None and all(projection(m, training=True) for group in spec.groups for m in group):
+            covered[name] = FusedLayer(module, spec)
+    for name, layer in covered.items():
+        model.set_submodule(name, layer)
+    return len(covered)
 
 
 def unfuse_layers(model: nn.Module) -> None:
-    """Put the layers back that `fuse_layers` replaced."""
+    """Put back the layers that `fuse_layers` replaced."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedLayer):
             model.set_submodule(name, module.plain)
