@@ -79,7 +79,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_and_backward_are_those_of_the_plain_layers(family: str) -> None:
-    """Measured: at most 5e-7 of the norm for hidden states, 2e-6 for gradients."""
+    """Measured: at most 4e-7 of the norm for hidden states, 1e-6 for gradients."""
     model = adapted(family)
     hidden, gradients = pass_through(model)
     assert len(gradients) == 2 * sum(isinstance(m, Linear4bit) for m in model.modules())

@@ -13,6 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from halfbyte.data import Batch
+from halfbyte.nn import Linear4bit
 from halfbyte.nn.packed_attention import NAME
 from halfbyte.train.objective import MASKED, PACKED, PADDED, Objective
 
@@ -159,3 +160,26 @@ def test_decisions_are_said() -> None:
     for name, said in (("llama", "each sequence by itself"), ("gemma2", "block-diagonal"), ("lfm2", "padded row")):
         assert said in Objective(tiny(name)).decisions[0]
     assert "over all logits" in Objective(tiny("gemma2")).decisions[1]
+
+
+@pytest.mark.parametrize(("name", "said"), [("llama", "run as one function"), ("granite", "another result")])
+def test_layers_are_fused_only_where_that_gives_the_same(name: str, said: str) -> None:
+    """Granite's layers have the modules of Llama's, and scale what they add."""
+    config = CASES[name][0]()
+    if name == "granite":
+        config.residual_multiplier = 0.5
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            model.set_submodule(path, Linear4bit.from_weight(module.weight.data))
+    objective = Objective(model.requires_grad_(False))
+    assert said in objective.decisions[2]
+    batch = batch_of([7, 9, 2, 14])
+    with torch.no_grad(), objective.ready():
+        torch.testing.assert_close(objective.loss_sum(batch), loss_of_each_alone(model, batch), rtol=1e-5, atol=1e-5)
+    assert not any(type(module).__name__ == "FusedLayer" for module in model.modules())
+
+
+def test_unquantized_layers_are_not_fused() -> None:
+    assert "know no such modules" in Objective(tiny("llama")).decisions[2]

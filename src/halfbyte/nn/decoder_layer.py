@@ -33,11 +33,10 @@ class _Group:
     @property
     def args(self) -> tuple[Any, ...]:
         bases = [p.base for p in self.members]
-        weights = [base.quantized_weight for base in bases]
         return (
-            [w.codes for w in weights], [w.absmax for w in weights], [w.nested_absmax for w in weights],
-            [w.nested_offset for w in weights], weights[0].quant_type, weights[0].blocksize,
-            [base.out_features for base in bases], [base.bias for base in bases],
+            [b.codes for b in bases], [b.absmax for b in bases], [b.nested_absmax for b in bases],
+            [b.nested_offset for b in bases], bases[0].quant_type, bases[0].blocksize,
+            [b.out_features for b in bases], [b.bias for b in bases],
             [p.lora_A for p in self.members], [p.lora_B for p in self.members], [p.scaling for p in self.members],
         )  # fmt: skip
 
@@ -48,10 +47,7 @@ class _Group:
 
     def backward(self, g: Tensor, x: Tensor, u: Tensor, *, need_dx: bool = True) -> tuple[Tensor, list[Tensor]]:
         """-> dx, and dA and dB of the adapted members in the order of `adapters`."""
-        codes, absmax, nested, offsets, quant_type, blocksize, sizes, _, a, b, scaling = self.args
-        dx, da, db = ops.lora_linear_4bit_backward(
-            g, x, u, codes, absmax, nested, offsets, quant_type, blocksize, sizes, a, b, scaling, need_dx
-        )
+        dx, da, db = ops.lora_linear_4bit_backward(g, x, u, *self.args, need_dx)
         return dx, [t for pair in zip(da, db, strict=True) for t in pair]
 
 

@@ -138,6 +138,11 @@ class Linear4bit(nn.Linear):
         self.nested_offset, self.weight_dtype = weight.nested_offset, weight.dtype
         self.quant_type, self.blocksize = weight.quant_type, weight.blocksize
 
+    @property
+    def codes(self) -> Tensor:
+        """The packed codes, flat: `weight` as operators take it."""
+        return self._codes
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight, (out_features, in_features), in `dtype` (default: `weight_dtype`)."""
         return self.quantized_weight.dequantize(dtype)
