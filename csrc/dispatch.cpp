@@ -134,3 +134,55 @@ int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, 
     const auto function = current()->softmax_cross_entropy;
     return function ? function(logits, dtype, n, vocab, targets, loss, write, threads) : HB_UNSUPPORTED;
 }
+
+int hb_rms_norm(const void* x, const void* delta, const void* weight, int dtype, int weight_dtype, int64_t rows,
+                int64_t n, float eps, float offset, void* sum, void* y, float* rstd, int threads) {
+    const auto function = current()->rms_norm;
+    return function ? function(x, delta, weight, dtype, weight_dtype, rows, n, eps, offset, sum, y, rstd, threads)
+                    : HB_UNSUPPORTED;
+}
+
+int hb_rms_norm_backward(const void* g, const void* x, const void* weight, int dtype, int weight_dtype,
+                         const float* rstd, const void* add, int64_t rows, int64_t n, float offset, void* dx,
+                         int threads) {
+    const auto function = current()->rms_norm_backward;
+    return function ? function(g, x, weight, dtype, weight_dtype, rstd, add, rows, n, offset, dx, threads)
+                    : HB_UNSUPPORTED;
+}
+
+int hb_rms_norm_heads(const void* qkv, const void* q_weight, const void* k_weight, int dtype, int weight_dtype,
+                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps, float offset,
+                      void* out, float* rstd, int threads) {
+    const auto function = current()->rms_norm_heads;
+    return function ? function(qkv, q_weight, k_weight, dtype, weight_dtype, rows, heads, kv_heads, head_dim, eps,
+                               offset, out, rstd, threads)
+                    : HB_UNSUPPORTED;
+}
+
+int hb_rms_norm_heads_backward(void* dqkv, const void* qkv, const void* q_weight, const void* k_weight, int dtype,
+                               int weight_dtype, const float* rstd, int64_t rows, int64_t heads, int64_t kv_heads,
+                               int64_t head_dim, float offset, int threads) {
+    const auto function = current()->rms_norm_heads_backward;
+    return function ? function(dqkv, qkv, q_weight, k_weight, dtype, weight_dtype, rstd, rows, heads, kv_heads,
+                               head_dim, offset, threads)
+                    : HB_UNSUPPORTED;
+}
+
+int hb_rope(void* qkv, int dtype, const void* cos, const void* sin, int angle_dtype, int64_t rows, int64_t width,
+            int64_t heads, int64_t head_dim, int64_t rotary_dim, int inverse, int threads) {
+    const auto function = current()->rope;
+    return function
+               ? function(qkv, dtype, cos, sin, angle_dtype, rows, width, heads, head_dim, rotary_dim, inverse, threads)
+               : HB_UNSUPPORTED;
+}
+
+int hb_gated(const void* gate_up, int dtype, int64_t rows, int64_t n, int activation, void* out, int threads) {
+    const auto function = current()->gated;
+    return function ? function(gate_up, dtype, rows, n, activation, out, threads) : HB_UNSUPPORTED;
+}
+
+int hb_gated_backward(const void* g, const void* gate_up, int dtype, int64_t rows, int64_t n, int activation,
+                      void* d_gate_up, void* h, int threads) {
+    const auto function = current()->gated_backward;
+    return function ? function(g, gate_up, dtype, rows, n, activation, d_gate_up, h, threads) : HB_UNSUPPORTED;
+}

@@ -15,6 +15,7 @@
 enum { HB_ABI_VERSION = 1 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
+enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
 enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
 
 struct hb_weight {
@@ -64,3 +65,30 @@ HB_API int hb_linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t
 // softmax - onehot. Targets lie in [0, vocab): the caller has checked.
 HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,
                                     double* loss, int write, int threads);
+// The kernels below are elementwise over contiguous rows: float32 inside, one rounding to `dtype`. Weights and angles may
+// have another type. An ISA may lack them: HB_UNSUPPORTED.
+//
+// y(rows, n) = x rstd (offset + weight) with rstd(rows) = 1 / sqrt(mean(x^2) + eps). With `delta` (may be NULL), of
+// sum = x + delta, rounded and stored, in place of x.
+HB_API int hb_rms_norm(const void* x, const void* delta, const void* weight, int dtype, int weight_dtype, int64_t rows,
+                       int64_t n, float eps, float offset, void* sum, void* y, float* rstd, int threads);
+// dx(rows, n), plus `add` unless that is NULL.
+HB_API int hb_rms_norm_backward(const void* g, const void* x, const void* weight, int dtype, int weight_dtype,
+                                const float* rstd, const void* add, int64_t rows, int64_t n, float offset, void* dx,
+                                int threads);
+// qkv(rows, (heads + 2 kv_heads) head_dim): queries and keys are normed head by head with a weight each, values copied;
+// rstd(rows, heads + kv_heads). The backward pass works in place.
+HB_API int hb_rms_norm_heads(const void* qkv, const void* q_weight, const void* k_weight, int dtype, int weight_dtype,
+                             int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps, float offset,
+                             void* out, float* rstd, int threads);
+HB_API int hb_rms_norm_heads_backward(void* dqkv, const void* qkv, const void* q_weight, const void* k_weight,
+                                      int dtype, int weight_dtype, const float* rstd, int64_t rows, int64_t heads,
+                                      int64_t kv_heads, int64_t head_dim, float offset, int threads);
+// Turns the first `heads` heads of rows of `width` numbers in place; cos and sin are (rows, rotary_dim), rotary_dim <=
+// head_dim (and 512: else HB_UNSUPPORTED). `inverse` is the transposed rotation.
+HB_API int hb_rope(void* qkv, int dtype, const void* cos, const void* sin, int angle_dtype, int64_t rows, int64_t width,
+                   int64_t heads, int64_t head_dim, int64_t rotary_dim, int inverse, int threads);
+// gate_up(rows, 2 n) is gates, then ups: out(rows, n) = act(gate) up, and the gradient, which makes that again as h.
+HB_API int hb_gated(const void* gate_up, int dtype, int64_t rows, int64_t n, int activation, void* out, int threads);
+HB_API int hb_gated_backward(const void* g, const void* gate_up, int dtype, int64_t rows, int64_t n, int activation,
+                             void* d_gate_up, void* h, int threads);

@@ -26,11 +26,28 @@ namespace hb_avx512 {
 #include "frozen.inl"
 #include "cross_entropy.inl"
 
+#include "norm.inl"
+#include "rope.inl"
+#include "gated.inl"
+
 }  // namespace hb_avx512
 }  // namespace
 
 extern const hb_table hb_table_avx512 = {
-    hb_avx512::quantize,  hb_avx512::count_nonfinite, hb_avx512::dequantize,       hb_avx512::linear,
-    hb_avx512::linear_dx, hb_avx512::linear_frozen,   hb_avx512::linear_frozen_dx, hb_avx512::softmax_cross_entropy,
+    hb_avx512::quantize,
+    hb_avx512::count_nonfinite,
+    hb_avx512::dequantize,  //
+    hb_avx512::linear,
+    hb_avx512::linear_dx,  //
+    hb_avx512::linear_frozen,
+    hb_avx512::linear_frozen_dx,
+    hb_avx512::softmax_cross_entropy,  //
+    hb_avx512::rms_norm,
+    hb_avx512::rms_norm_backward,
+    hb_avx512::rms_norm_heads,
+    hb_avx512::rms_norm_heads_backward,  //
+    hb_avx512::rope,
+    hb_avx512::gated,
+    hb_avx512::gated_backward,  //
 };
 #endif

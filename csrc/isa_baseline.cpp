@@ -53,13 +53,5 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d
 }  // namespace hb_baseline
 }  // namespace
 
-extern const hb_table hb_table_baseline = {
-    hb_baseline::quantize,
-    hb_baseline::count_nonfinite,
-    hb_baseline::dequantize,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-};
+extern const hb_table hb_table_baseline = {hb_baseline::quantize, hb_baseline::count_nonfinite,
+                                           hb_baseline::dequantize};

@@ -10,11 +10,25 @@ struct hb_table {
     void (*quantize)(const void*, int, int64_t, int64_t, const float*, const uint8_t*, uint8_t*, float*, int);
     int64_t (*count_nonfinite)(const void*, int, int64_t, int);
     void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
-    int (*linear)(const hb_weight*, const void*, int, int64_t, const void*, void*, int);  // NULL: not offered
-    int (*linear_dx)(const hb_weight*, const void*, int, int64_t, void*, int);
-    int (*linear_frozen)(const void*, int, int64_t, int64_t, const void*, int, int64_t, const void*, void*, int);
-    int (*linear_frozen_dx)(const void*, int, int64_t, int64_t, const void*, int, int64_t, void*, int);
-    int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int);
+    // An ISA may lack those below; dispatch.cpp says so to the caller.
+    int (*linear)(const hb_weight*, const void*, int, int64_t, const void*, void*, int) = nullptr;
+    int (*linear_dx)(const hb_weight*, const void*, int, int64_t, void*, int) = nullptr;
+    int (*linear_frozen)(const void*, int, int64_t, int64_t, const void*, int, int64_t, const void*, void*,
+                         int) = nullptr;
+    int (*linear_frozen_dx)(const void*, int, int64_t, int64_t, const void*, int, int64_t, void*, int) = nullptr;
+    int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int) = nullptr;
+    int (*rms_norm)(const void*, const void*, const void*, int, int, int64_t, int64_t, float, float, void*, void*,
+                    float*, int) = nullptr;
+    int (*rms_norm_backward)(const void*, const void*, const void*, int, int, const float*, const void*, int64_t,
+                             int64_t, float, void*, int) = nullptr;
+    int (*rms_norm_heads)(const void*, const void*, const void*, int, int, int64_t, int64_t, int64_t, int64_t, float,
+                          float, void*, float*, int) = nullptr;
+    int (*rms_norm_heads_backward)(void*, const void*, const void*, const void*, int, int, const float*, int64_t,
+                                   int64_t, int64_t, int64_t, float, int) = nullptr;
+    int (*rope)(void*, int, const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int,
+                int) = nullptr;
+    int (*gated)(const void*, int, int64_t, int64_t, int, void*, int) = nullptr;
+    int (*gated_backward)(const void*, const void*, int, int64_t, int64_t, int, void*, void*, int) = nullptr;
 };
 
 extern const hb_table hb_table_baseline;

@@ -9,6 +9,7 @@ from halfbyte.kernels import (  # noqa: F401  (they register)
     gated,
     lora_linear,
     norm,
+    norm_heads,
     rope,
 )
 from halfbyte.kernels.registry import KernelRow, count_nonfinite, kernel_report, release_workspace

@@ -35,7 +35,7 @@ class Weight(ct.Structure):
     )
 
 
-_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
+_POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
 # Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_abi_version": (_INT, ()),
@@ -56,4 +56,17 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "hb_linear_frozen_dx": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _INT)),
     "hb_softmax_cross_entropy": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _INT)),
+    "hb_rms_norm": (_INT, (*3 * [_POINTER], _INT, _INT, _SIZE, _SIZE, _FLOAT, _FLOAT, *3 * [_POINTER], _INT)),
+    "hb_rms_norm_backward": (
+        _INT, (*3 * [_POINTER], _INT, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _INT),
+    ),
+    "hb_rms_norm_heads": (
+        _INT, (*3 * [_POINTER], _INT, _INT, *4 * [_SIZE], _FLOAT, _FLOAT, _POINTER, _POINTER, _INT),
+    ),
+    "hb_rms_norm_heads_backward": (
+        _INT, (*4 * [_POINTER], _INT, _INT, _POINTER, *4 * [_SIZE], _FLOAT, _INT),
+    ),
+    "hb_rope": (_INT, (_POINTER, _INT, _POINTER, _POINTER, _INT, *5 * [_SIZE], _INT, _INT)),
+    "hb_gated": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _INT)),
+    "hb_gated_backward": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _INT)),
 }  # fmt: skip

@@ -6,11 +6,14 @@ also makes h = act(gate) * up again, so that nothing but `gate_up` need be kept 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::gated", "(Tensor gate_up, str activation) -> Tensor")
 torch.library.define("halfbyte::gated_backward", "(Tensor g, Tensor gate_up, str activation) -> (Tensor, Tensor)")
@@ -69,3 +72,29 @@ torch.library.impl("halfbyte::gated_backward", "CompositeExplicitAutograd", plai
 def _gated_backward_fake(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     _check(gate_up, activation, g)
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(g.shape)
+
+
+@torch.library.impl("halfbyte::gated", "CPU")
+def _gated(gate_up: Tensor, activation: str) -> Tensor:
+    _check(gate_up, activation)
+    gate_up = gate_up.contiguous()
+    *rows, width = gate_up.shape
+    out = gate_up.new_empty((*rows, width // 2))
+    done = run_native(
+        "hb_gated", gate_up.data_ptr(), DTYPES[gate_up.dtype], prod(rows), width // 2, ACTIVATIONS[activation],
+        out.data_ptr(),
+    )  # fmt: skip
+    return out if done else plain_gated(gate_up, activation)
+
+
+@torch.library.impl("halfbyte::gated_backward", "CPU")
+def _gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    _check(gate_up, activation, g)
+    g, gate_up = g.contiguous(), gate_up.contiguous()
+    *rows, width = g.shape
+    d_gate_up, h = torch.empty_like(gate_up), torch.empty_like(g)
+    done = run_native(
+        "hb_gated_backward", g.data_ptr(), gate_up.data_ptr(), DTYPES[g.dtype], prod(rows), width,
+        ACTIVATIONS[activation], d_gate_up.data_ptr(), h.data_ptr(),
+    )  # fmt: skip
+    return (d_gate_up, h) if done else plain_gated_backward(g, gate_up, activation)

@@ -1,4 +1,4 @@
-"""Root-mean-square norms: of rows, of rows after a residual sum, and of the query and key heads of packed rows.
+"""Root-mean-square norms of rows, alone or after a residual sum.
 
 All arithmetic is float32 with one rounding to the result's type; `offset` is 1 for Gemma, whose weights lie around 0,
 and 0 for the others. The weight is frozen: it gets no gradient; it may be of another dtype than x. The backward
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
-
-_HEADS = "Tensor q_weight, Tensor k_weight"
+from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::rms_norm", "(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)")
 torch.library.define(
@@ -22,14 +21,6 @@ torch.library.define(
 torch.library.define(
     "halfbyte::rms_norm_backward",
     "(Tensor g, Tensor x, Tensor weight, Tensor rstd, float offset, Tensor? add) -> Tensor",
-)
-torch.library.define(
-    "halfbyte::rms_norm_heads",
-    f"(Tensor qkv, {_HEADS}, int heads, int kv_heads, float eps, float offset) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "halfbyte::rms_norm_heads_backward_",
-    f"(Tensor(a!) dqkv, Tensor qkv, {_HEADS}, Tensor rstd, int heads, int kv_heads, float offset) -> ()",
 )
 
 
@@ -46,24 +37,6 @@ def _check(x: Tensor, weight: Tensor, *others: Tensor | None, rstd: Tensor | Non
         rstd is None or (rstd.shape == x.shape[:-1] and rstd.dtype == torch.float32),
         lambda: f"rstd must be float32 {x.shape[:-1]}",
     )
-
-
-def _check_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int) -> None:
-    """qkv (T, (heads + 2 kv_heads) * head_dim), both weights (head_dim,) of one dtype."""
-    torch._check(
-        qkv.dtype in DTYPES and q_weight.dtype in DTYPES and q_weight.dtype == k_weight.dtype,
-        lambda: f"no norm of {qkv.dtype} with {q_weight.dtype} and {k_weight.dtype}",
-    )
-    torch._check(
-        qkv.dim() == 2 and q_weight.dim() == 1 and q_weight.shape == k_weight.shape and heads >= 0 and kv_heads >= 0
-        and qkv.shape[1] == (heads + 2 * kv_heads) * q_weight.shape[0],
-        lambda: f"{heads} + 2 * {kv_heads} heads of {q_weight.shape} and {k_weight.shape} are not rows of {qkv.shape}",
-    )  # fmt: skip
-
-
-def _head_scale(q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """The weights of the heads that are normed: (heads + kv_heads, head_dim)."""
-    return torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)]).float()
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -122,62 +95,50 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape)
 
 
-def plain_rms_norm_heads(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float
-) -> tuple[Tensor, Tensor]:
-    _check_heads(qkv, q_weight, k_weight, heads, kv_heads)
-    out = qkv.contiguous().clone()
-    head_dim, normed = q_weight.shape[0], heads + kv_heads
-    part = out.view(-1, normed + kv_heads, head_dim)[:, :normed]
-    wide = part.float()
-    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    part.copy_(wide * rstd.unsqueeze(-1) * (offset + _head_scale(q_weight, k_weight, heads, kv_heads)))
-    return out, rstd
+# The CPU implementations: the library where it has one for the instruction set in use, else the specification.
 
 
-torch.library.impl("halfbyte::rms_norm_heads", "CompositeExplicitAutograd", plain_rms_norm_heads)
+def _norm_on_cpu(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The sum (x itself without `delta`), its norm, rstd; None where the library does not serve."""
+    _check(x, weight, delta)
+    x, weight = x.contiguous(), weight.contiguous()
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    total, addend, place = x, None, None
+    if delta is not None:
+        delta, total = delta.contiguous(), torch.empty_like(x)
+        addend, place = delta.data_ptr(), total.data_ptr()
+    done = run_native(
+        "hb_rms_norm", x.data_ptr(), addend, weight.data_ptr(), DTYPES[x.dtype], DTYPES[weight.dtype], rstd.numel(),
+        x.shape[-1], eps, offset, place, y.data_ptr(), rstd.data_ptr(),
+    )  # fmt: skip
+    return (total, y, rstd) if done else None
 
 
-@torch.library.register_fake("halfbyte::rms_norm_heads")
-def _rms_norm_heads_fake(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float
-) -> tuple[Tensor, Tensor]:
-    _check_heads(qkv, q_weight, k_weight, heads, kv_heads)
-    return qkv.new_empty(qkv.shape), qkv.new_empty((qkv.shape[0], heads + kv_heads), dtype=torch.float32)
+@torch.library.impl("halfbyte::rms_norm", "CPU")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    result = _norm_on_cpu(x, None, weight, eps, offset)
+    return plain_rms_norm(x, weight, eps, offset) if result is None else result[1:]
 
 
-def plain_rms_norm_heads_backward_(
-    dqkv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rstd: Tensor, heads: int, kv_heads: int,
-    offset: float,
-) -> None:  # fmt: skip
-    _check_heads_backward(dqkv, qkv, q_weight, k_weight, rstd, heads, kv_heads)
-    normed, shape = heads + kv_heads, (heads + 2 * kv_heads, q_weight.shape[0])
-    part, scale = dqkv.unflatten(1, shape)[:, :normed], rstd.unsqueeze(-1)
-    unit = qkv.unflatten(1, shape)[:, :normed].float() * scale
-    scaled = part.float() * (offset + _head_scale(q_weight, k_weight, heads, kv_heads))
-    part.copy_(scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)))
+@torch.library.impl("halfbyte::add_rms_norm", "CPU")
+def _add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_on_cpu(x, delta, weight, eps, offset) or plain_add_rms_norm(x, delta, weight, eps, offset)
 
 
-torch.library.impl("halfbyte::rms_norm_heads_backward_", "CompositeExplicitAutograd", plain_rms_norm_heads_backward_)
-
-
-@torch.library.register_fake("halfbyte::rms_norm_heads_backward_")
-def _rms_norm_heads_backward_fake(
-    dqkv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rstd: Tensor, heads: int, kv_heads: int,
-    offset: float,
-) -> None:  # fmt: skip
-    _check_heads_backward(dqkv, qkv, q_weight, k_weight, rstd, heads, kv_heads)
-
-
-def _check_heads_backward(
-    dqkv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rstd: Tensor, heads: int, kv_heads: int
-) -> None:
-    _check_heads(qkv, q_weight, k_weight, heads, kv_heads)
-    torch._check(
-        dqkv.shape == qkv.shape and dqkv.dtype == qkv.dtype,
-        lambda: f"the gradient is {dqkv.dtype} {dqkv.shape}, qkv {qkv.dtype} {qkv.shape}",
-    )
-    torch._check(
-        rstd.dtype == torch.float32 and rstd.shape == (qkv.shape[0], heads + kv_heads),
-        lambda: f"rstd must be float32 ({qkv.shape[0]}, {heads + kv_heads})",
-    )
+@torch.library.impl("halfbyte::rms_norm_backward", "CPU")
+def _rms_norm_backward(
+    g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, add: Tensor | None
+) -> Tensor:
+    _check(x, weight, g, add, rstd=rstd)
+    g, x, weight, rstd = g.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
+    add = None if add is None else add.contiguous()
+    dx = torch.empty_like(x)
+    done = run_native(
+        "hb_rms_norm_backward", g.data_ptr(), x.data_ptr(), weight.data_ptr(), DTYPES[x.dtype], DTYPES[weight.dtype],
+        rstd.data_ptr(), None if add is None else add.data_ptr(), rstd.numel(), x.shape[-1], offset, dx.data_ptr(),
+    )  # fmt: skip
+    return dx if done else plain_rms_norm_backward(g, x, weight, rstd, offset, add)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.registry import run_native
 
 torch.library.define(
     "halfbyte::rope_", "(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int head_dim, bool inverse) -> ()"
@@ -51,3 +52,15 @@ torch.library.impl("halfbyte::rope_", "CompositeExplicitAutograd", plain_rope_)
 @torch.library.register_fake("halfbyte::rope_")
 def _rope_fake(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inverse: bool) -> None:
     _check(qkv, cos, sin, heads, head_dim)
+
+
+@torch.library.impl("halfbyte::rope_", "CPU")
+def _rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inverse: bool) -> None:
+    _check(qkv, cos, sin, heads, head_dim)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    done = qkv.is_contiguous() and run_native(
+        "hb_rope", qkv.data_ptr(), DTYPES[qkv.dtype], cos.data_ptr(), sin.data_ptr(), DTYPES[cos.dtype], *qkv.shape,
+        heads, head_dim, cos.shape[1], inverse,
+    )  # fmt: skip
+    if not done:
+        plain_rope_(qkv, cos, sin, heads, head_dim, inverse)
