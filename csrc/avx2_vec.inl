@@ -29,6 +29,11 @@ inline float vpeak(vec x) {  // the largest lane
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
+// `inside` where low <= x < high, else `outside`.
+inline vec vwithin(vec x, vec low, vec high, vec inside, vec outside) {
+    const vec is = _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LT_OQ));
+    return _mm256_blendv_ps(outside, inside, is);
+}
 
 inline vec vround(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n for whole n from -252 to 254, in two steps: 2^n itself may not be a float.

@@ -38,6 +38,11 @@ inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }                // 
 inline vec vmin(vec a, vec b) { return _mm512_min_ps(a, b); }
 inline float vsum(vec x) { return _mm512_reduce_add_ps(x); }
 inline float vpeak(vec x) { return _mm512_reduce_max_ps(x); }  // the largest lane
+// `inside` where low <= x < high, else `outside`.
+inline vec vwithin(vec x, vec low, vec high, vec inside, vec outside) {
+    const __mmask16 is = _mm512_cmp_ps_mask(x, low, _CMP_GE_OQ);
+    return _mm512_mask_blend_ps(_mm512_mask_cmp_ps_mask(is, x, high, _CMP_LT_OQ), outside, inside);
+}
 
 inline vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vec vscale(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^n for whole n

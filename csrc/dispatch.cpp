@@ -39,6 +39,8 @@ bool decodable(const hb_weight* w) {
     return power_of_two(w->blocksize, 32) && (!w->nested_absmax || power_of_two(w->nested_blocksize, 1));
 }
 
+bool attends(const hb_packed* p) { return p->head_dim % 8 == 0 && p->head_dim <= 256; }
+
 int current_isa = -1;  // -1: not chosen yet. Choosing twice from two threads gives the same answer.
 
 const hb_table* current() {
@@ -185,4 +187,15 @@ int hb_gated_backward(const void* g, const void* gate_up, int dtype, int64_t row
                       void* d_gate_up, void* h, int threads) {
     const auto function = current()->gated_backward;
     return function ? function(g, gate_up, dtype, rows, n, activation, d_gate_up, h, threads) : HB_UNSUPPORTED;
+}
+
+int hb_attention(const hb_packed* p, void* out, float* lse, int threads) {
+    const auto function = current()->attention;
+    return function && attends(p) ? function(p, out, lse, threads) : HB_UNSUPPORTED;
+}
+
+int hb_attention_backward(const hb_packed* p, const void* g, const void* out, const float* lse, void* dqkv,
+                          int threads) {
+    const auto function = current()->attention_backward;
+    return function && attends(p) ? function(p, g, out, lse, dqkv, threads) : HB_UNSUPPORTED;
 }

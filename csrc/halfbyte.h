@@ -31,6 +31,20 @@ struct hb_weight {
     float nested_offset;
 };
 
+// Sequences laid end to end, and how their tokens attend to each other: causally, each sequence to itself.
+struct hb_packed {
+    const void* qkv;            // (tokens, (heads + 2 kv_heads) * head_dim) of `dtype`: queries, keys, values
+    const int32_t* seq_starts;  // [sequences + 1], rising from 0 to tokens
+    int64_t tokens;
+    int64_t sequences;
+    int64_t heads;     // a multiple of kv_heads
+    int64_t kv_heads;  // heads / kv_heads neighbouring query heads share one
+    int64_t head_dim;  // a multiple of 8, up to 256
+    int64_t window;    // keys a token sees, itself included; 0: all before it
+    float scale;       // of the scores
+    int dtype;
+};
+
 HB_API int hb_abi_version(void);
 HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs it
 HB_API int hb_isa_current(void);
@@ -92,3 +106,9 @@ HB_API int hb_rope(void* qkv, int dtype, const void* cos, const void* sin, int a
 HB_API int hb_gated(const void* gate_up, int dtype, int64_t rows, int64_t n, int activation, void* out, int threads);
 HB_API int hb_gated_backward(const void* g, const void* gate_up, int dtype, int64_t rows, int64_t n, int activation,
                              void* d_gate_up, void* h, int threads);
+
+// out (tokens, heads * head_dim) of p->dtype, and lse (heads, tokens): the logarithm of each row's sum of e^score.
+HB_API int hb_attention(const hb_packed* p, void* out, float* lse, int threads);
+// dqkv, shaped as qkv, from g, the gradient of out; every element is written.
+HB_API int hb_attention_backward(const hb_packed* p, const void* g, const void* out, const float* lse, void* dqkv,
+                                 int threads);

@@ -30,6 +30,10 @@ namespace hb_avx2 {
 #include "rope.inl"
 #include "gated.inl"
 
+#include "attention_layout.inl"
+#include "attention.inl"
+#include "attention_backward.inl"
+
 }  // namespace hb_avx2
 }  // namespace
 
@@ -49,5 +53,7 @@ extern const hb_table hb_table_avx2 = {
     hb_avx2::rope,
     hb_avx2::gated,
     hb_avx2::gated_backward,  //
+    hb_avx2::attention,
+    hb_avx2::attention_backward,  //
 };
 #endif

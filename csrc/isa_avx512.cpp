@@ -30,6 +30,10 @@ namespace hb_avx512 {
 #include "rope.inl"
 #include "gated.inl"
 
+#include "attention_layout.inl"
+#include "attention.inl"
+#include "attention_backward.inl"
+
 }  // namespace hb_avx512
 }  // namespace
 
@@ -49,5 +53,7 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::rope,
     hb_avx512::gated,
     hb_avx512::gated_backward,  //
+    hb_avx512::attention,
+    hb_avx512::attention_backward,  //
 };
 #endif

@@ -29,6 +29,8 @@ struct hb_table {
                 int) = nullptr;
     int (*gated)(const void*, int, int64_t, int64_t, int, void*, int) = nullptr;
     int (*gated_backward)(const void*, const void*, int, int64_t, int64_t, int, void*, void*, int) = nullptr;
+    int (*attention)(const hb_packed*, void*, float*, int) = nullptr;
+    int (*attention_backward)(const hb_packed*, const void*, const void*, const float*, void*, int) = nullptr;
 };
 
 extern const hb_table hb_table_baseline;

@@ -35,6 +35,23 @@ class Weight(ct.Structure):
     )
 
 
+class Packed(ct.Structure):
+    """`hb_packed` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("qkv", ct.c_void_p),
+        ("seq_starts", ct.c_void_p),
+        ("tokens", ct.c_int64),
+        ("sequences", ct.c_int64),
+        ("heads", ct.c_int64),
+        ("kv_heads", ct.c_int64),
+        ("head_dim", ct.c_int64),
+        ("window", ct.c_int64),
+        ("scale", ct.c_float),
+        ("dtype", ct.c_int),
+    )
+
+
 _POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
 # Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -69,4 +86,6 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_rope": (_INT, (_POINTER, _INT, _POINTER, _POINTER, _INT, *5 * [_SIZE], _INT, _INT)),
     "hb_gated": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _INT)),
     "hb_gated_backward": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _INT)),
+    "hb_attention": (_INT, (_POINTER, _POINTER, _POINTER, _INT)),
+    "hb_attention_backward": (_INT, (*5 * [_POINTER], _INT)),
 }  # fmt: skip

@@ -6,12 +6,16 @@ The plain-torch default below is the specification. It holds one sequence's scor
 
 from __future__ import annotations
 
+import ctypes as ct
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from halfbyte.kernels.abi import DTYPES, OK, Packed
+from halfbyte.kernels.registry import cpu_choice
 
 _ARGUMENTS = "int heads, int kv_heads, Tensor seq_starts, float scale, int window"
 
@@ -110,6 +114,51 @@ def plain_packed_attention_backward(
         dk.copy_((ds.transpose(-1, -2) @ q).sum(1, keepdim=True))
         dv.copy_((p.transpose(-1, -2) @ dout).sum(1, keepdim=True))
     return dqkv
+
+
+def _native(function: str, qkv: Tensor, sizes: tuple[int, int, Tensor, float, int], *tensors: Tensor) -> bool:
+    """Let the library's `function` fill the last of `tensors`; False where it does not serve or know the case."""
+    library = cpu_choice().library if qkv.dtype in DTYPES else None
+    if library is None:
+        return False
+    heads, kv_heads, seq_starts, scale, window = sizes
+    seq_starts = seq_starts.contiguous()
+    packed = Packed(
+        qkv.data_ptr(), seq_starts.data_ptr(), qkv.shape[0], seq_starts.numel() - 1, heads, kv_heads,
+        qkv.shape[1] // (heads + 2 * kv_heads), window, scale, DTYPES[qkv.dtype],
+    )  # fmt: skip
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    status = getattr(library.call, function)(ct.addressof(packed), *pointers, torch.get_num_threads())
+    return int(status) == OK
+
+
+@torch.library.impl("halfbyte::packed_attention", "CPU")
+def _packed_attention(
+    qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    sizes = (heads, kv_heads, seq_starts, scale, window)
+    head_dim = _head_dim(qkv, heads, kv_heads, seq_starts, window)
+    _sequences(seq_starts, qkv.shape[0])
+    qkv = qkv.contiguous()
+    out, lse = qkv.new_empty(qkv.shape[0], heads * head_dim), qkv.new_empty(heads, qkv.shape[0], dtype=torch.float32)
+    if _native("hb_attention", qkv, sizes, out, lse):
+        return out, lse
+    return plain_packed_attention(qkv, *sizes)
+
+
+@torch.library.impl("halfbyte::packed_attention_backward", "CPU")
+def _packed_attention_backward(
+    g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float,
+    window: int,
+) -> Tensor:  # fmt: skip
+    sizes = (heads, kv_heads, seq_starts, scale, window)
+    _check_backward(g, qkv, out, lse, heads, _head_dim(qkv, heads, kv_heads, seq_starts, window))
+    _sequences(seq_starts, qkv.shape[0])
+    g, qkv, out, lse = g.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
+    dqkv = torch.empty_like(qkv)
+    if _native("hb_attention_backward", qkv, sizes, g, out, lse, dqkv):
+        return dqkv
+    return plain_packed_attention_backward(g, qkv, out, lse, *sizes)
 
 
 torch.library.impl("halfbyte::packed_attention", "CompositeExplicitAutograd", plain_packed_attention)
