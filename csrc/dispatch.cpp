@@ -199,3 +199,30 @@ int hb_attention_backward(const hb_packed* p, const void* g, const void* out, co
     const auto function = current()->attention_backward;
     return function && attends(p) ? function(p, g, out, lse, dqkv, threads) : HB_UNSUPPORTED;
 }
+
+namespace {
+
+bool usable(const hb_matrix& m) {
+    const bool fits = !m.w4 || (m.w4->cols % m.w4->blocksize == 0 && m.w4->rows == m.rows && m.w4->cols == m.cols);
+    return fits && m.cols % 16 == 0 && (!m.w4 || decodable(m.w4));
+}
+
+bool usable(const hb_layer& layer) {
+    bool all = usable(layer.o) && usable(layer.down);
+    for (int i = 0; i < layer.num_qkv; ++i) all = all && usable(layer.qkv[i]);
+    for (int i = 0; i < layer.num_gate_up; ++i) all = all && usable(layer.gate_up[i]);
+    return all && layer.head_dim % 16 == 0 && layer.rotary_dim % 2 == 0 && layer.rotary_dim <= layer.head_dim &&
+           layer.rotary_dim <= 512 && layer.heads % layer.kv_heads == 0 && layer.cache_dtype != HB_F16;
+}
+
+}  // namespace
+
+int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, float* logits, int threads) {
+    const hb_table* table = current();
+    if (!table->token_step || !usable(decoder->head) || position < 0 || position >= decoder->capacity ||
+        decoder->capacity % HB_KEY_BLOCK || decoder->hidden_size % 16)
+        return HB_UNSUPPORTED;
+    for (int64_t i = 0; i < decoder->num_layers; ++i)
+        if (!usable(decoder->layers[i])) return HB_UNSUPPORTED;
+    return table->token_step(decoder, position, x, logits, threads);
+}

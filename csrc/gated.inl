@@ -15,15 +15,19 @@ struct GeluTanh {
 };
 
 template <class Act, class T>
+inline void gate_row(const T* gate, const T* up, int64_t n, T* out) {
+    for_lanes(n, [=](int64_t i, auto lanes) {
+        const vec x = lanes.load(gate + i);
+        lanes.store(out + i, vmul(vmul(x, vsigmoid(Act::z(x))), lanes.load(up + i)));
+    });
+}
+
+template <class Act, class T>
 void gated_rows(const T* gate_up, int64_t rows, int64_t n, T* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * n * 4, threads))
     for (int64_t r = 0; r < rows; ++r) {
-        const T *gate = gate_up + r * 2 * n, *up = gate + n;
-        T* to = out + r * n;
-        for_lanes(n, [=](int64_t i, auto lanes) {
-            const vec x = lanes.load(gate + i);
-            lanes.store(to + i, vmul(vmul(x, vsigmoid(Act::z(x))), lanes.load(up + i)));
-        });
+        const T* gate = gate_up + r * 2 * n;
+        gate_row<Act>(gate, gate + n, n, out + r * n);
     }
 }
 

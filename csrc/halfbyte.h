@@ -49,7 +49,7 @@ HB_API int hb_abi_version(void);
 HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs it
 HB_API int hb_isa_current(void);
 HB_API int hb_isa_force(int isa);        // HB_OK or HB_UNSUPPORTED
-HB_API int hb_has_fused_linear(void);    // does the current ISA have the two linear functions?
+HB_API int hb_has_fused_linear(void);    // does the current ISA have the two linear functions, and the token step?
 HB_API int hb_fast_bf16(void);           // does this CPU multiply bf16 natively, and the current ISA allow it?
 HB_API int hb_openmp(void);              // 1 when built with OpenMP
 HB_API void hb_release_workspace(void);  // gives the linear functions' kept buffers back to the system
@@ -112,3 +112,56 @@ HB_API int hb_attention(const hb_packed* p, void* out, float* lse, int threads);
 // dqkv, shaped as qkv, from g, the gradient of out; every element is written.
 HB_API int hb_attention_backward(const hb_packed* p, const void* g, const void* out, const float* lse, void* dqkv,
                                  int threads);
+
+// ---- one token through all layers of a decoder (generation) ----
+
+struct hb_matrix {               // a frozen linear layer, and the adapter on it
+    const struct hb_weight* w4;  // the weight in 4 bits; NULL: `dense` holds it
+    const void* dense;           // (rows, cols) in `dtype`
+    const float* bias;           // (rows) or NULL
+    const float* lora_A;         // (rank, cols)
+    const float* lora_B;         // (rows, rank)
+    int64_t rank;                // 0: no adapter
+    int64_t rows;
+    int64_t cols;
+    int32_t dtype;
+    float scaling;
+};
+
+struct hb_norm {         // x / sqrt(mean(x^2) + eps) * scale
+    const float* scale;  // NULL: no norm in this place
+    float eps;
+};
+
+enum { HB_KEY_BLOCK = 16 };  // keys lie in blocks of so many positions, feature by feature
+
+struct hb_layer {
+    hb_norm input_norm, q_norm, k_norm, post_attention_norm, mlp_norm, post_mlp_norm;
+    hb_matrix qkv[3];      // their rows, side by side, are queries, keys, values
+    hb_matrix gate_up[2];  // their rows, side by side, are gate, up
+    hb_matrix o, down;
+    int32_t num_qkv, num_gate_up;
+    int32_t heads, kv_heads, head_dim;  // head_dim is a multiple of 16
+    int32_t rotary_dim;                 // features of a head that turn, "rotate_half"
+    int32_t activation;                 // hb_activation
+    int32_t cache_dtype;                // HB_F32 or HB_BF16
+    int64_t window;                     // positions a token sees, itself included; 0: all
+    float scale;                        // of the attention scores
+    const float* cos;                   // (capacity, rotary_dim), a row for each position
+    const float* sin;
+    void* keys;    // (kv_heads, capacity / HB_KEY_BLOCK, head_dim, HB_KEY_BLOCK)
+    void* values;  // (kv_heads, capacity, head_dim)
+};
+
+struct hb_decoder {
+    const hb_layer* layers;
+    int64_t num_layers;
+    int64_t hidden_size;
+    int64_t capacity;  // positions the caches have room for, a multiple of HB_KEY_BLOCK
+    hb_norm final_norm;
+    hb_matrix head;
+};
+
+// The token at `position`, its embedding x(hidden_size): logits(head.rows), and the token's keys and values into the
+// caches, which hold positions 0 to position - 1. Everything is computed in fp32.
+HB_API int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, float* logits, int threads);

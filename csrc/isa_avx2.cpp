@@ -34,6 +34,10 @@ namespace hb_avx2 {
 #include "attention.inl"
 #include "attention_backward.inl"
 
+#include "barrier.inl"
+#include "attend_one.inl"
+#include "token_step.inl"
+
 }  // namespace hb_avx2
 }  // namespace
 
@@ -55,5 +59,6 @@ extern const hb_table hb_table_avx2 = {
     hb_avx2::gated_backward,  //
     hb_avx2::attention,
     hb_avx2::attention_backward,  //
+    hb_avx2::token_step,
 };
 #endif

@@ -34,6 +34,10 @@ namespace hb_avx512 {
 #include "attention.inl"
 #include "attention_backward.inl"
 
+#include "barrier.inl"
+#include "attend_one.inl"
+#include "token_step.inl"
+
 }  // namespace hb_avx512
 }  // namespace
 
@@ -55,5 +59,6 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::gated_backward,  //
     hb_avx512::attention,
     hb_avx512::attention_backward,  //
+    hb_avx512::token_step,
 };
 #endif

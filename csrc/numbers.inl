@@ -97,3 +97,11 @@ inline int thread_number() {
     return 0;
 #endif
 }
+
+inline int team_size() {  // of the parallel region we are in
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}

@@ -31,6 +31,7 @@ struct hb_table {
     int (*gated_backward)(const void*, const void*, int, int64_t, int64_t, int, void*, void*, int) = nullptr;
     int (*attention)(const hb_packed*, void*, float*, int) = nullptr;
     int (*attention_backward)(const hb_packed*, const void*, const void*, const float*, void*, int) = nullptr;
+    int (*token_step)(const hb_decoder*, int64_t, const float*, float*, int) = nullptr;
 };
 
 extern const hb_table hb_table_baseline;
@@ -45,3 +46,5 @@ void hb_workspace_give(void* buffer);
 
 // Asks for huge pages where the buffer is large enough to hold whole ones and has not been touched.
 void hb_prefer_huge_pages(void* start, int64_t bytes);
+
+void hb_yield(void);  // lets another thread have this core

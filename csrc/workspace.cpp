@@ -5,6 +5,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <thread>
 
 #include "table.h"
 
@@ -72,3 +73,5 @@ void hb_release_workspace(void) {
         slot.taken.clear(std::memory_order_release);
     }
 }
+
+void hb_yield(void) { std::this_thread::yield(); }

@@ -52,6 +52,66 @@ class Packed(ct.Structure):
     )
 
 
+class Matrix(ct.Structure):
+    """`hb_matrix`."""
+
+    _fields_ = (
+        ("w4", ct.c_void_p),
+        ("dense", ct.c_void_p),
+        ("bias", ct.c_void_p),
+        ("lora_A", ct.c_void_p),
+        ("lora_B", ct.c_void_p),
+        ("rank", ct.c_int64),
+        ("rows", ct.c_int64),
+        ("cols", ct.c_int64),
+        ("dtype", ct.c_int32),
+        ("scaling", ct.c_float),
+    )
+
+
+class Norm(ct.Structure):
+    """`hb_norm`."""
+
+    _fields_ = (("scale", ct.c_void_p), ("eps", ct.c_float))
+
+
+KEY_BLOCK = 16
+"""Positions whose keys lie side by side in the cache."""
+
+
+class Layer(ct.Structure):
+    """`hb_layer`."""
+
+    _fields_ = (
+        *((name, Norm) for name in (
+            "input_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"
+        )),
+        ("qkv", Matrix * 3),
+        ("gate_up", Matrix * 2),
+        ("o", Matrix),
+        ("down", Matrix),
+        *((name, ct.c_int32) for name in (
+            "num_qkv", "num_gate_up", "heads", "kv_heads", "head_dim", "rotary_dim", "activation", "cache_dtype"
+        )),
+        ("window", ct.c_int64),
+        ("scale", ct.c_float),
+        *((name, ct.c_void_p) for name in ("cos", "sin", "keys", "values")),
+    )  # fmt: skip
+
+
+class Decoder(ct.Structure):
+    """`hb_decoder`."""
+
+    _fields_ = (
+        ("layers", ct.c_void_p),
+        ("num_layers", ct.c_int64),
+        ("hidden_size", ct.c_int64),
+        ("capacity", ct.c_int64),
+        ("final_norm", Norm),
+        ("head", Matrix),
+    )
+
+
 _POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
 # Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -88,4 +148,5 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_gated_backward": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _INT)),
     "hb_attention": (_INT, (_POINTER, _POINTER, _POINTER, _INT)),
     "hb_attention_backward": (_INT, (*5 * [_POINTER], _INT)),
+    "hb_token_step": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _INT)),
 }  # fmt: skip

@@ -149,7 +149,7 @@ def _norms(layer: nn.Module, attention: nn.Module) -> _Norms | None:
         "q_norm": getattr(attention, "q_norm", None),
         "k_norm": getattr(attention, "k_norm", None),
     }
-    by_field = {field: None if module is None else _rms_norm(module) for field, module in places.items()}
+    by_field = {field: None if module is None else rms_norm(module) for field, module in places.items()}
     recognized = all((module is None) == (by_field[field] is None) for field, module in places.items())
     q, k = by_field["q_norm"], by_field["k_norm"]
     recognized &= (q is None) == (k is None) and (q is None or k is None or (q.eps, q.offset) == (k.eps, k.offset))
@@ -158,7 +158,7 @@ def _norms(layer: nn.Module, attention: nn.Module) -> _Norms | None:
     return _Norms(by_field, [module for module in places.values() if module is not None])
 
 
-def _rms_norm(module: nn.Module) -> Norm | None:
+def rms_norm(module: nn.Module) -> Norm | None:
     """`module` as RMSNorm, tried out on a row."""
     parameters = dict(module.named_parameters())
     eps = next(
