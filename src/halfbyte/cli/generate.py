@@ -55,17 +55,13 @@ def stream_answer(
     model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, temperature: float, seed: int, show: bool
 ) -> dict[str, Any]:
     """Generate after `ids`, writing words to standard output as they come if `show`; the fields of --json."""
-    import time
+    from halfbyte.model.generate import generate
 
-    from halfbyte.model.generate import generate_ids
-
-    times: list[float] = []
     seen: list[int] = []
     written = 0
 
     def on_token(token: int) -> None:
         nonlocal written
-        times.append(time.perf_counter())
         seen.append(token)
         text = tokenizer.decode(seen, skip_special_tokens=True)
         if show and not text.endswith("�"):  # a character may take several tokens
@@ -73,17 +69,17 @@ def stream_answer(
             sys.stdout.flush()
             written = len(text)
 
-    started = time.perf_counter()
-    (new,) = generate_ids(
+    (answer,) = generate(
         model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_token=on_token
     )
     if show:
         sys.stdout.write("\n")
-    decoding = times[-1] - times[0] if len(times) > 1 else time.perf_counter() - started
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "tokens_per_s": max(len(times) - 1, 1) / max(decoding, 1e-9),
-        "prompt_tokens": len(ids),
-        "new_tokens": len(new),
-        "seconds_to_first_token": times[0] - started if times else 0.0,
+        "text": tokenizer.decode(answer.ids, skip_special_tokens=True),
+        "tokens_per_s": answer.tokens_per_s,
+        "prompt_tokens_per_s": answer.prompt_tokens_per_s,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": len(answer.ids),
+        "seconds_to_first_token": answer.prompt_seconds,
+        "engine": answer.engine,
     }

@@ -138,7 +138,7 @@ class TokenStep:
             to_keys[:, whole, :, :rest] = keys[:, whole * KEY_BLOCK :].transpose(1, 2)
 
     def step(self, x: Tensor) -> Tensor:
-        """Logits (vocab_size,) float32 after the token whose embedding is `x` (hidden_size,); the caches take it in."""
+        """Logits (vocab_size,) float32 after the token with embedding `x` (hidden_size,), which joins the caches."""
         x = x.reshape(-1).float().contiguous()
         if x.numel() != self.hidden_size or self.length >= self.capacity:
             raise ValueError(f"{x.numel()} numbers for {self.hidden_size}, position {self.length} of {self.capacity}")

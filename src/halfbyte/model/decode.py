@@ -1,8 +1,8 @@
-"""A transformers decoder, token by token, without transformers: one native call a token, the adapter applied unmerged.
+"""A transformers decoder without transformers: one native call a token, the adapter applied unmerged.
 
-The prompt goes through the model's own forward; its cache is taken over. What a layer computes is read off its modules,
-and before a decoder is used its first two tokens are computed both ways: a model with something more to it (logits
-scaled, attention capped) differs there and is left to transformers.
+The prompt goes through the model's own forward; its cache is taken over. What a layer computes is read off its
+modules, and `try_out` computes two tokens both ways: a model with something more to it (logits scaled, attention
+capped) differs there and is left to transformers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from halfbyte.kernels.cpu import WeightView
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection, rms_norm
 
+MOST_TRIED = 16
+"""Tokens of a prompt that a trial starts from."""
 CHUNK = 256
 """The caches grow by at least this many positions, and by half of what they hold."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -26,48 +28,68 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 model's dtype, we in float32; measured: 3e-6, 2e-3, 2e-2)."""
 
 
+class NotCoveredError(Exception):
+    """Why transformers has to generate."""
+
+
 class Decoder:
     """Prompt, then token by token, at batch 1. It sees the adapter as it is when the decoder is made.
 
     Raises:
-        ValueError: this model is not covered; the text is the reason.
+        NotCoveredError: the model has something that the native step does not compute, or there is no library for it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner: Any = getattr(causal, getattr(causal, "base_model_prefix", ""), None)
         layers, rotary = getattr(inner, "layers", None), getattr(inner, "rotary_emb", None)
         final_norm = rms_norm(inner.norm) if hasattr(inner, "norm") else None
         if layers is None or rotary is None or final_norm is None:
-            raise ValueError("it is not built as layers with rotary positions and a norm after them")
+            raise NotCoveredError("it is not built as layers with rotary positions and a norm after them")
         specs = [describe(layer) for layer in layers]
         head = _matrix(causal.get_output_embeddings(), "the output head")
         dtype = final_norm.weight.dtype  # that of activations; embeddings and head may be stored in another
-        self._step = token_step.TokenStep(
-            [_layer(spec, f"layer {index}") for index, spec in enumerate(specs)], _norm(final_norm), head,
-            cache_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        )  # fmt: skip
+        try:
+            self._step = token_step.TokenStep(
+                [_layer(spec, f"layer {index}") for index, spec in enumerate(specs)], _norm(final_norm), head,
+                cache_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            )  # fmt: skip
+        except ValueError as error:
+            raise NotCoveredError(str(error)) from error
         self._causal, self._rotary = causal, rotary
         self._layer_types = [getattr(layer.self_attn, "layer_type", None) for layer in layers]
         self._turns_by_type = _takes_layer_type(rotary)
         self._embed = causal.get_input_embeddings()
         self._tolerance = TOLERANCE[dtype]
-        self._tried = False
         self._context = int(getattr(causal.config, "max_position_embeddings", 0)) or 1 << 30
 
     @torch.no_grad()
-    def prefill(self, ids: list[int]) -> Tensor:
-        """Take in a prompt of at least one token; logits (vocab_size,) float32 after it.
+    def try_out(self, ids: list[int]) -> None:
+        """Compute two tokens after `ids` here and in transformers.
 
         Raises:
-            ValueError: at the first prompt, when a native step and transformers' own differ beyond rounding.
+            NotCoveredError: the logits differ beyond rounding.
         """
+        cache = DynamicCache()
+        token = int(self._forward(ids[:MOST_TRIED], cache).argmax())
+        self._take(cache)
+        for _ in range(2):
+            expected = self._forward([token], cache)
+            try:
+                found = self.step(token)
+            except ValueError as error:
+                raise NotCoveredError(str(error)) from error
+            off, size = float((found - expected).abs().max()), float(expected.abs().max())
+            if not off <= self._tolerance * size:
+                raise NotCoveredError(f"its logits differ from the native step's by {off:.2g} of {size:.2g}")
+            token = int(expected.argmax())
+
+    @torch.no_grad()
+    def prefill(self, ids: list[int]) -> Tensor:
+        """Start anew with a prompt of at least one token; logits (vocab_size,) float32 after it."""
         cache = DynamicCache()
         logits = self._forward(ids, cache)
         self._take(cache)
-        if not self._tried:
-            self._try_out(int(logits.argmax()), cache)
-            self._tried = True
         return logits
 
     @torch.no_grad()
@@ -101,32 +123,20 @@ class Decoder:
         turns = [kinds[kind if self._turns_by_type else None] for kind in self._layer_types]
         self._step.reserve(capacity, [(cos[0], sin[0]) for cos, sin in turns])
 
-    def _try_out(self, token: int, cache: DynamicCache) -> None:
-        """Two tokens in both ways; the state is as before after it."""
-        length = self._step.length
-        for _ in range(2):
-            expected = self._forward([token], cache)
-            found = self.step(token)
-            off, size = (found - expected).abs().max(), expected.abs().max()
-            if not off <= self._tolerance * size:
-                raise ValueError(f"its logits differ from the native step's by {off:.2g} where they reach {size:.2g}")
-            token = int(expected.argmax())
-        self._step.length = length
-
 
 def _takes_layer_type(rotary: nn.Module) -> bool:
-    """Whether positions turn differently by layer type. Raises ValueError where they depend on the length."""
+    """Whether positions turn differently by layer type. Raises NotCoveredError where they depend on the length."""
     kinds = getattr(rotary, "rope_type", "default")
     if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-        raise ValueError("its rotary positions change with the length of the text")
+        raise NotCoveredError("its rotary positions change with the length of the text")
     return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def _layer(spec: LayerSpec | None, name: str) -> token_step.Layer:
     if spec is None:
-        raise ValueError(f"{name} is not one that halfbyte can describe")
+        raise NotCoveredError(f"{name} is not one that halfbyte can describe")
     if spec.head_dim % 16:
-        raise ValueError(f"{name} has heads of {spec.head_dim}, not a multiple of 16")
+        raise NotCoveredError(f"{name} has heads of {spec.head_dim}, not a multiple of 16")
     return token_step.Layer(
         input_norm=_norm(spec.input_norm), q_norm=_optional(spec.q_norm), k_norm=_optional(spec.k_norm),
         post_attention_norm=_optional(spec.post_attention_norm), mlp_norm=_norm(spec.mlp_norm),
@@ -151,7 +161,9 @@ def _matrix(module: nn.Module, name: str) -> token_step.Matrix:
         weight = module.weight.detach().contiguous()
         return token_step.Matrix(weight, (weight.shape[0], weight.shape[1]), module.bias)
     if found is None:
-        raise ValueError(f"{name} has a {type(module).__name__} that is not a plain linear layer with one adapter")
+        raise NotCoveredError(
+            f"{name} has a {type(module).__name__} that is not a plain linear layer with one adapter"
+        )
     return _quantized(found)
 
 
