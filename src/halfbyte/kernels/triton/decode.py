@@ -1,0 +1,84 @@
+"""What every kernel shares: bytes of a 4-bit weight -> float32 values, bit for bit as `quant.reference` gives them.
+
+Kernels that decode are launched with ``enable_fp_fusion=False``: ``map[code] * nested_absmax + offset`` is a multiply,
+then an add, each rounded. Contracted into one FMA it would differ in the last bit from what every other tool decodes.
+Rows and blocks are counted in int64 before they meet a stride: a weight may hold more than 2^31 elements.
+"""
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.quant import blocks
+from halfbyte.quant.codebook import Codebook, codebook, dynamic_map
+
+NESTED_BLOCKSIZE: tl.constexpr = tl.constexpr(blocks.NESTED_BLOCKSIZE)
+LEAST_BLOCKSIZE = 32
+"""The kernels handle block sizes that are powers of two from this on."""
+
+
+@cache
+def device_tables(quant_type: str, device: torch.device) -> tuple[Codebook, Tensor]:
+    """The codebook and the dynamic map on `device`; kept, because each upload would wait for the GPU."""
+    table = codebook(quant_type)
+    moved = Codebook(
+        table.values.to(device), table.boundaries.to(device), table.order.to(device), table.zero_code
+    )
+    return moved, dynamic_map().to(device)
+
+
+def on_device_of(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+@triton.jit
+def block_scale(absmax, nested_absmax, dynamic_map, nested_offset, block, mask, NESTED: tl.constexpr):
+    """float32 scales of the blocks numbered `block` (int64); 0 or the offset where `mask` is off."""
+    if NESTED:
+        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
+        second = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        scale = tl.load(dynamic_map + code) * second + nested_offset
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def code_values(codes, byte, mask, codebook):
+    """Codebook values of packed bytes, the high nibble's first: (..., n) int64 indices -> (..., 2n) float32."""
+    packed = tl.load(codes + byte, mask=mask, other=0).to(tl.int32)
+    return tl.interleave(tl.load(codebook + (packed >> 4)), tl.load(codebook + (packed & 15)))
+
+
+@triton.jit
+def decode_tile(
+    codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` (BLOCK_R,) and columns col... of a (rows, cols) weight: (BLOCK_R, BLOCK_C) float32, 0 beyond its edges.
+
+    `cols` is a multiple of BLOCKSIZE, BLOCK_C and BLOCKSIZE are powers of two and `col` is a multiple of BLOCK_C: so
+    a run of min(BLOCKSIZE, BLOCK_C) columns has one scale, and masks change at even columns only.
+    """
+    RUN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BLOCK_C else BLOCK_C
+    far_row = row.to(tl.int64)[:, None]
+    inside = (row < rows)[:, None]
+    run_col = col + tl.arange(0, BLOCK_C // RUN)[None, :] * RUN
+    block = far_row * (cols // BLOCKSIZE) + run_col // BLOCKSIZE
+    scale = block_scale(
+        absmax, nested_absmax, dynamic_map, nested_offset, block, inside & (run_col < cols), NESTED
+    )
+    byte_col = col // 2 + tl.arange(0, BLOCK_C // 2)[None, :]
+    half = tl.multiple_of(cols // 2, 16)
+    mask = inside & (byte_col < half)
+    values = code_values(codes, far_row * half + byte_col, mask, codebook)
+    values = tl.reshape(values, (BLOCK_R, BLOCK_C // RUN, RUN)) * scale[:, :, None]
+    values = tl.reshape(values, (BLOCK_R, BLOCK_C))
+    whole = tl.interleave(mask, mask)
+    return tl.where(whole, values, 0.0)

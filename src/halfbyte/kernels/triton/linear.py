@@ -1,0 +1,183 @@
+"""Products with a 4-bit weight that is decoded tile by tile in registers: ``x @ W^T`` and ``grad @ W``.
+
+One row of x: a dot product in each program. Up to `tiles.FUSED_ROWS`: tensor-core tiles, float32 sums, cut into parts
+where that fills the GPU. More rows, and blocks that cross the rows of the weight: `codec.dequantize`, then torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels.panel import Weight
+from halfbyte.kernels.triton.codec import dequantize
+from halfbyte.kernels.triton.decode import decode_tile, device_tables, on_device_of
+from halfbyte.kernels.triton.tiles import FUSED_ROWS, NUM_STAGES, Tile, backward_tile, forward_tile
+
+VECTOR_ROWS, VECTOR_DEPTH = 4, 1024
+"""Rows and columns of the weight that a program of `vector_kernel` decodes at a time: 16 bytes of codes a thread."""
+
+
+@triton.jit
+def vector_kernel(
+    x, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, bias, out, rows, cols,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out (rows,) = W (rows, cols) @ x (cols,) + bias. Weights are not rounded to x's dtype on the way."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for col in range(0, cols, BLOCK_C):
+        weight = decode_tile(
+            codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
+            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        at = col + tl.arange(0, BLOCK_C)
+        value = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
+        total = tl.fma(weight, tl.broadcast_to(value[None, :], (BLOCK_R, BLOCK_C)), total)
+    result = tl.sum(total, axis=1)
+    if BIAS:
+        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def forward_kernel(
+    x, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, bias, out, m, rows, cols, part,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out[p] (m, rows) = x (m, cols) @ W^T (rows, cols) over columns p * part and on, `part` of them; + bias."""
+    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(2) * part
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for col in range(first, min(first + part, cols), BLOCK_C):
+        at = col + tl.arange(0, BLOCK_C)
+        mask = (line < m)[:, None] & (at < cols)[None, :]
+        value = tl.load(x + line.to(tl.int64)[:, None] * cols + at[None, :], mask=mask, other=0.0)
+        weight = decode_tile(
+            codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
+            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        total = tl.dot(value, tl.trans(weight.to(value.dtype)), total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    far = (tl.program_id(2).to(tl.int64) * m + line)[:, None] * rows + row[None, :]
+    tl.store(out + far, total.to(out.dtype.element_ty), mask=(line < m)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def backward_kernel(
+    grad, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, m, rows, cols, part,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out[p] (m, cols) = grad (m, rows) @ W (rows, cols) over rows p * part and on, `part` of them."""
+    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_C
+    first = tl.program_id(2) * part
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(first, min(first + part, rows), BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (line < m)[:, None] & (row < rows)[None, :]
+        value = tl.load(grad + line.to(tl.int64)[:, None] * rows + row[None, :], mask=mask, other=0.0)
+        weight = decode_tile(
+            codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
+            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        total = tl.dot(value, weight.to(value.dtype), total, input_precision="ieee")
+    at = col + tl.arange(0, BLOCK_C)
+    far = (tl.program_id(2).to(tl.int64) * m + line)[:, None] * cols + at[None, :]
+    tl.store(out + far, total.to(out.dtype.element_ty), mask=(line < m)[:, None] & (at < cols)[None, :])
+
+
+@triton.jit
+def add_parts_kernel(parts, bias, out, count, columns, PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (count,) = parts[0] + parts[1] + ... + bias of the column, in that order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts + part * count.to(tl.int64) + at, mask=at < count, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % columns, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
+    """x (m, in_features) @ W^T + bias: (m, out_features), in x's dtype; float32 sums."""
+    m, in_features = x.shape
+    if m > FUSED_ROWS[x.dtype] or in_features % weight[5]:
+        return torch.nn.functional.linear(x, dequantize(weight, (out_features, in_features), x.dtype), bias)
+    x, tensors = x.contiguous(), _pointers(weight)
+    out = x.new_empty(m, out_features)
+    if not out.numel():
+        return out
+    if bias is not None:
+        bias = bias.contiguous()
+    codec = {"BLOCKSIZE": weight[5], "NESTED": weight[2] is not None, "enable_fp_fusion": False}
+    with on_device_of(x):
+        if m == 1:
+            vector_kernel[(triton.cdiv(out_features, VECTOR_ROWS),)](
+                x, *tensors, x if bias is None else bias, out, out_features, in_features, **codec,
+                BIAS=bias is not None, BLOCK_R=VECTOR_ROWS,
+                BLOCK_C=min(VECTOR_DEPTH, triton.next_power_of_2(in_features)), num_warps=4,
+            )  # fmt: skip
+            return out
+        tile = forward_tile(m, out_features, in_features, x.dtype)
+        partial = out if tile.parts == 1 else _room(tile, out)
+        grid = (triton.cdiv(m, tile.rows), triton.cdiv(out_features, tile.columns), tile.parts)
+        forward_kernel[grid](
+            x, *tensors, x if bias is None else bias, partial, m, out_features, in_features, _part(tile, in_features),
+            **codec, BIAS=bias is not None and tile.parts == 1, BLOCK_M=tile.rows, BLOCK_R=tile.columns,
+            BLOCK_C=tile.depth, num_warps=tile.num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+        if tile.parts > 1:
+            _add_parts(partial, bias, out)
+    return out
+
+
+def linear_dx(grad: Tensor, weight: Weight, in_features: int) -> Tensor:
+    """grad (m, out_features) @ W: (m, in_features), in grad's dtype; float32 sums."""
+    m, out_features = grad.shape
+    if m > FUSED_ROWS[grad.dtype] or in_features % weight[5]:
+        return grad @ dequantize(weight, (out_features, in_features), grad.dtype)
+    grad, out = grad.contiguous(), grad.new_empty(m, in_features)
+    if not out.numel():
+        return out
+    tile = backward_tile(m, out_features, in_features, grad.dtype)
+    with on_device_of(grad):
+        partial = out if tile.parts == 1 else _room(tile, out)
+        grid = (triton.cdiv(m, tile.rows), triton.cdiv(in_features, tile.columns), tile.parts)
+        backward_kernel[grid](
+            grad, *_pointers(weight), partial, m, out_features, in_features, _part(tile, out_features),
+            BLOCKSIZE=weight[5], NESTED=weight[2] is not None, enable_fp_fusion=False, BLOCK_M=tile.rows,
+            BLOCK_R=tile.depth, BLOCK_C=tile.columns, num_warps=tile.num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+        if tile.parts > 1:
+            _add_parts(partial, None, out)
+    return out
+
+
+def _pointers(weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """What the kernels take for a weight; without double quantization the second scales are never read."""
+    codes, absmax, nested_absmax, nested_offset, quant_type, _ = weight
+    table, dynamic = device_tables(quant_type, codes.device)
+    second = absmax if nested_absmax is None else nested_absmax
+    return codes.contiguous(), absmax.contiguous(), second.contiguous(), table.values, dynamic, nested_offset
+
+
+def _room(tile: Tile, out: Tensor) -> Tensor:
+    return out.new_empty(tile.parts, *out.shape, dtype=torch.float32)
+
+
+def _part(tile: Tile, depth: int) -> int:
+    """Length of each part of the sum: whole steps."""
+    return triton.cdiv(triton.cdiv(depth, tile.depth), tile.parts) * tile.depth
+
+
+def _add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    count = out.numel()
+    add_parts_kernel[(triton.cdiv(count, 1024),)](
+        parts, out if bias is None else bias, out, count, out.shape[1],
+        PARTS=parts.shape[0], BIAS=bias is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
