@@ -5,6 +5,7 @@ from halfbyte.kernels import (  # noqa: F401  (they register)
     attention,
     cpu_ops,
     cross_entropy,
+    cuda_ops,
     frozen_linear,
     gated,
     lora_linear,

@@ -3,11 +3,13 @@
 The native library is loaded at the first use of an operator on the CPU. Where it is missing or broken, or the
 environment says so, the plain-torch reference serves; the reason is kept for `halfbyte doctor`.
 
-``HALFBYTE_ISA`` = baseline, avx2, avx512 or reference overrides the choice (tests run every path on one machine).
+``HALFBYTE_ISA`` = baseline, avx2, avx512 or reference overrides the choice (tests run every path on one machine);
+``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +19,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.kernels import cpu
+from halfbyte.kernels import bnb_cuda, cpu
 from halfbyte.kernels.abi import DTYPES, ISAS, OK
 
 ISA_VARIABLE = "HALFBYTE_ISA"
+CUDA_VARIABLE = "HALFBYTE_CUDA_KERNELS"
+CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
 
 
@@ -77,6 +81,50 @@ def run_native(name: str, *arguments: Any) -> bool:
     return library is not None and getattr(library.call, name)(*arguments, torch.get_num_threads()) == OK
 
 
+@dataclass(frozen=True)
+class CudaChoice:
+    """Whose kernels serve CUDA tensors, the first that knows a case first (none of them: the reference), and why."""
+
+    kernels: tuple[str, ...]
+    reason: str
+
+
+@cache
+def cuda_choice() -> CudaChoice:
+    """Look once. Only a wrong or unmet ``HALFBYTE_CUDA_KERNELS`` raises; everything else falls back."""
+    wanted = os.environ.get(CUDA_VARIABLE, "")
+    if wanted not in ("", *CUDA_KERNELS):
+        raise ConfigError(
+            f"unknown kernels {wanted!r}", where=CUDA_VARIABLE, fix=f"Choose one of {', '.join(CUDA_KERNELS)}"
+        )
+    if wanted == "reference":
+        return CudaChoice((), f"{CUDA_VARIABLE}=reference")
+    missing = _missing_cuda_kernels(wanted)
+    if wanted and wanted in missing:
+        raise ConfigError(f"{wanted} cannot serve", where=CUDA_VARIABLE, why=missing[wanted])
+    if wanted:
+        return CudaChoice((wanted,), f"{CUDA_VARIABLE}={wanted}")
+    if not missing:
+        return CudaChoice(
+            ("bitsandbytes", "triton"), "preferred until halfbyte's Triton kernels are measured on a GPU"
+        )
+    found = tuple(name for name in ("bitsandbytes", "triton") if name not in missing)
+    return CudaChoice(found, "; ".join(f"no {name}: {why}" for name, why in missing.items()))
+
+
+def _missing_cuda_kernels(wanted: str) -> dict[str, str]:
+    """Why bitsandbytes or Triton cannot serve; only the `wanted` one is looked at, when one is."""
+    missing = {}
+    if wanted != "bitsandbytes" and importlib.util.find_spec("triton") is None:
+        missing["triton"] = "it is not installed (pip install triton)"
+    if wanted != "triton":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            missing["bitsandbytes"] = "it is not installed"
+        elif (why := bnb_cuda.find()) is not None:
+            missing["bitsandbytes"] = why
+    return missing
+
+
 def count_nonfinite(tensor: Tensor) -> int:
     """NaN and Inf in a floating tensor; one pass over it, without a temporary where the library serves."""
     choice = cpu_choice() if tensor.device.type == "cpu" and tensor.dtype in DTYPES else None
@@ -110,4 +158,19 @@ def kernel_report() -> list[KernelRow]:
         if choice.library is not None and not choice.library.openmp:
             reason += "; built without OpenMP: one thread"
         rows.append(KernelRow(op, "cpu", kernel, reason))
+    return rows + (_cuda_rows() if torch.cuda.is_available() else [])
+
+
+def _cuda_rows() -> list[KernelRow]:
+    choice = cuda_choice()
+    rows = []
+    for op in OPS:
+        kernels, reason = choice.kernels, choice.reason
+        if op == "quantize_4bit" and "bitsandbytes" in kernels:
+            kernels = tuple(name for name in kernels if name != "bitsandbytes")
+            reason = "bitsandbytes gives blocks of zeros other codes than the format has"
+        kernel = kernels[0] if kernels else "torch reference"
+        if kernel == "bitsandbytes" and op == "linear_4bit_dx":
+            kernel = "bitsandbytes decode + torch matmul"
+        rows.append(KernelRow(op, "cuda", kernel, reason))
     return rows

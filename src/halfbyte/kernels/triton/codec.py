@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
-from halfbyte.kernels.triton.decode import block_scale, code_values, device_tables, on_device_of
+from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of
 from halfbyte.quant import absmax as scales
 from halfbyte.quant.blocks import num_blocks, num_code_bytes
 

@@ -6,7 +6,6 @@ Rows and blocks are counted in int64 before they meet a stride: a weight may hol
 """
 
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,21 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.quant import blocks
-from halfbyte.quant.codebook import Codebook, codebook, dynamic_map
 
 NESTED_BLOCKSIZE: tl.constexpr = tl.constexpr(blocks.NESTED_BLOCKSIZE)
 LEAST_BLOCKSIZE = 32
 """The kernels handle block sizes that are powers of two from this on."""
-
-
-@cache
-def device_tables(quant_type: str, device: torch.device) -> tuple[Codebook, Tensor]:
-    """The codebook and the dynamic map on `device`; kept, because each upload would wait for the GPU."""
-    table = codebook(quant_type)
-    moved = Codebook(
-        table.values.to(device), table.boundaries.to(device), table.order.to(device), table.zero_code
-    )
-    return moved, dynamic_map().to(device)
 
 
 def on_device_of(tensor: Tensor) -> Any:
@@ -61,7 +49,7 @@ def decode_tile(
     codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` (BLOCK_R,) and columns col... of a (rows, cols) weight: (BLOCK_R, BLOCK_C) float32, 0 beyond its edges.
+    """Rows `row` (BLOCK_R,) and columns `col` and on of a (rows, cols) weight: (BLOCK_R, BLOCK_C) float32, 0 beyond.
 
     `cols` is a multiple of BLOCKSIZE, BLOCK_C and BLOCKSIZE are powers of two and `col` is a multiple of BLOCK_C: so
     a run of min(BLOCKSIZE, BLOCK_C) columns has one scale, and masks change at even columns only.
@@ -71,9 +59,7 @@ def decode_tile(
     inside = (row < rows)[:, None]
     run_col = col + tl.arange(0, BLOCK_C // RUN)[None, :] * RUN
     block = far_row * (cols // BLOCKSIZE) + run_col // BLOCKSIZE
-    scale = block_scale(
-        absmax, nested_absmax, dynamic_map, nested_offset, block, inside & (run_col < cols), NESTED
-    )
+    scale = block_scale(absmax, nested_absmax, dynamic_map, nested_offset, block, inside & (run_col < cols), NESTED)
     byte_col = col // 2 + tl.arange(0, BLOCK_C // 2)[None, :]
     half = tl.multiple_of(cols // 2, 16)
     mask = inside & (byte_col < half)

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
 from halfbyte.kernels.triton.codec import dequantize
-from halfbyte.kernels.triton.decode import decode_tile, device_tables, on_device_of
-from halfbyte.kernels.triton.tiles import FUSED_ROWS, NUM_STAGES, Tile, backward_tile, forward_tile
+from halfbyte.kernels.triton.decode import decode_tile, on_device_of
+from halfbyte.kernels.triton.tiles import NUM_STAGES, Tile, backward_tile, forward_tile, fused
 
 VECTOR_ROWS, VECTOR_DEPTH = 4, 1024
 """Rows and columns of the weight that a program of `vector_kernel` decodes at a time: 16 bytes of codes a thread."""
@@ -106,7 +107,7 @@ def add_parts_kernel(parts, bias, out, count, columns, PARTS: tl.constexpr, BIAS
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
     """x (m, in_features) @ W^T + bias: (m, out_features), in x's dtype; float32 sums."""
     m, in_features = x.shape
-    if m > FUSED_ROWS[x.dtype] or in_features % weight[5]:
+    if in_features % weight[5] or not fused(m, x):
         return torch.nn.functional.linear(x, dequantize(weight, (out_features, in_features), x.dtype), bias)
     x, tensors = x.contiguous(), _pointers(weight)
     out = x.new_empty(m, out_features)
@@ -139,7 +140,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) ->
 def linear_dx(grad: Tensor, weight: Weight, in_features: int) -> Tensor:
     """grad (m, out_features) @ W: (m, in_features), in grad's dtype; float32 sums."""
     m, out_features = grad.shape
-    if m > FUSED_ROWS[grad.dtype] or in_features % weight[5]:
+    if in_features % weight[5] or not fused(m, grad):
         return grad @ dequantize(weight, (out_features, in_features), grad.dtype)
     grad, out = grad.contiguous(), grad.new_empty(m, in_features)
     if not out.numel():
@@ -172,7 +173,8 @@ def _room(tile: Tile, out: Tensor) -> Tensor:
 
 def _part(tile: Tile, depth: int) -> int:
     """Length of each part of the sum: whole steps."""
-    return triton.cdiv(triton.cdiv(depth, tile.depth), tile.parts) * tile.depth
+    steps = -(-depth // tile.depth)
+    return -(-steps // tile.parts) * tile.depth
 
 
 def _add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -13,9 +13,11 @@ FUSED_ROWS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 16}
 """Up to this many rows of x the fused tile serves; above, decoding once and torch's product. Each tile of rows
 decodes the weight again, and float32 without tensor cores is what cuBLAS does better."""
 
+LEAST_CAPABILITY = (8, 0)
+"""Older GPUs get no tensor-core code from Triton: the tiles would multiply one number at a time, and spill."""
+
 PROGRAMS = 512
 """Programs wanted for a product: about four for each multiprocessor of a large GPU."""
-
 
 NUM_STAGES = 1
 """No software pipelining: Triton's would copy each looked-up codebook value to shared memory by itself, 4 bytes at a
@@ -50,6 +52,13 @@ _BACKWARD = {
     2: {16: Tile(16, 64, 64, 4), 64: Tile(64, 64, 64, 4), 128: Tile(128, 64, 64, 8)},
     4: {16: Tile(16, 64, 32, 4)},
 }
+
+
+def fused(rows: int, x: torch.Tensor) -> bool:
+    """Does a product that decodes in registers serve `rows` rows of the dtype and on the device of `x`?"""
+    if rows > 1 and x.device.type == "cuda" and torch.version.cuda is not None:
+        return rows <= FUSED_ROWS[x.dtype] and torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
+    return rows <= FUSED_ROWS[x.dtype]
 
 
 def forward_tile(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tile:

@@ -1,0 +1,105 @@
+"""The CUDA implementations of the operators. Importing this module registers them; nothing is loaded before first use.
+
+Which kernels serve is `registry.cuda_choice`'s word; a case that they do not know (float64, a block size that is no
+power of two) goes to the next in line, at last to the plain-torch reference, which runs on the GPU as well.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte.kernels.panel import Weight
+from halfbyte.kernels.registry import cuda_choice
+from halfbyte.quant import ops
+from halfbyte.quant.reference import dequantize_reference, quantize_reference
+
+
+def _kernels(blocksize: int, dtype: torch.dtype, count: int, quantize: bool = False) -> Any | None:
+    """The module whose kernels serve this case: functions quantize, dequantize, linear, linear_dx; None: torch."""
+    for name in cuda_choice().kernels:
+        if name == "bitsandbytes" and not quantize:
+            from halfbyte.kernels import bnb_cuda
+
+            if bnb_cuda.knows(blocksize, dtype, count):
+                return bnb_cuda
+        elif name == "triton":
+            from halfbyte.kernels.triton import kernels
+
+            if kernels.knows(blocksize, dtype):
+                return kernels
+    return None
+
+
+def _check(weight: Weight, count: int, like: Tensor) -> None:
+    """Kernels read by these numbers and from these addresses: a wrong one must not reach them."""
+    codes, absmax, nested_absmax, _, _, blocksize = weight
+    ops._check_weight(codes, absmax, nested_absmax, blocksize, count)
+    for name, tensor in (("codes", codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{name} on {tensor.device}, the others on {like.device}")
+
+
+@torch.library.impl("halfbyte::quantize_4bit", "CUDA")
+def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(blocksize, weight.dtype, weight.numel(), quantize=True)
+    if kernels is None:
+        return quantize_reference(weight, quant_type, blocksize)
+    result: tuple[Tensor, Tensor] = kernels.quantize(weight, quant_type, blocksize)
+    return result
+
+
+@torch.library.impl("halfbyte::dequantize_4bit", "CUDA")
+def dequantize_4bit(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
+    shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    _check(weight, prod(shape), codes)
+    return _dequantize(weight, tuple(shape), dtype)
+
+
+def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    kernels = _kernels(weight[5], dtype, prod(shape))
+    if kernels is None:
+        return dequantize_reference(*weight, shape, dtype)
+    result: Tensor = kernels.dequantize(weight, shape, dtype)
+    return result
+
+
+@torch.library.impl("halfbyte::linear_4bit", "CUDA")
+def linear_4bit(
+    x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    in_features = x.shape[-1]
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    _check(weight, out_features * in_features, x)
+    if bias is not None:
+        if bias.shape != (out_features,) or bias.device != x.device:
+            raise ValueError(f"bias {tuple(bias.shape)} on {bias.device}, not ({out_features},) on {x.device}")
+        bias = bias.to(x.dtype)
+    kernels = _kernels(blocksize, x.dtype, out_features * in_features)
+    if kernels is None or not x.numel():
+        return F.linear(x, _dequantize(weight, (out_features, in_features), x.dtype), bias)
+    y: Tensor = kernels.linear(x.reshape(-1, in_features), weight, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.impl("halfbyte::linear_4bit_dx", "CUDA")
+def linear_4bit_dx(
+    grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
+    blocksize: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    out_features = grad.shape[-1]
+    weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    _check(weight, out_features * in_features, grad)
+    kernels = _kernels(blocksize, grad.dtype, out_features * in_features)
+    if kernels is None or not grad.numel():
+        return grad @ _dequantize(weight, (out_features, in_features), grad.dtype)
+    dx: Tensor = kernels.linear_dx(grad.reshape(-1, out_features), weight, in_features)
+    return dx.view(*grad.shape[:-1], in_features)

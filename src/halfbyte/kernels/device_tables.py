@@ -1,0 +1,21 @@
+"""The tables of `quant.codebook` on a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.codebook import Codebook, codebook, dynamic_map
+
+
+@cache
+def device_tables(quant_type: str, device: torch.device) -> tuple[Codebook, Tensor]:
+    """The codebook and the dynamic map on `device`; kept, because each upload would wait for the GPU."""
+    table = codebook(quant_type)
+    moved = replace(
+        table, values=table.values.to(device), boundaries=table.boundaries.to(device), order=table.order.to(device)
+    )
+    return moved, dynamic_map().to(device)

@@ -1,0 +1,153 @@
+"""The Triton kernels without a GPU: their results in Triton's interpreter, and the code its compiler makes of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("triton_cases.py")
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WEIGHT = {
+    "codes": "*u8", "absmax": "*u8", "nested_absmax": "*fp32", "codebook": "*fp32", "dynamic_map": "*fp32",
+    "nested_offset": "fp32",
+}  # fmt: skip
+CAPABILITIES = [80, 90, 120]
+"""Ampere, Hopper, consumer Blackwell."""
+
+
+def test_results_in_the_interpreter() -> None:
+    """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_imports_triton_before_it_is_asked_for() -> None:
+    code = "import sys, torch, halfbyte.kernels; sys.exit('triton' in sys.modules or 'bitsandbytes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+class Compiled:
+    """A kernel compiled for an NVIDIA GPU that need not be there, as its launcher would have it compiled.
+
+    Pointers, sizes and counts are multiples of 16, as they are in a model.
+    """
+
+    def __init__(self, kernel: Any, capability: int, types: dict[str, str], **constants: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        num_warps = constants.pop("num_warps", 4)
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name[0] == "*" or name == "i32" for name in signature.values()]
+        self.result = compile(
+            ASTSource(
+                fn=kernel, signature=signature, constexprs=constants,
+                attrs={(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned},
+            ),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False},
+        )  # fmt: skip
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(instruction, self.result.asm["ptx"]))
+
+    def stack_bytes(self, folder: Path) -> int:
+        """Registers that did not fit, as the assembler counts them."""
+        import triton
+
+        (cubin := folder / "kernel.cubin").write_bytes(self.result.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+        return max(int(size) for size in re.findall(r"STACK:(\d+)", done.stdout))
+
+
+@cache
+def device_code(kernel: str, capability: int, dtype: torch.dtype, rows: int = 64) -> Compiled:
+    """For a 4096 x 4096 weight in blocks of 64, double-quantized."""
+    from halfbyte.kernels.triton import codec, linear, tiles
+
+    floating = f"*{TYPES[dtype]}"
+    numbers: dict[str, Any] = {"BLOCKSIZE": 64, "NESTED": True}
+    if kernel == "dequantize":
+        return Compiled(
+            codec.dequantize_kernel, capability, {**WEIGHT, "out": floating}, **numbers, RUNS=codec.RUNS_PER_PROGRAM
+        )
+    if kernel == "quantize":
+        types = {"weight": floating, "boundaries": "*fp32", "order": "*u8", "codes": "*u8", "absmax": "*fp32"}
+        return Compiled(codec.quantize_kernel, capability, types, BLOCKSIZE=64, BLOCKS=64, num_warps=8)
+    types = {**WEIGHT, "x": floating, "grad": floating, "bias": floating, "out": floating}
+    if kernel == "vector":
+        depth = {"BLOCK_R": linear.VECTOR_ROWS, "BLOCK_C": linear.VECTOR_DEPTH}
+        return Compiled(linear.vector_kernel, capability, types, **numbers, **depth, BIAS=True)
+    if kernel == "forward":
+        tile = tiles.forward_tile(rows, 4096, 4096, dtype)
+        blocks = {"BLOCK_M": tile.rows, "BLOCK_R": tile.columns, "BLOCK_C": tile.depth, "BIAS": True}
+        return Compiled(linear.forward_kernel, capability, types, **numbers, **blocks, num_warps=tile.num_warps)
+    tile = tiles.backward_tile(rows, 4096, 4096, dtype)
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_R": tile.depth, "BLOCK_C": tile.columns}
+    return Compiled(linear.backward_kernel, capability, types, **numbers, **blocks, num_warps=tile.num_warps)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+needs_compiler = pytest.mark.skipif(sys.platform != "linux", reason="no package triton for this system")
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_decoding_rounds_as_the_reference_does(capability: int) -> None:
+    """A scale is a multiply, then an add; a value one multiply, then one rounding. Nothing is fused."""
+    pytest.importorskip("triton")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        code = device_code("dequantize", capability, dtype)
+        assert code.count(r"fma\.") == 0
+        # A thread has eight weights, multiplied in pairs on the newest GPUs, and the scale that they share.
+        assert code.count(r"mul\.rn\.f32") in (9, 5)
+        assert code.count(r"add\.rn\.f32") == 1
+        if dtype != torch.float32:
+            assert code.count(r"cvt\.rn\.") in (4, 8)
+    for kernel in ("forward", "backward"):
+        assert device_code(kernel, capability, torch.bfloat16).count(r"fma\.") == 0
+    quantize = device_code("quantize", capability, torch.float32)
+    assert quantize.count(r"div\.full|div\.approx|rcp\.approx|fma\.") == 0
+    assert quantize.count(r"div\.rn\.f32") > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [80, 90])
+def test_tiles_reach_the_tensor_cores_and_fit_in_registers(capability: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for kernel in ("forward", "backward"):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+            for rows in (16, 64, 256) if dtype == torch.bfloat16 else (16,):
+                code = device_code(kernel, capability, dtype, rows)
+                assert code.count(rf"mma.*\.f32\.{name}\.{name}") > 0, (kernel, rows)
+                # What it looks up must not travel to shared memory 4 bytes at a time (`tiles.NUM_STAGES`).
+                assert code.count("cp.async") == 0
+                assert code.stack_bytes(tmp_path) == 0, (kernel, rows)
+        assert device_code(kernel, capability, torch.float32, 16).stack_bytes(tmp_path) == 0
+    for kernel in ("dequantize", "quantize", "vector"):
+        assert device_code(kernel, capability, torch.bfloat16).stack_bytes(tmp_path) == 0
+
+
+@needs_compiler
+def test_memory_is_read_and_written_in_vectors() -> None:
+    pytest.importorskip("triton")
+    code = device_code("dequantize", 80, torch.bfloat16)
+    assert code.count(r"st\.global\.v4\.b32") == 1
+    assert code.count(r"ld\.global\.b8") == 1  # the scale's code; the weights' come four at a time
+    assert device_code("vector", 80, torch.bfloat16).count(r"ld\.global\.v4\.b32") >= 2

@@ -1,0 +1,229 @@
+"""The Triton kernels against the plain-torch reference. Not collected: its device is chosen before Triton is imported.
+
+With TRITON_INTERPRET=1 (`test_triton.py` runs it so) the kernels run in Triton's interpreter on the CPU, without it on
+the GPU: ``python -m pytest tests/kernels/triton_cases.py``, which `scripts/bench --device cuda` begins with.
+
+The interpreter cannot say everything. It truncates float32 to bfloat16 (a GPU rounds to nearest even), misreads
+bfloat16 subnormals, and multiplies bfloat16 matrices as if their bits were integers: so bfloat16 products, and
+subnormals in bfloat16, are tested on GPUs only, and `test_triton.py` reads the rounding off the compiled code.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.quant.absmax import compress_absmax
+from halfbyte.quant.reference import dequantize_reference, quantize_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytest.importorskip("triton")
+
+from halfbyte.kernels.triton import codec, linear, tiles  # noqa: E402
+
+HALF = torch.float16
+DTYPES = [torch.float32, HALF] if INTERPRETED else [torch.float32, HALF, torch.bfloat16]
+SHAPES = [(127, 129), (33, 64), (5000,), (3, 5), (1,), (0,)]
+
+# numpy, which the interpreter computes with, warns of float16's infinities and of NaN.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning") for what in ("overflow", "invalid value")]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, in dtype and shape too."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def decoded(*args: object) -> Tensor:
+    """The reference's values, with the interpreter's truncation where it is what runs."""
+    if args[-1] != torch.bfloat16 or not INTERPRETED:
+        return dequantize_reference(*args)  # type: ignore[arg-type]
+    exact = dequantize_reference(*args[:-1], torch.float32)  # type: ignore[arg-type]
+    return (exact.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random, with a block of zeros, -0.0, ties, and (but in bfloat16) subnormals."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    flat = weight.view(-1)
+    flat[64:128] = 0.0
+    flat[128:160] = -0.0
+    flat[160:192] *= 1e-30 if dtype == torch.bfloat16 else 1e-39
+    flat[192:224] = torch.randint(-8, 9, flat[192:224].shape) / 8
+    return weight.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize"), [("nf4", 32), ("nf4", 64), ("fp4", 64), ("fp4", 4096)])
+def test_codec_equals_reference(quant_type: str, blocksize: int) -> None:
+    for shape, dtype in zip(SHAPES, [torch.float32, torch.bfloat16, HALF] * 2, strict=True):
+        weight = weight_of(shape, dtype)
+        codes, absmax = codec.quantize(weight, quant_type, blocksize)
+        codes_ref, absmax_ref = quantize_reference(weight, quant_type, blocksize)
+        assert same_bits(codes, codes_ref), (shape, dtype)
+        assert same_bits(absmax, absmax_ref), (shape, dtype)
+        nested_codes, nested_absmax, offset = compress_absmax(absmax)
+        for scales in ((absmax, None, 0.0), (nested_codes, nested_absmax, offset)):
+            for out_dtype in (torch.float32, HALF):
+                packed = (codes, *scales, quant_type, blocksize)
+                assert same_bits(codec.dequantize(packed, shape, out_dtype), decoded(*packed, shape, out_dtype)), (
+                    shape,
+                    out_dtype,
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF])
+def test_every_code_and_scale(dtype: torch.dtype) -> None:
+    """Every byte, under scales that overflow float16 and round in every way; every 8-bit scale, too."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(64)
+    few = 20 if dtype == torch.bfloat16 and INTERPRETED else 45
+    scales = torch.logspace(-few, 38, codes.numel() * 2 // 32, device=DEVICE)
+    nested = torch.arange(codes.numel() * 2 // 32, device=DEVICE).to(torch.uint8)
+    second = torch.tensor([0.37, 1.3, 2.9, 1e-3], device=DEVICE)
+    for packed in ((codes, scales, None, 0.0, "nf4", 32), (codes, nested, second, 0.043, "fp4", 32)):
+        args = (*packed, (codes.numel() * 2,), dtype)
+        assert same_bits(codec.dequantize(packed, args[-2], dtype), decoded(*args))
+
+
+def test_a_nan_shows_in_its_scale() -> None:
+    """hb.quantize counts NaN and Inf when a scale is not finite, so a scale must not hide one."""
+    weight = torch.randn(256, device=DEVICE)
+    weight[70], weight[140] = float("nan"), float("inf")
+    _, absmax = codec.quantize(weight, "nf4", 64)
+    assert torch.isfinite(absmax).tolist() == [True, False, False, True]
+    assert absmax[1].isnan()
+
+
+def packed_weight(rows: int, cols: int, quant_type: str, blocksize: int, double_quant: bool) -> tuple[tuple, Tensor]:
+    """A random weight, packed, and its decoded values in float64."""
+    torch.manual_seed(rows + cols)
+    codes, absmax = quantize_reference(torch.randn(rows, cols, device=DEVICE), quant_type, blocksize)
+    scales = compress_absmax(absmax) if double_quant else (absmax, None, 0.0)
+    packed = (codes, *scales, quant_type, blocksize)
+    return packed, dequantize_reference(*packed, (rows, cols), torch.float64)
+
+
+def check(result: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """float32: sums of up to 2,048 terms. Halves: weight and result rounded once each. `magnitude` is |x| |W|^T.
+
+    Measured in the interpreter: 3e-7 in float32, 4.2e-4 in float16; in bfloat16 (one row only) 1.6e-3.
+    """
+    bound = {torch.float32: 1e-6, HALF: 1.5e-3, torch.bfloat16: 1.2e-2}[result.dtype]
+    assert ((result.double() - exact).abs() <= bound * magnitude + 1e-30).all()
+
+
+# (rows, columns, block size) of W and rows of x: ragged everywhere; blocks wider and narrower than the tiles; one row,
+# one tile, two; sums in parts (96 x 1,024); more rows than the tiles serve (300); blocks that cross rows (70 x 72).
+PRODUCTS = [
+    (70, 192, 64, 1), (6, 1120, 32, 1), (5, 4096, 4096, 1),
+    (70, 192, 64, 16), (33, 160, 32, 17), (40, 256, 128, 70), (96, 1024, 64, 3), (70, 512, 512, 130),
+    (70, 64, 64, 300), (70, 72, 64, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(dtype: torch.dtype, case: tuple[int, int, int, int]) -> None:
+    rows, cols, blocksize, m = case
+    quant_type, double_quant = ("fp4", False) if cols % 3 else ("nf4", True)
+    packed, exact = packed_weight(rows, cols, quant_type, blocksize, double_quant)
+    x = torch.randn(m, cols, device=DEVICE).to(dtype)
+    grad = torch.randn(m, rows, device=DEVICE).to(dtype)
+    bias = torch.randn(rows, device=DEVICE).to(dtype)
+    product, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    check(linear.linear(x, packed, None, rows), product, magnitude)
+    check(linear.linear(x, packed, bias, rows), product + bias.double(), magnitude + bias.double().abs())
+    check(linear.linear_dx(grad, packed, cols), grad.double() @ exact, grad.double().abs() @ exact.abs())
+
+
+def test_one_bfloat16_row() -> None:
+    """No matrix unit: the interpreter does this one, its truncation apart."""
+    packed, exact = packed_weight(70, 192, "nf4", 64, double_quant=True)
+    x = torch.randn(1, 192, device=DEVICE).bfloat16()
+    check(linear.linear(x, packed, None, 70), x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+
+
+def test_what_is_not_contiguous() -> None:
+    packed, exact = packed_weight(70, 192, "nf4", 64, double_quant=True)
+    wide = torch.randn(5, 400, device=DEVICE)
+    x, grad = wide[:, 3:195], wide[:, ::2][:, :70]
+    check(linear.linear(x, packed, wide[0, ::2][:70], 70), x.double() @ exact.T + wide[0, ::2][:70].double(),
+          x.double().abs() @ exact.abs().T)  # fmt: skip
+    check(linear.linear_dx(grad, packed, 192), grad.double() @ exact, grad.double().abs() @ exact.abs())
+    spread = torch.empty(packed[0].numel() * 2, dtype=torch.uint8, device=DEVICE)[::2].copy_(packed[0])
+    assert same_bits(
+        codec.dequantize((spread, *packed[1:]), (70, 192), torch.float32),
+        dequantize_reference(*packed, (70, 192), torch.float32),
+    )
+
+
+@pytest.mark.parametrize(("rows", "cols", "m"), [(4096, 4096, 8), (4096, 14336, 64), (1024, 4096, 200), (64, 64, 2)])
+def test_parts_of_a_sum_cover_it_once(rows: int, cols: int, m: int) -> None:
+    for choose, depth in ((tiles.forward_tile, cols), (tiles.backward_tile, rows)):
+        for dtype in (torch.float32, HALF):
+            tile = choose(m, rows, cols, dtype)
+            part = linear._part(tile, depth)
+            assert part % tile.depth == 0
+            assert (tile.parts - 1) * part < depth <= tile.parts * part
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the program's number is set in the interpreter; a GPU runs the next test")
+def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program of each kernel, as if thousands of millions of elements lay before its own.
+
+    The memory is asked for and never touched but for the last pages, so it costs addresses only.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    def program(x: int, y: int = 0) -> None:
+        """What the kernels launched from here on take for their number."""
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: None)
+        interpreter_builder.grid_idx = (x, y, 0)
+
+    table, dynamic = linear.device_tables("nf4", torch.device("cpu"))
+    count = 2**32 + 1024
+    codes = torch.empty(count // 2, dtype=torch.uint8)
+    codes[-512:] = torch.randint(256, (512,)).to(torch.uint8)
+    absmax = torch.empty(count // 64)
+    absmax[-16:] = torch.rand(16)
+    tail = (codes[-512:], absmax[-16:], None, 0.0, "nf4", 64)
+    weight = (codes, absmax, absmax, table.values, dynamic, 0.0)
+    numbers = {"BLOCKSIZE": 64, "NESTED": False}
+
+    out = torch.empty(count, dtype=HALF)
+    program(count // 1024 - 1)
+    codec.dequantize_kernel[(1,)](*weight, out, count, count // 2, **numbers, RUNS=32)
+    assert same_bits(out[-1024:], dequantize_reference(*tail, (1024,), HALF))
+
+    written, scales = torch.empty_like(codes), torch.empty_like(absmax)
+    codec.quantize_kernel[(1,)](
+        out, table.boundaries, table.order, written, scales, count, count // 2, 7, BLOCKSIZE=64, BLOCKS=16
+    )
+    codes_ref, absmax_ref = quantize_reference(out[-1024:], "nf4", 64)
+    assert same_bits(written[-512:], codes_ref)
+    assert same_bits(scales[-16:], absmax_ref)
+
+    rows, exact = count // 64, dequantize_reference(*tail, (16, 64), torch.float64)
+    x, y = torch.randn(1, 64), torch.empty(1, rows)
+    program(rows // 4 - 1)
+    linear.vector_kernel[(1,)](x, *weight, x, y, rows, 64, **numbers, BIAS=False, BLOCK_R=4, BLOCK_C=64)
+    check(y[:, -4:], x.double() @ exact[-4:].T, x.double().abs() @ exact[-4:].abs().T)
+    program(0, rows // 16 - 1)
+    blocks = {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_C": 64}
+    linear.forward_kernel[(1,)](x, *weight, x, y, 1, rows, 64, 64, **numbers, BIAS=False, **blocks)
+    check(y[:, -16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+
+    cols = count // 4  # four rows, the last of them beyond 2^31 elements
+    dx, grad = torch.empty(1, cols), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    program(0, cols // 64 - 1)
+    linear.backward_kernel[(1,)](grad, *weight, dx, 1, 4, cols, 16, **numbers, **blocks)
+    assert torch.equal(dx[0, -64:], exact[-1].float())
