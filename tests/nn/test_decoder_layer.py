@@ -117,10 +117,13 @@ def test_half_precision_is_as_near_to_float32_as_the_plain_layers(dtype: torch.d
     assert distance(fused_gradients, exact_gradients) < 1.5 * distance(plain_gradients, exact_gradients)
 
 
-def test_no_weight_and_no_norm_is_saved() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_weight_and_no_norm_is_saved(checkpointing: bool) -> None:
     """What one layer keeps for the backward, in floats a token: x, q k v, attention and its sums, h, gate and up."""
     model = adapted("llama", r=4)
     fuse_layers(model)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -135,7 +138,8 @@ def test_no_weight_and_no_norm_is_saved() -> None:
     parameters = {p.data_ptr() for p in model.parameters()}
     floats = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
     ranks, sums = 7 * 4, 4 + 2  # of the adapters; log-sum-exp by head, and the two norms
-    assert floats == 20 * (64 + 128 + 64 + 64 + 2 * 96 + ranks + sums)
+    all_of_it = 64 + 128 + 64 + 64 + 2 * 96 + ranks + sums
+    assert floats == 20 * (64 + 4 if checkpointing else all_of_it)
 
 
 def test_what_is_not_plain_goes_to_the_plain_layer() -> None:
@@ -167,6 +171,9 @@ def test_what_is_not_plain_goes_to_the_plain_layer() -> None:
 def test_what_is_not_covered_is_not_fused() -> None:
     assert fuse_layers(adapted("llama", lora_dropout=0.1)) == 0
     assert fuse_layers(hf.AutoModelForCausalLM.from_config(FAMILIES["llama"]())) == 0, "unquantized"
+    hooked = adapted("llama")
+    hooked.get_base_model().base_model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert fuse_layers(hooked) == 1
     some = adapted("llama", target_modules=["q_proj", "down_proj"])
     hidden, gradients = pass_through(some)
     assert fuse_layers(some) == 2, "layers without adapter are covered too"

@@ -319,18 +319,24 @@ class FusedLayer(nn.Module):
 def fuse_layers(model: nn.Module) -> int:
     """Put a `FusedLayer` in the place of every decoder layer of `model` that it covers; how many there were.
 
-    Covered is a layer that can be described and whose linear layers are all in 4 bits, with at most one plain LoRA
-    adapter each. Parameters keep their names and identity. Whether the layers then compute what they did is for the
-    caller to try: a description cannot see what a layer's own `forward` does beyond its modules.
+    Covered is a layer that can be described, whose linear layers are all in 4 bits with at most one plain LoRA adapter
+    each, and on which nobody has put a hook: inside a fused layer the modules are not called. Parameters keep their
+    names and identity. Whether the layers then compute what they did is for the caller to try: a description cannot
+    see what a layer's own `forward` does beyond its modules.
     """
     covered = {}
     for name, module in model.named_modules():
-        spec = describe(module) if hasattr(module, "self_attn") and not isinstance(module, FusedLayer) else None
+        candidate = hasattr(module, "self_attn") and not isinstance(module, FusedLayer) and not _hooked(module)
+        spec = describe(module) if candidate else None
         if spec is not None and all(projection(m, training=True) for group in spec.groups for m in group):
             covered[name] = FusedLayer(module, spec)
     for name, layer in covered.items():
         model.set_submodule(name, layer)
     return len(covered)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())
 
 
 def unfuse_layers(model: nn.Module) -> None:
