@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halfbyte.checkpoint import versions, write_folder
 from halfbyte.checkpoint.shard_writer import write_shards
@@ -28,6 +29,22 @@ def smollm2_folder(folder: Path) -> Path:
         with write_folder(folder) as writer:
             write_shards(writer.path, ((name, reader.read(name).bfloat16()) for name in reader.names()))
             config.save_pretrained(writer.path)
+            load_tokenizer(smollm2_path()).save_pretrained(writer.path)
+    return folder
+
+
+def llama_1b_folder(folder: Path) -> Path:
+    """A Llama of the shape of Llama-3.2-1B with random bf16 weights: for speed and memory only."""
+    if not (folder / "config.json").exists():
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+            max_position_embeddings=8192, rope_theta=500000.0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with write_folder(folder) as writer:
+            model.save_pretrained(writer.path)
             load_tokenizer(smollm2_path()).save_pretrained(writer.path)
     return folder
 
