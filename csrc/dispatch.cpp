@@ -226,3 +226,15 @@ int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, f
         if (!usable(decoder->layers[i])) return HB_UNSUPPORTED;
     return table->token_step(decoder, position, x, logits, threads);
 }
+
+int64_t hb_multiply_add(int64_t iterations, int threads) {
+    const hb_table* table = current();
+    if (!table->multiply_add || threads < 1) return 0;
+    // The sum of the chains is never NaN; asking keeps the compiler from dropping them.
+    const float total = table->multiply_add(iterations, threads);
+    return total == total ? 2 * 12 * table->lanes * threads : 0;
+}
+
+float hb_read_all(const float* x, int64_t n, int threads) {
+    return current()->read_all && threads >= 1 ? current()->read_all(x, n, threads) : 0.0f;
+}

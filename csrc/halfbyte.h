@@ -165,3 +165,7 @@ struct hb_decoder {
 // The token at `position`, its embedding x(hidden_size): logits(head.rows), and the token's keys and values into the
 // caches, which hold positions 0 to position - 1. Everything is computed in fp32.
 HB_API int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, float* logits, int threads);
+// For measuring the machine: multiply-adds in registers (returns how many floating-point operations each of
+// `iterations` is, on all threads together; 0 where the ISA has no vectors), and the sum of n floats.
+HB_API int64_t hb_multiply_add(int64_t iterations, int threads);
+HB_API float hb_read_all(const float* x, int64_t n, int threads);

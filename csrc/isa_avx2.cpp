@@ -16,6 +16,7 @@ namespace hb_avx2 {
 #include "avx2_vec.inl"
 #include "lanes.inl"
 #include "exp.inl"
+#include "measure.inl"
 
 #include "avx2_tile.inl"
 #include "avx2_pack.inl"
@@ -60,5 +61,8 @@ extern const hb_table hb_table_avx2 = {
     hb_avx2::attention,
     hb_avx2::attention_backward,  //
     hb_avx2::token_step,
+    hb_avx2::multiply_add,
+    hb_avx2::read_all,
+    hb_avx2::vec_width,
 };
 #endif

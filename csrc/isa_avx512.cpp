@@ -16,6 +16,7 @@ namespace hb_avx512 {
 #include "avx512_vec.inl"
 #include "lanes.inl"
 #include "exp.inl"
+#include "measure.inl"
 
 #include "avx512_tile.inl"
 #include "avx2_pack.inl"
@@ -60,5 +61,8 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::attention,
     hb_avx512::attention_backward,  //
     hb_avx512::token_step,
+    hb_avx512::multiply_add,
+    hb_avx512::read_all,
+    hb_avx512::vec_width,
 };
 #endif

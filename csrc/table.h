@@ -32,6 +32,9 @@ struct hb_table {
     int (*attention)(const hb_packed*, void*, float*, int) = nullptr;
     int (*attention_backward)(const hb_packed*, const void*, const void*, const float*, void*, int) = nullptr;
     int (*token_step)(const hb_decoder*, int64_t, const float*, float*, int) = nullptr;
+    float (*multiply_add)(int64_t, int) = nullptr;
+    float (*read_all)(const float*, int64_t, int) = nullptr;
+    int64_t lanes = 0;  // floats in a vector
 };
 
 extern const hb_table hb_table_baseline;

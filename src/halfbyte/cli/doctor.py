@@ -11,6 +11,10 @@ from halfbyte.cli.common import AsJson, Debug, emit
 
 OUT, IN, ROWS = 2048, 2048, 256
 REPEATS = 7
+LIMIT_FLOPS = "limit: float32 multiply-adds in registers, GFLOP/s"
+LIMIT_BYTES = "limit: memory read, GB/s"
+SLOW_BF16 = 0.5
+"""Of float32's speed: below it bfloat16 is warned of."""
 
 
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -51,11 +55,22 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     out.print(f"threads        {result['threads']}")
     out.print(f"memory         {format_bytes(memory.available)} free of {format_bytes(memory.total)}")
     out.print(f"GPU            {result['cuda'] or 'none; halfbyte has not been run on a GPU yet'}")
-    speed_table = Table("measured", "speed", box=None, header_style="bold")
-    for name, value in speeds.items():
-        speed_table.add_row(name, f"{value:,.2f}" if value < 10 else f"{value:,.0f}")
-    out.print("\n", speed_table)
+    out.print("\n", _speed_table(speeds))
+    if speeds["torch dense bfloat16, GFLOP/s"] < SLOW_BF16 * speeds["torch dense float32, GFLOP/s"]:
+        out.print("warning: bfloat16 is slow on this CPU; leave quant.compute_dtype at auto", style="yellow")
     out.print("\n" + ", ".join(f"{name} {version}" for name, version in result["versions"].items()), style="dim")
+
+
+def _speed_table(speeds: dict[str, float]) -> Any:
+    """Every speed, and its share of the machine's limit in the same unit."""
+    from rich.table import Table
+
+    table = Table("measured", "speed", "of the limit", box=None, header_style="bold")
+    for name, value in speeds.items():
+        limit = speeds[LIMIT_FLOPS] if "float32, GFLOP" in name else speeds[LIMIT_BYTES] if "GB/s" in name else 0.0
+        share = f"{value / limit:.0%}" if limit and not name.startswith("limit") else ""
+        table.add_row(name, f"{value:,.2f}" if value < 10 else f"{value:,.0f}", share)
+    return table
 
 
 def _version(package: str) -> str:
@@ -71,11 +86,12 @@ def _measure() -> dict[str, float]:
     """Medians of interleaved repeats, a second or two in all."""
     import torch
 
+    from halfbyte.kernels.machine import peak_gflops, read_gbytes_per_s
     from halfbyte.quant import quantize
 
     weight, x = torch.randn(OUT, IN), torch.randn(ROWS, IN)
-    quantized, buffer = quantize(weight), torch.empty(32 * 2**20, dtype=torch.uint8)
-    half, half_x = weight.bfloat16(), x.bfloat16()
+    quantized, large = quantize(weight), quantize(torch.randn(16 * OUT, IN))  # 35 MB: not in the cache
+    half, half_x, row = weight.bfloat16(), x.bfloat16(), x[:1]
     flop = 2 * ROWS * OUT * IN / 1e9
     work: dict[str, tuple[Callable[[], object], float]] = {
         "torch dense float32, GFLOP/s": (lambda: x @ weight.T, flop),
@@ -86,7 +102,8 @@ def _measure() -> dict[str, float]:
             lambda: torch.ops.halfbyte.linear_4bit(half_x, *quantized.op_args, OUT, None), flop),
         "quantize, G weights/s": (lambda: quantize(weight), OUT * IN / 1e9),
         "dequantize, G weights/s": (lambda: quantized.dequantize(torch.float32), OUT * IN / 1e9),
-        "memory read, GB/s": (lambda: buffer.view(torch.int64).sum(), buffer.nbytes / 1e9),
+        "4-bit product of one row, GB/s of codes": (
+            lambda: torch.ops.halfbyte.linear_4bit(row, *large.op_args, large.shape[0], None), large.nbytes / 1e9),
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(REPEATS + 1):
@@ -95,4 +112,5 @@ def _measure() -> dict[str, float]:
             run()
             if repeat:  # the first one loads libraries and touches memory
                 times[name].append(time.perf_counter() - started)
-    return {name: amount / statistics.median(times[name]) for name, (_, amount) in work.items()}
+    limits = {LIMIT_FLOPS: peak_gflops(), LIMIT_BYTES: read_gbytes_per_s()}
+    return limits | {name: amount / statistics.median(times[name]) for name, (_, amount) in work.items()}

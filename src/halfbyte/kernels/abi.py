@@ -149,4 +149,6 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_attention": (_INT, (_POINTER, _POINTER, _POINTER, _INT)),
     "hb_attention_backward": (_INT, (*5 * [_POINTER], _INT)),
     "hb_token_step": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _INT)),
+    "hb_multiply_add": (_SIZE, (_SIZE, _INT)),
+    "hb_read_all": (ct.c_float, (_POINTER, _SIZE, _INT)),
 }  # fmt: skip
