@@ -67,6 +67,7 @@ void encode_block(const T* x, int64_t n, float inverse, const Encoder& e, uint8_
 struct Decoder {
     const float* codebook;
     __m256i plane[4];
+    Decoder() = default;
     explicit Decoder(const float* c) : codebook(c) {
         for (int p = 0; p < 4; ++p) {
             alignas(16) uint8_t bytes[16];

@@ -46,3 +46,51 @@ void dot_row(const hb_weight& w, const Decoder& d, int64_t row, const float* x, 
     }
     for (int m = 0; m < M; ++m) sums[m] = sum_of(total[m]);
 }
+
+// ---- and the transposed product for a few rows: sums += g W, row of W by row of W ----
+
+constexpr int64_t max_sum_rows = 6;
+constexpr int64_t rows_at_once = 2;
+
+// What order_row has put into order, n numbers (a multiple of 8).
+inline void restore_order(const float* ordered, int64_t n, float* out) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_permutevar8x32_ps(_mm256_loadu_ps(ordered + i), order));
+}
+
+// sums[M], `stride` floats apart, += g(M, ROWS) W in columns [column, column + columns), of rows `row` and on of W.
+// `sums` are in the order of order_row; g's rows are g_stride apart.
+template <int M, int ROWS>
+void add_rows(const hb_weight& w, const Decoder& d, int64_t row, int64_t column, int64_t columns, const float* g,
+              int64_t g_stride, float* sums, int64_t stride) {
+    const __m256i nibbles = _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+    const int64_t step = at_most(w.blocksize, 64);
+    for (int64_t start = column; start < column + columns; start += step) {
+        float scaled[ROWS][M];
+        for (int r = 0; r < ROWS; ++r) {
+            const float scale = scale_of(w, over((row + r) * w.cols + start, w.blocksize));
+            for (int m = 0; m < M; ++m) scaled[r][m] = g[m * g_stride + r] * scale;
+        }
+        for (int64_t k = start; k < start + step; k += 32) {
+            __m256 v[ROWS][4];
+#pragma GCC unroll 2
+            for (int r = 0; r < ROWS; ++r) {
+                const uint8_t* codes = w.codes + ((row + r) * w.cols + k) / 2;
+                const __m256i packed =
+                    _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+                lookup32(_mm256_and_si256(_mm256_srlv_epi32(packed, nibbles), _mm256_set1_epi8(15)), d.plane, v[r]);
+            }
+#pragma GCC unroll 6
+            for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    float* to = sums + m * stride + k + 8 * j;
+                    __m256 sum = _mm256_loadu_ps(to);
+#pragma GCC unroll 2
+                    for (int r = 0; r < ROWS; ++r) sum = _mm256_fmadd_ps(v[r][j], _mm256_set1_ps(scaled[r][m]), sum);
+                    _mm256_storeu_ps(to, sum);
+                }
+        }
+    }
+}

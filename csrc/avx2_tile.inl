@@ -3,7 +3,7 @@
 #define HB_PANEL_ROWS 6
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
 // Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
-inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
+constexpr int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
 constexpr int64_t panel_width = 2 * vec_width;
 
 // The nibble of element BIT of eight dwords, one row of W in each lane, times the rows' scales.

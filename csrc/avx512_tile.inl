@@ -4,7 +4,7 @@
 #define HB_PANEL_ROWS 14
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
 // Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
-inline int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
+constexpr int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
 constexpr int64_t panel_width = 2 * vec_width;
 
 // 16 bytes of each of eight rows as four dword columns, a row in each lane.

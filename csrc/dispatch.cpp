@@ -101,18 +101,31 @@ int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void*
     return HB_OK;
 }
 
-int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads) {
-    const hb_table* table = current();
-    if (!table->linear || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
-    hb_prefer_huge_pages(y, m * w->rows * (dtype == HB_F32 ? 4 : 2));
-    return table->linear(w, x, dtype, m, bias, y, threads);
+static bool multiplies(const hb_member* members, int count) {
+    if (count < 1 || count > HB_MAX_MEMBERS) return false;
+    for (const hb_member* member = members; member < members + count; ++member) {
+        const hb_weight* w = &member->weight;
+        if (!decodable(w) || w->cols % w->blocksize || w->cols != members->weight.cols) return false;
+    }
+    return true;
 }
 
-int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads) {
+int hb_linear(const hb_member* members, int count, const void* x, int dtype, int64_t m, void* y, float* u,
+              int threads) {
     const hb_table* table = current();
-    if (!table->linear_dx || !decodable(w) || w->cols % w->blocksize) return HB_UNSUPPORTED;
-    hb_prefer_huge_pages(dx, m * w->cols * (dtype == HB_F32 ? 4 : 2));
-    return table->linear_dx(w, g, dtype, m, dx, threads);
+    if (!table->linear || !multiplies(members, count)) return HB_UNSUPPORTED;
+    int64_t rows = 0;
+    for (int i = 0; i < count; ++i) rows += members[i].weight.rows;
+    hb_prefer_huge_pages(y, m * rows * (dtype == HB_F32 ? 4 : 2));
+    return table->linear(members, count, x, dtype, m, y, u, threads);
+}
+
+int hb_linear_backward(const hb_member* members, int count, const void* g, const void* x, const float* u, int dtype,
+                       int64_t m, void* dx, float* v, int threads) {
+    const hb_table* table = current();
+    if (!table->linear_backward || !multiplies(members, count)) return HB_UNSUPPORTED;
+    if (dx) hb_prefer_huge_pages(dx, m * members->weight.cols * (dtype == HB_F32 ? 4 : 2));
+    return table->linear_backward(members, count, g, x, u, dtype, m, dx, v, threads);
 }
 
 int hb_linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,

@@ -1,57 +1,23 @@
 // Products with a frozen, unquantized weight of any of the three dtypes: a source of tiles for the loop nest of
 // linear.inl, and dot products at the speed of memory for a few rows of x (generation).
 
-// Rows [row, row + rows) of w, columns [k0, k0 + depth), transposed: tile[panel][depth][panel_width].
-template <class T>
-void widen_forward(const T* w, int64_t cols, int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) {
-    for (int64_t r = 0; r < divide_up(rows, panel_width) * panel_width; r += 8) {
-        const int64_t present = at_most(at_least(rows - r, 0), 8);
-        const T* from = w + (row + r) * cols + k0;
-        float* out = tile + r / panel_width * panel_stride(depth) + r % panel_width;
-        int64_t k = 0;
-        for (; k + 8 <= depth; k += 8) {
-            __m256 v[8];
-            for (int64_t i = 0; i < 8; ++i) v[i] = i < present ? load8(from + i * cols + k) : _mm256_setzero_ps();
-            transpose8(v);
-            for (int64_t j = 0; j < 8; ++j) _mm256_storeu_ps(out + (k + j) * panel_width, v[j]);
-        }
-        for (; k < depth; ++k)
-            for (int64_t i = 0; i < 8; ++i) out[k * panel_width + i] = i < present ? widen(from[i * cols + k]) : 0.0f;
-    }
-}
-
-// Rows [r0, r0 + depth) of w, columns [column, column + columns), as they lie: tile[panel][depth][panel_width].
-template <class T>
-void widen_backward(const T* w, int64_t cols, int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) {
-    const int64_t whole = columns / vec_width * vec_width, padded = divide_up(columns, panel_width) * panel_width;
-    for (int64_t r = 0; r < depth; ++r) {
-        const T* from = w + (r0 + r) * cols + column;
-        float* out = tile + r * panel_width;
-        int64_t c = 0;
-        for (; c < whole; c += vec_width)
-            vstore(out + c / panel_width * panel_stride(depth) + c % panel_width, vload(from + c));
-        for (; c < padded; ++c)
-            out[c / panel_width * panel_stride(depth) + c % panel_width] = c < columns ? widen(from[c]) : 0.0f;
-    }
-}
-
 // W as it is stored.
 struct Stored {
     const void* data;
     int dtype;
     int64_t out, in;
 
+    template <class T>
+    Dense<T> dense(T) const {
+        return {static_cast<const T*>(data), out, in, in, 1.0f};
+    }
     int64_t rows() const { return out; }
     int64_t cols() const { return in; }
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
-        with_type(dtype, [&](auto number) {
-            widen_forward(static_cast<const decltype(number)*>(data), in, row, rows, k0, depth, tile);
-        });
+        with_type(dtype, [&](auto number) { dense(number).forward(row, rows, k0, depth, tile); });
     }
     void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
-        with_type(dtype, [&](auto number) {
-            widen_backward(static_cast<const decltype(number)*>(data), in, r0, depth, column, columns, tile);
-        });
+        with_type(dtype, [&](auto number) { dense(number).backward(r0, depth, column, columns, tile); });
     }
 };
 

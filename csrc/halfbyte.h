@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 1 };
+enum { HB_ABI_VERSION = 2, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
 enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
@@ -45,6 +45,18 @@ struct hb_packed {
     int dtype;
 };
 
+// One linear layer of a group that reads the same x, and its LoRA adapter: y = x W^T + bias + scaling (x A^T) B^T.
+struct hb_member {
+    hb_weight weight;
+    const void* bias;     // (rows,) in the dtype of x, or NULL
+    const float* lora_A;  // (rank, cols)
+    const float* lora_B;  // (rows, rank)
+    float* grad_A;        // written by hb_linear_backward
+    float* grad_B;
+    int64_t rank;  // 0: no adapter
+    float scaling;
+};
+
 HB_API int hb_abi_version(void);
 HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs it
 HB_API int hb_isa_current(void);
@@ -64,10 +76,15 @@ HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threa
 // round-to-nearest-even cast.
 HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads);
 
-// y(m, rows) = x(m, cols) @ W^T + bias, and dx(m, cols) = g(m, rows) @ W; accumulated in fp32. x, y, bias, g and dx are
-// contiguous and share `dtype`; bias may be NULL.
-HB_API int hb_linear(const hb_weight* w, const void* x, int dtype, int64_t m, const void* bias, void* y, int threads);
-HB_API int hb_linear_dx(const hb_weight* w, const void* g, int dtype, int64_t m, void* dx, int threads);
+// Up to HB_MAX_MEMBERS layers of the same cols at once, `rows` and `rank` below being their sums: y(m, rows) of all
+// members side by side, and u(m, rank) = x A^T of all adapters, unscaled. Accumulated in fp32. x, y, g and dx are
+// contiguous and share `dtype`.
+HB_API int hb_linear(const hb_member* members, int count, const void* x, int dtype, int64_t m, void* y, float* u,
+                     int threads);
+// dx(m, cols) of g(m, rows), or no dx when it is NULL, and the members' grad_A and grad_B. v(m, rank) is scratch; x, u
+// and v are not read without adapters.
+HB_API int hb_linear_backward(const hb_member* members, int count, const void* g, const void* x, const float* u,
+                              int dtype, int64_t m, void* dx, float* v, int threads);
 
 // The same products with a weight(rows, cols) as it is stored, contiguous, of `w_dtype`. HB_UNSUPPORTED where the ISA
 // lacks them.

@@ -21,9 +21,14 @@ namespace hb_avx512 {
 #include "avx512_tile.inl"
 #include "avx2_pack.inl"
 #include "micro.inl"
+#include "workspace.inl"
+#include "dense.inl"
+#include "product.inl"
+#include "linear.inl"
+#include "adapter_gradients.inl"
 #include "avx512_dot.inl"
 #include "small.inl"
-#include "linear.inl"
+#include "group.inl"
 #include "frozen.inl"
 #include "cross_entropy.inl"
 
@@ -47,7 +52,7 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::count_nonfinite,
     hb_avx512::dequantize,  //
     hb_avx512::linear,
-    hb_avx512::linear_dx,  //
+    hb_avx512::linear_backward,  //
     hb_avx512::linear_frozen,
     hb_avx512::linear_frozen_dx,
     hb_avx512::softmax_cross_entropy,  //

@@ -1,35 +1,119 @@
-// Forward for a few rows of x (generation): every row of W is decoded in registers and never stored.
+// Linear layers for a few rows of x (generation, short sequences): every row of W is decoded in registers and never
+// stored.
 
 template <int M, class T>
-void small_rows(const hb_weight& w, const float* x, int64_t stride, const T* bias, T* y, int threads) {
-    const Decoder decoder(w.codebook);
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(w.rows* w.cols, threads))
-    for (int64_t n = 0; n < w.rows; ++n) {
+int small_forward(const Group& g, const FourBit* weights, const T* x, const float* u, T* y, int threads) {
+    const int64_t stride = ordered_length(g.cols);
+    Workspace space(M * stride, 1);
+    if (!space.base) return HB_NO_MEMORY;
+    float* ordered = space.take(M * stride);
+    for (int m = 0; m < M; ++m) order_row(x + m * g.cols, g.cols, ordered + m * stride);
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(g.rows* g.cols, threads))
+    for (int64_t n = 0; n < g.rows; ++n) {
+        int64_t row = n, low = 0;  // of the layer, of its part of u
+        int i = 0;
+        for (; row >= g.layers[i].rows; ++i) row -= g.layers[i].rows, low += g.layers[i].rank;
+        const Layer& layer = g.layers[i];
         float sums[M];
-        dot_row<M>(w, decoder, n, x, stride, sums);
-        for (int m = 0; m < M; ++m) narrow(bias ? sums[m] + widen(bias[n]) : sums[m], y + m * w.rows + n);
+        dot_row<M>(*weights[i].w, weights[i].decoder, row, ordered, stride, sums);
+        for (int m = 0; m < M; ++m) {
+            float sum = layer.bias ? sums[m] + widen(static_cast<const T*>(layer.bias)[row]) : sums[m];
+            if (layer.rank) {
+                const float *b = layer.up.data + row * layer.rank, *a = u + m * g.rank + low;
+                float delta = 0.0f;
+                for (int64_t r = 0; r < layer.rank; ++r) delta += a[r] * b[r];
+                sum += layer.scaling * delta;
+            }
+            narrow(sum, y + m * g.rows + n);
+        }
+    }
+    return HB_OK;
+}
+
+// sums(M, stride), in the order of order_row, += rows [row, row + rows) of a weight times g(M, g_stride); columns
+// [column, column + columns) of them.
+template <int M>
+void add_rows_of(const FourBit& weight, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* g,
+                 int64_t g_stride, float* sums, int64_t stride) {
+    int64_t r = 0;
+    for (; r + rows_at_once <= rows; r += rows_at_once)
+        add_rows<M, rows_at_once>(*weight.w, weight.decoder, row + r, column, columns, g + r, g_stride, sums, stride);
+    for (; r < rows; ++r)
+        add_rows<M, 1>(*weight.w, weight.decoder, row + r, column, columns, g + r, g_stride, sums, stride);
+}
+
+constexpr int64_t sum_blocks = 32;      // into which the rows of all weights are cut, each with sums of its own
+constexpr int64_t sums_at_once = 4096;  // floats: half of the smallest L1
+
+struct SmallSums {
+    int64_t block_rows, blocks, stride, columns, column_blocks;  // columns of a task
+};
+
+inline SmallSums small_sums_of(const Group& g, int64_t m) {
+    SmallSums s;
+    s.block_rows = divide_up(at_least(divide_up(g.rows, sum_blocks), 32), 8) * 8;
+    s.blocks = 0;
+    for (int i = 0; i < g.count; ++i) s.blocks += divide_up(g.layers[i].rows, s.block_rows);
+    s.stride = ordered_length(g.cols);
+    s.columns = at_least(sums_at_once / m / 128, 1) * 128;
+    s.column_blocks = divide_up(g.cols, s.columns);
+    return s;
+}
+
+template <int M>
+void small_sums(const Group& g, const FourBit* weights, const SmallSums& s, const float* grad, float* sums) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < s.blocks * s.column_blocks; ++task) {
+        const int64_t block = task / s.column_blocks, column = task % s.column_blocks * s.columns;
+        int64_t part = block, first = 0;
+        int i = 0;
+        for (; part >= divide_up(g.layers[i].rows, s.block_rows); ++i)
+            part -= divide_up(g.layers[i].rows, s.block_rows), first += g.layers[i].rows;
+        const int64_t row = part * s.block_rows, rows = at_most(s.block_rows, g.layers[i].rows - row);
+        float* to = sums + block * M * s.stride;
+        for (int m = 0; m < M; ++m)
+            for (int64_t c = column; c < at_most(column + s.columns, s.stride); ++c) to[m * s.stride + c] = 0.0f;
+        add_rows_of<M>(weights[i], row, rows, column, at_most(s.columns, g.cols - column), grad + first + row, g.rows,
+                       to, s.stride);
     }
 }
 
+// Columns [column, column + 128) of dx (m, cols): the blocks' sums in their order, then the adapters' slabs.
 template <class T>
-int small_linear(const hb_weight& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
-    const int64_t stride = ordered_length(w.cols);
-    float* ordered = static_cast<float*>(hb_workspace_take((m * stride + 16) * 4));
-    if (!ordered) return HB_NO_MEMORY;
-    for (int64_t i = 0; i < m; ++i) order_row(x + i * w.cols, w.cols, ordered + i * stride);
-    switch (m) {
-        case 1: small_rows<1>(w, ordered, stride, bias, y, threads); break;
-        case 2: small_rows<2>(w, ordered, stride, bias, y, threads); break;
-        case 3: small_rows<3>(w, ordered, stride, bias, y, threads); break;
-        case 4: small_rows<4>(w, ordered, stride, bias, y, threads); break;
-        case 5: small_rows<5>(w, ordered, stride, bias, y, threads); break;
-        case 6: small_rows<6>(w, ordered, stride, bias, y, threads); break;
-#if HB_PANEL_ROWS > 6
-        case 7: small_rows<7>(w, ordered, stride, bias, y, threads); break;
-        case 8: small_rows<8>(w, ordered, stride, bias, y, threads); break;
-#endif
-        default: break;
+void small_finish(const Group& g, const SmallSums& s, int64_t m, int64_t column, const float* v, const float* sums,
+                  T* dx) {
+    const int64_t n = at_most(128, g.cols - column), ordered = at_most(128, s.stride - column);
+    float total[128], natural[128];
+    for (int64_t row = 0; row < m; ++row) {
+        for (int64_t c = 0; c < 128; ++c) total[c] = 0.0f;
+        for (int64_t block = 0; block < s.blocks; ++block) {
+            const float* from = sums + (block * m + row) * s.stride + column;
+            for (int64_t c = 0; c < ordered; ++c) total[c] += from[c];
+        }
+        restore_order(total, n, natural);
+        const float* scales = v + row * g.rank;
+        for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer)
+            for (int64_t r = 0; r < layer->rank; ++r) {
+                const float *a = layer->down.data + r * g.cols + column, scale = *scales++;
+                for (int64_t c = 0; c < n; ++c) natural[c] += scale * a[c];
+            }
+        for (int64_t c = 0; c < n; ++c) narrow(natural[c], dx + row * g.cols + column + c);
     }
-    hb_workspace_give(ordered);
+}
+
+template <int M, class T>
+int small_backward(const Group& g, const FourBit* weights, const T* grad, const float* v, T* dx, int threads) {
+    const SmallSums s = small_sums_of(g, M);
+    const int64_t sums_floats = s.blocks * M * s.stride;
+    Workspace space(sums_floats + M * g.rows, 2);
+    if (!space.base) return HB_NO_MEMORY;
+    float *sums = space.take(sums_floats), *wide = space.take(M * g.rows);
+    for (int64_t i = 0; i < M * g.rows; ++i) wide[i] = widen(grad[i]);
+#pragma omp parallel num_threads(threads_for(g.rows* g.cols, threads))
+    {
+        small_sums<M>(g, weights, s, wide, sums);
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < g.cols; column += 128) small_finish(g, s, M, column, v, sums, dx);
+    }
     return HB_OK;
 }

@@ -11,8 +11,9 @@ struct hb_table {
     int64_t (*count_nonfinite)(const void*, int, int64_t, int);
     void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
     // An ISA may lack those below; dispatch.cpp says so to the caller.
-    int (*linear)(const hb_weight*, const void*, int, int64_t, const void*, void*, int) = nullptr;
-    int (*linear_dx)(const hb_weight*, const void*, int, int64_t, void*, int) = nullptr;
+    int (*linear)(const hb_member*, int, const void*, int, int64_t, void*, float*, int) = nullptr;
+    int (*linear_backward)(const hb_member*, int, const void*, const void*, const float*, int, int64_t, void*, float*,
+                           int) = nullptr;
     int (*linear_frozen)(const void*, int, int64_t, int64_t, const void*, int, int64_t, const void*, void*,
                          int) = nullptr;
     int (*linear_frozen_dx)(const void*, int, int64_t, int64_t, const void*, int, int64_t, void*, int) = nullptr;

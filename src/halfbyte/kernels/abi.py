@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
+MAX_MEMBERS = 8
+"""Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512")
 """Instruction sets in the library's numbering."""
 
@@ -35,6 +37,7 @@ class Weight(ct.Structure):
     )
 
 
+<<<<<<< HEAD
 class Packed(ct.Structure):
     """`hb_packed` of csrc/halfbyte.h."""
 
@@ -113,6 +116,24 @@ class Decoder(ct.Structure):
 
 
 _POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
+=======
+class Member(ct.Structure):
+    """`hb_member` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("weight", Weight),
+        ("bias", ct.c_void_p),
+        ("lora_A", ct.c_void_p),
+        ("lora_B", ct.c_void_p),
+        ("grad_A", ct.c_void_p),
+        ("grad_B", ct.c_void_p),
+        ("rank", ct.c_int64),
+        ("scaling", ct.c_float),
+    )
+
+
+_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
+>>>>>>> a20b8fa (One native call for a group of layers with adapters, forward and backward; few rows of dx are summed straight from the codes)
 # Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_abi_version": (_INT, ()),
@@ -126,8 +147,11 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
-    "hb_linear": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
-    "hb_linear_dx": (_INT, (_POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
+    "hb_linear": (_INT, (_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
+    "hb_linear_backward": (
+        _INT,
+        (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
+    ),
     "hb_linear_frozen": (
         _INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
     ),

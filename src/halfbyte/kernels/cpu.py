@@ -117,11 +117,10 @@ class WeightView:
             if nested.dtype != torch.float32 or nested.numel() != num_blocks(absmax.numel(), NESTED_BLOCKSIZE):
                 raise ValueError(f"{nested.numel()} {nested.dtype} second-level scales for {absmax.numel()} blocks")
         self._kept = (codes, absmax, nested, values, dynamic)
-        self._struct = Weight(
+        self.struct = Weight(
             codes.data_ptr(), absmax.data_ptr(), None if nested is None else nested.data_ptr(), dynamic.data_ptr(),
             values.data_ptr(), blocksize, NESTED_BLOCKSIZE, shape[0], shape[1], nested_offset,
         )  # fmt: skip
-        self.pointer = ct.addressof(self._struct)
         self.count = count
 
     def dequantize_into(self, library: Library, out: Tensor, first: int = 0) -> None:
@@ -129,24 +128,9 @@ class WeightView:
         assert out.is_contiguous()
         assert first + out.numel() <= self.count
         status = library.call.hb_dequantize(
-            self.pointer, first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+            ct.addressof(self.struct), first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
         )
         assert status == OK, status
-
-    def linear(self, library: Library, x: Tensor, bias: Tensor | None, out: Tensor) -> int:
-        """x (m, cols) @ W^T + bias into out (m, rows); all contiguous, one dtype. Returns the library's status."""
-        status = library.call.hb_linear(
-            self.pointer, x.data_ptr(), DTYPES[x.dtype], x.shape[0], None if bias is None else bias.data_ptr(),
-            out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return int(status)
-
-    def linear_dx(self, library: Library, grad: Tensor, out: Tensor) -> int:
-        """grad (m, rows) @ W into out (m, cols); contiguous, one dtype. Returns the library's status."""
-        status = library.call.hb_linear_dx(
-            self.pointer, grad.data_ptr(), DTYPES[grad.dtype], grad.shape[0], out.data_ptr(), torch.get_num_threads()
-        )
-        return int(status)
 
 
 def find_library() -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from halfbyte.kernels import panel
 from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
+from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
@@ -29,7 +30,7 @@ BF16_PANEL_ROWS = 32
 with AVX512-BF16 (measured on Zen 5, 4096x4096: 1.1 times at 32 rows, 1.4 at 64, 2 at 512)."""
 
 
-def _fused(x: Tensor, blocksize: int, in_features: int) -> Library | None:
+def fused_library(x: Tensor, blocksize: int, in_features: int) -> Library | None:
     """The native library, when its fused products know this case and are the fastest way."""
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
@@ -69,13 +70,12 @@ def _linear_4bit(
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     rows = x.reshape(-1, in_features) if in_features else x.new_empty(prod(x.shape[:-1]), 0)
     rows = rows.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
     out = x.new_empty(rows.shape[0], out_features)
     if out.numel():
-        library = _fused(rows, blocksize, in_features)
-        view = WeightView(*weight, (out_features, in_features))
-        if library is None or view.linear(library, rows, bias, out) == NO_MEMORY:
+        library = fused_library(rows, blocksize, in_features)
+        view = GroupView([Member(weight, out_features, bias)], in_features, x.dtype)
+        if library is None or view.linear(library, rows, out, None) == NO_MEMORY:
+            bias = None if bias is None else bias.to(x.dtype)
             panel.linear(rows, weight, bias, out, _library(x.dtype, blocksize))
     return out.view(*x.shape[:-1], out_features)
 
@@ -91,8 +91,8 @@ def _linear_4bit_dx(
     rows = rows.contiguous()
     out = grad.new_empty(rows.shape[0], in_features)
     if out.numel():
-        library = _fused(rows, blocksize, in_features)
-        view = WeightView(*weight, (out_features, in_features))
-        if library is None or view.linear_dx(library, rows, out) == NO_MEMORY:
+        library = fused_library(rows, blocksize, in_features)
+        view = GroupView([Member(weight, out_features)], in_features, grad.dtype)
+        if library is None or view.linear_backward(library, rows, None, None, out) == NO_MEMORY:
             panel.linear_dx(rows, weight, out, _library(grad.dtype, blocksize))
     return out.view(*grad.shape[:-1], in_features)

@@ -9,12 +9,15 @@ adapters inside the same accumulation.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import panel
+from halfbyte.kernels.abi import MAX_MEMBERS, NO_MEMORY
+from halfbyte.kernels.cpu import Library
+from halfbyte.kernels.cpu_ops import fused_library
+from halfbyte.kernels.group import GroupView, Member
 
 _GROUP = (
     "Tensor[] codes, Tensor[] absmax, Tensor?[] nested_absmax, float[] nested_offset, str quant_type, int blocksize, "
@@ -31,22 +34,6 @@ Group = tuple[
     list[Tensor | None], list[Tensor | None], list[Tensor | None], list[float],
 ]  # fmt: skip
 """The group's arguments in the schema's order."""
-
-
-class Member(NamedTuple):
-    """One layer: its weight (out_features, in_features) and its adapter (rank, in_features), (out_features, rank)."""
-
-    weight: panel.Weight
-    out_features: int
-    bias: Tensor | None
-    lora_A: Tensor | None  # noqa: N815
-    lora_B: Tensor | None  # noqa: N815
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """Of the adapter; 0 without one."""
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
 def _members(group: Group, in_features: int) -> list[Member]:
@@ -160,3 +147,41 @@ def _lora_linear_4bit_backward_fake(
     dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a, _ in pairs if a is not None]
     dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for _, b in pairs if b is not None]
     return x.new_empty(x.shape if need_dx else (0, x.shape[1])), dA, dB
+
+
+@torch.library.impl("halfbyte::lora_linear_4bit", "CPU")
+def _lora_linear_4bit_cpu(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
+    members = _forward_arguments(x, group)  # type: ignore[arg-type]
+    library = _library(x, members)
+    if library is not None:
+        x = x.contiguous()
+        y = x.new_empty(x.shape[0], sum(member.out_features for member in members))
+        u = x.new_empty(x.shape[0], sum(member.rank for member in members), dtype=torch.float32)
+        if GroupView(members, x.shape[1], x.dtype).linear(library, x, y, u) != NO_MEMORY:
+            return y, u
+    return _default_forward(x, members)
+
+
+@torch.library.impl("halfbyte::lora_linear_4bit_backward", "CPU")
+def _lora_linear_4bit_backward_cpu(
+    g: Tensor, x: Tensor, u: Tensor, *group_and_need_dx: object
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *group, need_dx = group_and_need_dx
+    members = _backward_arguments(g, x, u, tuple(group))  # type: ignore[arg-type]
+    library = _library(x, members)
+    if library is not None:
+        g, x, u = g.contiguous(), x.contiguous(), u.contiguous()
+        dA = [u.new_empty(m.lora_A.shape) for m in members if m.lora_A is not None]
+        dB = [u.new_empty(m.lora_B.shape) for m in members if m.lora_B is not None]
+        dx = torch.empty_like(x) if need_dx else None
+        view = GroupView(members, x.shape[1], x.dtype, list(zip(dA, dB, strict=True)))
+        if view.linear_backward(library, g, x, u, dx) != NO_MEMORY:
+            return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
+    return _default_backward(g, x, u, members, bool(need_dx))
+
+
+def _library(x: Tensor, members: list[Member]) -> Library | None:
+    """The native library, when its group products know this case and are the fastest way."""
+    if len(members) > MAX_MEMBERS or not any(member.out_features for member in members):
+        return None
+    return fused_library(x, members[0].weight[5], x.shape[1])

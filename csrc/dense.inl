@@ -1,0 +1,48 @@
+// Tiles of a matrix that is not quantized: rows of S, `stride` apart, times a factor, in fp32. What lies past its last
+// row or column is filled with zeros up to whole panels.
+
+template <class S>
+struct Dense {
+    const S* data;
+    int64_t row_count, col_count, stride;
+    float factor;
+
+    int64_t rows() const { return row_count; }
+    int64_t cols() const { return col_count; }
+
+    // Rows [row, row + rows), columns [k0, k0 + depth), transposed: tile[panel][depth][panel_width].
+    void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
+        const __m256 scale = _mm256_set1_ps(factor);
+        for (int64_t r = 0; r < divide_up(rows, panel_width) * panel_width; r += 8) {
+            const S* from = data + (row + r) * stride + k0;
+            float* out = tile + r / panel_width * panel_stride(depth) + r % panel_width;
+            int64_t k = 0;
+            for (; k + 8 <= depth; k += 8) {
+                __m256 v[8];
+                for (int64_t i = 0; i < 8; ++i)
+                    v[i] = r + i < rows ? _mm256_mul_ps(load8(from + i * stride + k), scale) : _mm256_setzero_ps();
+                transpose8(v);
+                for (int64_t j = 0; j < 8; ++j) _mm256_storeu_ps(out + (k + j) * panel_width, v[j]);
+            }
+            for (; k < depth; ++k)
+                for (int64_t i = 0; i < 8; ++i)
+                    out[k * panel_width + i] = r + i < rows ? widen(from[i * stride + k]) * factor : 0.0f;
+        }
+    }
+
+    // Rows [r0, r0 + depth), columns [column, column + columns), as they lie: tile[panel][depth][panel_width].
+    void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
+        const vec scale = vset(factor);
+        for (int64_t r = 0; r < depth; ++r) {
+            const S* from = data + (r0 + r) * stride + column;
+            float* out = tile + r * panel_width;
+            int64_t c = 0;
+            for (; c + panel_width <= columns; c += panel_width, out += panel_stride(depth)) {
+                vstore(out, vmul(vload(from + c), scale));
+                vstore(out + vec_width, vmul(vload(from + c + vec_width), scale));
+            }
+            if (c == columns) continue;
+            for (int64_t i = 0; i < panel_width; ++i) out[i] = c + i < columns ? widen(from[c + i]) * factor : 0.0f;
+        }
+    }
+};

@@ -1,0 +1,186 @@
+// Sums of matrix products, y = bias + left_1 right_1 + left_2 right_2 + ..., as one loop nest: every product of a linear
+// layer, forward and backward, runs here.
+//
+// The left matrices (activations, gradients) are packed once into panels of a few rows. A task owns a range of output
+// columns; it fills a scratch tile that stays in L2 with the part of a right matrix it needs, in the order the inner
+// kernel reads, and multiplies it with every panel. So a 4-bit weight is decoded once, is never transposed, and its
+// decoded values never reach memory; an adapter is one more right matrix, few rows deep.
+// Each output is summed in an order that depends on neither the number of threads nor the other rows.
+
+constexpr int64_t max_depth = 512;         // of a slice of a right matrix: shorter pays for loading y more often
+constexpr int64_t tile_depth = 640;        // of the slices that share a pass over y: an adapter rides with the last one
+constexpr int64_t max_tile_columns = 128;  // 512 x 128 fp32 is 256 KB: half of Zen 3's L2
+constexpr int64_t block_rows = 48;         // rows multiplied with one panel of the tile before the next panel
+constexpr int64_t least_split_rows = 96;   // rows of a task, where few columns force to split by rows
+constexpr int max_pieces = 4;
+constexpr int max_members = HB_MAX_MEMBERS;
+constexpr int64_t tile_floats =
+    (panel_stride(tile_depth) + max_pieces * panel_stride(0)) * (max_tile_columns / panel_width);
+
+// Fills a tile with rows [k0, k0 + depth) and columns [column, column + columns) of a right matrix.
+typedef void (*fill_fn)(const void* source, int64_t k0, int64_t depth, int64_t column, int64_t columns, float* tile);
+
+// A source of tiles has rows(), cols(), forward() (its transpose is the right matrix) and backward() (it is itself).
+template <class W>
+void fill_forward(const void* w, int64_t k0, int64_t depth, int64_t column, int64_t columns, float* tile) {
+    static_cast<const W*>(w)->forward(column, columns, k0, depth, tile);
+}
+template <class W>
+void fill_backward(const void* w, int64_t k0, int64_t depth, int64_t column, int64_t columns, float* tile) {
+    static_cast<const W*>(w)->backward(k0, depth, column, columns, tile);
+}
+
+struct Term {
+    const float* left;   // packed panels, at this term's first column
+    int64_t left_depth;  // columns of all that is packed there
+    int64_t depth;       // of this product
+    const void* source;  // of tiles
+    fill_fn fill;
+};
+
+struct Range {  // output columns with the same terms
+    Term terms[2 * max_members];
+    int count;
+    int64_t width;
+    const float* bias;  // width, padded to whole panels; NULL: zeros
+    float* y;           // the first of its columns
+};
+
+struct Panels {  // of rows
+    int64_t m, rows, count;
+};
+
+struct Product {
+    Panels panels;
+    Range ranges[max_members];
+    int count;
+    int64_t stride;                         // of y
+    int64_t columns;                        // of a task
+    int64_t task_panels, row_tasks, tasks;  // row panels of a task: all, unless there are too few columns
+};
+
+inline Panels panels_of(int64_t m) {
+    const int64_t rows = divide_up(m, divide_up(m, max_panel_rows));  // 16 rows are two panels of 8, not 14 and 2
+    return {m, rows, divide_up(m, rows)};
+}
+
+inline void add_term(Range& range, const float* left, int64_t left_depth, int64_t depth, const void* source,
+                     fill_fn fill) {
+    range.terms[range.count++] = {left, left_depth, depth, source, fill};
+}
+
+inline Range& add_range(Product& p, int64_t width, const float* bias, float* y) {
+    Range& range = p.ranges[p.count++];
+    range.count = 0, range.width = width, range.bias = bias, range.y = y;
+    return range;
+}
+
+inline int64_t column_tasks(const Product& p, int range) { return divide_up(p.ranges[range].width, p.columns); }
+
+// Divides the work, once all ranges are there.
+inline void divide(Product& p, int threads) {
+    int64_t width = 0, tasks = 0;
+    for (int i = 0; i < p.count; ++i) width += p.ranges[i].width;
+    const int64_t share = divide_up(divide_up(width, 4 * int64_t(threads)), 32) * 32;  // decoding goes by 32
+    p.columns = at_most(share, max_tile_columns);
+    for (int i = 0; i < p.count; ++i) tasks += column_tasks(p, i);
+    const int64_t wanted = tasks < 2 * threads ? divide_up(4 * threads, tasks) : 1;
+    const int64_t splits = at_most(wanted, at_least(p.panels.m / least_split_rows, 1));
+    p.task_panels = divide_up(p.panels.count, at_most(splits, p.panels.count));
+    p.row_tasks = divide_up(p.panels.count, p.task_panels);
+    p.tasks = tasks * p.row_tasks;
+}
+
+// A filled part of the tile and what it is multiplied with.
+struct Piece {
+    const float* left;
+    int64_t left_depth, depth;
+    const float* tile;
+};
+
+inline void multiply_edge(const Piece* pieces, int count, int64_t panel, int64_t j, int64_t panel_rows,
+                          const float* base, int64_t base_stride, float* c, int64_t stride, int64_t rows, int64_t n) {
+    alignas(64) float edge[max_panel_rows * panel_width];
+    for (int64_t r = 0; r < panel_rows; ++r)
+        for (int64_t i = 0; i < panel_width; ++i)
+            edge[r * panel_width + i] = r < rows && i < n ? base[r * base_stride + i] : 0.0f;
+    for (int i = 0; i < count; ++i)
+        micro_of(int(panel_rows))(pieces[i].left + panel * pieces[i].left_depth * panel_rows,
+                                  pieces[i].tile + j * panel_stride(pieces[i].depth), pieces[i].depth, edge,
+                                  panel_width, edge, panel_width);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < n; ++i) c[r * stride + i] = edge[r * panel_width + i];
+}
+
+// The pieces' products, added to columns [column, column + columns) of row panels [first, last): to y, or to the bias.
+inline void multiply(const Product& p, const Range& range, const Piece* pieces, int count, bool to_bias, int64_t column,
+                     int64_t columns, int64_t first, int64_t last) {
+    alignas(64) static const float zeros[panel_width] = {};
+    const micro_fn kernel = micro_of(int(p.panels.rows));
+    for (int64_t j = 0; j < divide_up(columns, panel_width); ++j) {
+        const int64_t at = column + j * panel_width, n = at_most(panel_width, column + columns - at);
+        const float* bias = range.bias ? range.bias + at : zeros;
+        for (int64_t panel = first; panel < last; ++panel) {
+            const int64_t row = panel * p.panels.rows, rows = at_most(p.panels.rows, p.panels.m - row);
+            float* c = range.y + row * p.stride + at;
+            const float* base = to_bias ? bias : c;
+            int64_t base_stride = to_bias ? 0 : p.stride;
+            if (rows < p.panels.rows || n < panel_width || count == 0) {
+                multiply_edge(pieces, count, panel, j, p.panels.rows, base, base_stride, c, p.stride, rows, n);
+                continue;
+            }
+            for (int i = 0; i < count; ++i) {
+                kernel(pieces[i].left + panel * pieces[i].left_depth * p.panels.rows,
+                       pieces[i].tile + j * panel_stride(pieces[i].depth), pieces[i].depth, base, base_stride, c,
+                       p.stride);
+                base = c, base_stride = p.stride;
+            }
+        }
+    }
+}
+
+inline void run_task(const Product& p, int64_t task, float* tile) {
+    int64_t part = task / p.row_tasks;
+    int number = 0;
+    for (; part >= column_tasks(p, number); ++number) part -= column_tasks(p, number);
+    const Range& range = p.ranges[number];
+    const int64_t column = part * p.columns, columns = at_most(p.columns, range.width - column);
+    const int64_t first = task % p.row_tasks * p.task_panels, last = at_most(first + p.task_panels, p.panels.count);
+    const int64_t step = at_least(block_rows / p.panels.rows, 1);
+
+    Piece pieces[max_pieces];
+    int count = 0;
+    int64_t filled = 0;  // depth of the pieces
+    float* to = tile;
+    bool to_bias = true;
+    const auto flush = [&] {
+        for (int64_t panel = first; panel < last; panel += step)
+            multiply(p, range, pieces, count, to_bias, column, columns, panel, at_most(panel + step, last));
+        to_bias = false, count = 0, filled = 0, to = tile;
+    };
+    for (const Term* term = range.terms; term < range.terms + range.count; ++term) {
+        const int64_t slices = divide_up(term->depth, max_depth);
+        const int64_t slice = slices ? divide_up(divide_up(term->depth, slices), 32) * 32 : 0;
+        for (int64_t k0 = 0; k0 < term->depth; k0 += slice) {
+            const int64_t depth = at_most(slice, term->depth - k0);
+            if (count == max_pieces || filled + depth > tile_depth) flush();
+            term->fill(term->source, k0, depth, column, columns, to);
+            pieces[count++] = {term->left + k0 * p.panels.rows, term->left_depth, depth, to};
+            filled += depth, to += panel_stride(depth) * divide_up(columns, panel_width);
+        }
+    }
+    if (count || to_bias) flush();
+}
+
+// To be called by every thread of a parallel region, as is pack_rows; both end with all threads waiting for each other.
+inline void run(const Product& p, float* tile) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < p.tasks; ++task) run_task(p, task, tile);
+}
+
+template <class T>
+void pack_rows(const T* x, const Panels& panels, int64_t depth, float* packed) {
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels.count; ++panel)
+        pack_panel(x, panels.m, depth, panel * panels.rows, panels.rows, packed + panel * panels.rows * depth);
+}
