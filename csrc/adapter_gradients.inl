@@ -1,7 +1,7 @@
 // The gradients of the adapters, dA = v^T x and dB = s g^T u, where v = s g B and u = x A^T are a few columns wide.
 // A task owns some columns of x or of g and sums over all rows, in their order.
 
-// Columns [0, rank) of left (m, stride) in panels of a few columns, [m][columns of a panel] each.
+// Output [0, rank) of left (m, stride) in panels of a few columns, [m][columns of a panel] each.
 inline void pack_columns(const float* left, int64_t m, int64_t stride, int64_t rank, int64_t columns, float* out) {
     for (int64_t c = 0; c < rank; c += columns) {
         const int64_t n = at_most(columns, rank - c);

@@ -14,17 +14,17 @@ struct FourBitGroup {
 };
 
 template <int M>
-struct Rows {
+struct RowCount {
     static constexpr int value = M;
 };
 
-// call(Rows<m>()) for m from 1 to MOST: the small kernels unroll over the rows of x.
+// call(RowCount<m>()) for m from 1 to MOST: the small kernels unroll over the rows of x.
 template <int MOST, int M = 1, class Call>
 int with_rows(int64_t m, Call call) {
     if constexpr (M < MOST) {
         if (m > M) return with_rows<MOST, M + 1>(m, call);
     }
-    return call(Rows<M>());
+    return call(RowCount<M>());
 }
 
 template <class T>

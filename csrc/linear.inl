@@ -96,13 +96,13 @@ int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) 
         int64_t column = 0, low = 0;
         at = 0;
         for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
-            Range& range = add_range(up, layer->rows, bias + at, out + column);
-            add_term(range, packed_x, g.cols, g.cols, layer->source, layer->forward);
+            Output& output = add_output(up, layer->rows, bias + at, out + column);
+            add_term(output, packed_x, g.cols, g.cols, layer->source, layer->forward);
             at += divide_up(layer->rows, panel_width) * panel_width, column += layer->rows;
             if (!layer->rank) continue;
-            add_term(range, packed_u + low * panels.rows, g.rank, layer->rank, &layer->up, fill_forward<Dense<float>>);
-            Range& low_range = add_range(down, layer->rank, nullptr, u + row * g.rank + low);
-            add_term(low_range, packed_x, g.cols, g.cols, &layer->down, fill_forward<Dense<float>>);
+            add_term(output, packed_u + low * panels.rows, g.rank, layer->rank, &layer->up, fill_forward<Dense<float>>);
+            Output& low_output = add_output(down, layer->rank, nullptr, u + row * g.rank + low);
+            add_term(low_output, packed_x, g.cols, g.cols, &layer->down, fill_forward<Dense<float>>);
             low += layer->rank;
         }
         if (g.rank) divide(down, threads);
@@ -136,17 +136,17 @@ int backward(const Group& g, const T* grad, int64_t m, float* v, T* dx, int thre
     for (int64_t row = 0; row < m; row += part) {
         const Panels panels = panels_of(at_most(part, m - row));
         Product up = empty_product(panels, g.rank), down = empty_product(panels, g.cols);
-        Range& range = add_range(down, g.cols, nullptr, wide ? reinterpret_cast<float*>(dx) + row * g.cols : sums);
+        Output& output = add_output(down, g.cols, nullptr, wide ? reinterpret_cast<float*>(dx) + row * g.cols : sums);
         int64_t column = 0, low = 0;
         for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
             const float* left = packed_g + column * panels.rows;
             column += layer->rows;
-            add_term(range, left, g.rows, layer->rows, layer->source, layer->backward);
+            add_term(output, left, g.rows, layer->rows, layer->source, layer->backward);
             if (!layer->rank) continue;
-            add_term(range, packed_v + low * panels.rows, g.rank, layer->rank, &layer->down,
+            add_term(output, packed_v + low * panels.rows, g.rank, layer->rank, &layer->down,
                      fill_backward<Dense<float>>);
-            Range& low_range = add_range(up, layer->rank, nullptr, v + row * g.rank + low);
-            add_term(low_range, left, g.rows, layer->rows, &layer->up, fill_backward<Dense<float>>);
+            Output& low_output = add_output(up, layer->rank, nullptr, v + row * g.rank + low);
+            add_term(low_output, left, g.rows, layer->rows, &layer->up, fill_backward<Dense<float>>);
             low += layer->rank;
         }
         if (g.rank) divide(up, threads);

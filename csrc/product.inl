@@ -1,7 +1,7 @@
 // Sums of matrix products, y = bias + left_1 right_1 + left_2 right_2 + ..., as one loop nest: every product of a linear
 // layer, forward and backward, runs here.
 //
-// The left matrices (activations, gradients) are packed once into panels of a few rows. A task owns a range of output
+// The left matrices (activations, gradients) are packed once into panels of a few rows. A task owns a out of output
 // columns; it fills a scratch tile that stays in L2 with the part of a right matrix it needs, in the order the inner
 // kernel reads, and multiplies it with every panel. So a 4-bit weight is decoded once, is never transposed, and its
 // decoded values never reach memory; an adapter is one more right matrix, few rows deep.
@@ -38,7 +38,7 @@ struct Term {
     fill_fn fill;
 };
 
-struct Range {  // output columns with the same terms
+struct Output {  // output columns with the same terms
     Term terms[2 * max_members];
     int count;
     int64_t width;
@@ -52,7 +52,7 @@ struct Panels {  // of rows
 
 struct Product {
     Panels panels;
-    Range ranges[max_members];
+    Output outputs[max_members];
     int count;
     int64_t stride;                         // of y
     int64_t columns;                        // of a task
@@ -64,23 +64,23 @@ inline Panels panels_of(int64_t m) {
     return {m, rows, divide_up(m, rows)};
 }
 
-inline void add_term(Range& range, const float* left, int64_t left_depth, int64_t depth, const void* source,
+inline void add_term(Output& out, const float* left, int64_t left_depth, int64_t depth, const void* source,
                      fill_fn fill) {
-    range.terms[range.count++] = {left, left_depth, depth, source, fill};
+    out.terms[out.count++] = {left, left_depth, depth, source, fill};
 }
 
-inline Range& add_range(Product& p, int64_t width, const float* bias, float* y) {
-    Range& range = p.ranges[p.count++];
-    range.count = 0, range.width = width, range.bias = bias, range.y = y;
-    return range;
+inline Output& add_output(Product& p, int64_t width, const float* bias, float* y) {
+    Output& out = p.outputs[p.count++];
+    out.count = 0, out.width = width, out.bias = bias, out.y = y;
+    return out;
 }
 
-inline int64_t column_tasks(const Product& p, int range) { return divide_up(p.ranges[range].width, p.columns); }
+inline int64_t column_tasks(const Product& p, int out) { return divide_up(p.outputs[out].width, p.columns); }
 
 // Divides the work, once all ranges are there.
 inline void divide(Product& p, int threads) {
     int64_t width = 0, tasks = 0;
-    for (int i = 0; i < p.count; ++i) width += p.ranges[i].width;
+    for (int i = 0; i < p.count; ++i) width += p.outputs[i].width;
     const int64_t share = divide_up(divide_up(width, 4 * int64_t(threads)), 32) * 32;  // decoding goes by 32
     p.columns = at_most(share, max_tile_columns);
     for (int i = 0; i < p.count; ++i) tasks += column_tasks(p, i);
@@ -113,16 +113,16 @@ inline void multiply_edge(const Piece* pieces, int count, int64_t panel, int64_t
 }
 
 // The pieces' products, added to columns [column, column + columns) of row panels [first, last): to y, or to the bias.
-inline void multiply(const Product& p, const Range& range, const Piece* pieces, int count, bool to_bias, int64_t column,
+inline void multiply(const Product& p, const Output& out, const Piece* pieces, int count, bool to_bias, int64_t column,
                      int64_t columns, int64_t first, int64_t last) {
     alignas(64) static const float zeros[panel_width] = {};
     const micro_fn kernel = micro_of(int(p.panels.rows));
     for (int64_t j = 0; j < divide_up(columns, panel_width); ++j) {
         const int64_t at = column + j * panel_width, n = at_most(panel_width, column + columns - at);
-        const float* bias = range.bias ? range.bias + at : zeros;
+        const float* bias = out.bias ? out.bias + at : zeros;
         for (int64_t panel = first; panel < last; ++panel) {
             const int64_t row = panel * p.panels.rows, rows = at_most(p.panels.rows, p.panels.m - row);
-            float* c = range.y + row * p.stride + at;
+            float* c = out.y + row * p.stride + at;
             const float* base = to_bias ? bias : c;
             int64_t base_stride = to_bias ? 0 : p.stride;
             if (rows < p.panels.rows || n < panel_width || count == 0) {
@@ -143,8 +143,8 @@ inline void run_task(const Product& p, int64_t task, float* tile) {
     int64_t part = task / p.row_tasks;
     int number = 0;
     for (; part >= column_tasks(p, number); ++number) part -= column_tasks(p, number);
-    const Range& range = p.ranges[number];
-    const int64_t column = part * p.columns, columns = at_most(p.columns, range.width - column);
+    const Output& out = p.outputs[number];
+    const int64_t column = part * p.columns, columns = at_most(p.columns, out.width - column);
     const int64_t first = task % p.row_tasks * p.task_panels, last = at_most(first + p.task_panels, p.panels.count);
     const int64_t step = at_least(block_rows / p.panels.rows, 1);
 
@@ -155,10 +155,10 @@ inline void run_task(const Product& p, int64_t task, float* tile) {
     bool to_bias = true;
     const auto flush = [&] {
         for (int64_t panel = first; panel < last; panel += step)
-            multiply(p, range, pieces, count, to_bias, column, columns, panel, at_most(panel + step, last));
+            multiply(p, out, pieces, count, to_bias, column, columns, panel, at_most(panel + step, last));
         to_bias = false, count = 0, filled = 0, to = tile;
     };
-    for (const Term* term = range.terms; term < range.terms + range.count; ++term) {
+    for (const Term* term = out.terms; term < out.terms + out.count; ++term) {
         const int64_t slices = divide_up(term->depth, max_depth);
         const int64_t slice = slices ? divide_up(divide_up(term->depth, slices), 32) * 32 : 0;
         for (int64_t k0 = 0; k0 < term->depth; k0 += slice) {

@@ -78,7 +78,7 @@ void small_sums(const Group& g, const FourBit* weights, const SmallSums& s, cons
     }
 }
 
-// Columns [column, column + 128) of dx (m, cols): the blocks' sums in their order, then the adapters' slabs.
+// Output [column, column + 128) of dx (m, cols): the blocks' sums in their order, then the adapters' slabs.
 template <class T>
 void small_finish(const Group& g, const SmallSums& s, int64_t m, int64_t column, const float* v, const float* sums,
                   T* dx) {

@@ -37,7 +37,6 @@ class Weight(ct.Structure):
     )
 
 
-<<<<<<< HEAD
 class Packed(ct.Structure):
     """`hb_packed` of csrc/halfbyte.h."""
 
@@ -115,8 +114,6 @@ class Decoder(ct.Structure):
     )
 
 
-_POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
-=======
 class Member(ct.Structure):
     """`hb_member` of csrc/halfbyte.h."""
 
@@ -132,8 +129,7 @@ class Member(ct.Structure):
     )
 
 
-_POINTER, _SIZE, _INT = ct.c_void_p, ct.c_int64, ct.c_int
->>>>>>> a20b8fa (One native call for a group of layers with adapters, forward and backward; few rows of dx are summed straight from the codes)
+_POINTER, _SIZE, _INT, _FLOAT = ct.c_void_p, ct.c_int64, ct.c_int, ct.c_float
 # Every function is listed with its argument types: without them ctypes would cut a pointer to 32 bits.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_abi_version": (_INT, ()),

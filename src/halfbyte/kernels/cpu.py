@@ -121,6 +121,7 @@ class WeightView:
             codes.data_ptr(), absmax.data_ptr(), None if nested is None else nested.data_ptr(), dynamic.data_ptr(),
             values.data_ptr(), blocksize, NESTED_BLOCKSIZE, shape[0], shape[1], nested_offset,
         )  # fmt: skip
+        self.pointer = ct.addressof(self.struct)
         self.count = count
 
     def dequantize_into(self, library: Library, out: Tensor, first: int = 0) -> None:
@@ -128,7 +129,7 @@ class WeightView:
         assert out.is_contiguous()
         assert first + out.numel() <= self.count
         status = library.call.hb_dequantize(
-            ct.addressof(self.struct), first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+            self.pointer, first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
         )
         assert status == OK, status
 
