@@ -50,21 +50,21 @@ namespace hb_avx2 {
 extern const hb_table hb_table_avx2 = {
     hb_avx2::quantize,
     hb_avx2::count_nonfinite,
-    hb_avx2::dequantize,  //
+    hb_avx2::dequantize,
     hb_avx2::linear,
-    hb_avx2::linear_backward,  //
+    hb_avx2::linear_backward,
     hb_avx2::linear_frozen,
     hb_avx2::linear_frozen_dx,
-    hb_avx2::softmax_cross_entropy,  //
+    hb_avx2::softmax_cross_entropy,
     hb_avx2::rms_norm,
     hb_avx2::rms_norm_backward,
     hb_avx2::rms_norm_heads,
-    hb_avx2::rms_norm_heads_backward,  //
+    hb_avx2::rms_norm_heads_backward,
     hb_avx2::rope,
     hb_avx2::gated,
-    hb_avx2::gated_backward,  //
+    hb_avx2::gated_backward,
     hb_avx2::attention,
-    hb_avx2::attention_backward,  //
+    hb_avx2::attention_backward,
     hb_avx2::token_step,
     hb_avx2::multiply_add,
     hb_avx2::read_all,

@@ -50,21 +50,21 @@ namespace hb_avx512 {
 extern const hb_table hb_table_avx512 = {
     hb_avx512::quantize,
     hb_avx512::count_nonfinite,
-    hb_avx512::dequantize,  //
+    hb_avx512::dequantize,
     hb_avx512::linear,
-    hb_avx512::linear_backward,  //
+    hb_avx512::linear_backward,
     hb_avx512::linear_frozen,
     hb_avx512::linear_frozen_dx,
-    hb_avx512::softmax_cross_entropy,  //
+    hb_avx512::softmax_cross_entropy,
     hb_avx512::rms_norm,
     hb_avx512::rms_norm_backward,
     hb_avx512::rms_norm_heads,
-    hb_avx512::rms_norm_heads_backward,  //
+    hb_avx512::rms_norm_heads_backward,
     hb_avx512::rope,
     hb_avx512::gated,
-    hb_avx512::gated_backward,  //
+    hb_avx512::gated_backward,
     hb_avx512::attention,
-    hb_avx512::attention_backward,  //
+    hb_avx512::attention_backward,
     hb_avx512::token_step,
     hb_avx512::multiply_add,
     hb_avx512::read_all,

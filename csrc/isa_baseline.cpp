@@ -1,5 +1,5 @@
-// The portable table: any CPU, any compiler. Its linear functions are left out: panels of decoded rows times the
-// platform's BLAS (halfbyte/kernels/panel.py) beat any portable loop.
+// The portable table: any CPU, any compiler. It has the codec only: panels of decoded rows times the platform's BLAS
+// (halfbyte/kernels/panel.py), and torch's own functions for the rest, beat any portable loop.
 #include "table.h"
 
 namespace {

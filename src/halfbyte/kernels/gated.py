@@ -23,16 +23,13 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def _check(gate_up: Tensor, activation: str, g: Tensor | None = None) -> None:
-    """gate_up (..., 2 I), g (..., I) of its dtype."""
-    torch._check(gate_up.dtype in DTYPES, lambda: f"no gated activation of {gate_up.dtype}")
-    torch._check(activation in ACTIVATIONS, lambda: f"activation {activation!r} is not among {', '.join(ACTIVATIONS)}")
-    torch._check(
-        gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, lambda: f"rows of {gate_up.shape} are not gates and ups"
-    )
-    torch._check(
-        g is None or (g.dtype == gate_up.dtype and g.shape == (*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
-        lambda: f"the gradient does not fit gate_up, {gate_up.dtype} {gate_up.shape}",
-    )
+    """gate_up (..., 2 I), g (..., I) of its dtype. Raises ValueError."""
+    if gate_up.dtype not in DTYPES or activation not in ACTIVATIONS:
+        raise ValueError(f"no {activation} of {gate_up.dtype}; activations are {', '.join(ACTIVATIONS)}")
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"rows of {gate_up.shape} are not gates and ups")
+    if g is not None and (g.dtype != gate_up.dtype or g.shape != (*gate_up.shape[:-1], gate_up.shape[-1] // 2)):
+        raise ValueError(f"the gradient is {g.dtype} {g.shape}, gate_up {gate_up.dtype} {gate_up.shape}")
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:

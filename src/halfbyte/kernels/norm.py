@@ -25,18 +25,16 @@ torch.library.define(
 
 
 def _check(x: Tensor, weight: Tensor, *others: Tensor | None, rstd: Tensor | None = None) -> None:
-    """x (..., n), weight (n,), `others` as x, rstd (...)."""
-    torch._check(x.dtype in DTYPES and weight.dtype in DTYPES, lambda: f"no norm of {x.dtype} with {weight.dtype}")
-    torch._check(x.dim() > 0 and weight.shape == x.shape[-1:], lambda: f"weight {weight.shape} for rows {x.shape}")
+    """x (..., n), weight (n,), `others` as x, rstd (...). Raises ValueError."""
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        raise ValueError(f"no norm of {x.dtype} with {weight.dtype}")
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {weight.shape} for rows {x.shape}")
     for other in others:
-        torch._check(
-            other is None or (other.shape == x.shape and other.dtype == x.dtype),
-            lambda: f"operands differ from x, {x.dtype} {x.shape}",
-        )
-    torch._check(
-        rstd is None or (rstd.shape == x.shape[:-1] and rstd.dtype == torch.float32),
-        lambda: f"rstd must be float32 {x.shape[:-1]}",
-    )
+        if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
+            raise ValueError(f"{other.dtype} {other.shape} beside x {x.dtype} {x.shape}")
+    if rstd is not None and (rstd.shape != x.shape[:-1] or rstd.dtype != torch.float32):
+        raise ValueError(f"rstd {rstd.dtype} {rstd.shape} for rows {x.shape}; it is float32")
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -104,7 +102,7 @@ def _norm_on_cpu(
     """The sum (x itself without `delta`), its norm, rstd; None where the library does not serve."""
     _check(x, weight, delta)
     x, weight = x.contiguous(), weight.contiguous()
-    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total, addend, place = x, None, None
     if delta is not None:
         delta, total = delta.contiguous(), torch.empty_like(x)

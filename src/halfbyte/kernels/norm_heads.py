@@ -26,30 +26,24 @@ torch.library.define(
 
 
 def _check(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int) -> None:
-    """qkv (T, (heads + 2 kv_heads) * head_dim), both weights (head_dim,) of one dtype."""
-    torch._check(
-        qkv.dtype in DTYPES and q_weight.dtype in DTYPES and q_weight.dtype == k_weight.dtype,
-        lambda: f"no norm of {qkv.dtype} with {q_weight.dtype} and {k_weight.dtype}",
-    )
-    torch._check(
-        qkv.dim() == 2 and q_weight.dim() == 1 and q_weight.shape == k_weight.shape and heads >= 0 and kv_heads >= 0
-        and qkv.shape[1] == (heads + 2 * kv_heads) * q_weight.shape[0],
-        lambda: f"{heads} + 2 * {kv_heads} heads of {q_weight.shape} and {k_weight.shape} are not rows of {qkv.shape}",
-    )  # fmt: skip
+    """qkv (T, (heads + 2 kv_heads) * head_dim), both weights (head_dim,) of one dtype. Raises ValueError."""
+    if qkv.dtype not in DTYPES or q_weight.dtype not in DTYPES or k_weight.dtype != q_weight.dtype:
+        raise ValueError(f"no norm of {qkv.dtype} with {q_weight.dtype} and {k_weight.dtype}")
+    if q_weight.dim() != 1 or k_weight.shape != q_weight.shape:
+        raise ValueError(f"weights {q_weight.shape} and {k_weight.shape} are not of one head_dim")
+    width = (heads + 2 * kv_heads) * q_weight.shape[0]
+    if qkv.dim() != 2 or qkv.shape[1] != width or heads < 0 or kv_heads < 0:
+        raise ValueError(f"rows of {qkv.shape} are not {heads} + 2 * {kv_heads} heads of {q_weight.shape[0]}")
 
 
 def _check_backward(
     dqkv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rstd: Tensor, heads: int, kv_heads: int
 ) -> None:
     _check(qkv, q_weight, k_weight, heads, kv_heads)
-    torch._check(
-        dqkv.shape == qkv.shape and dqkv.dtype == qkv.dtype,
-        lambda: f"the gradient is {dqkv.dtype} {dqkv.shape}, qkv {qkv.dtype} {qkv.shape}",
-    )
-    torch._check(
-        rstd.dtype == torch.float32 and rstd.shape == (qkv.shape[0], heads + kv_heads),
-        lambda: f"rstd must be float32 ({qkv.shape[0]}, {heads + kv_heads})",
-    )
+    if dqkv.shape != qkv.shape or dqkv.dtype != qkv.dtype:
+        raise ValueError(f"the gradient is {dqkv.dtype} {dqkv.shape}, qkv {qkv.dtype} {qkv.shape}")
+    if rstd.dtype != torch.float32 or rstd.shape != (qkv.shape[0], heads + kv_heads):
+        raise ValueError(f"rstd {rstd.dtype} {rstd.shape}; it is float32 ({qkv.shape[0]}, {heads + kv_heads})")
 
 
 def _head_scale(q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int) -> Tensor:

@@ -18,19 +18,13 @@ torch.library.define(
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> None:
-    """qkv (T, at least heads * head_dim), cos and sin (T, rotary_dim), rotary_dim even and at most head_dim."""
-    torch._check(
-        qkv.dtype in DTYPES and cos.dtype in DTYPES and sin.dtype == cos.dtype,
-        lambda: f"no rotation of {qkv.dtype} by {cos.dtype} and {sin.dtype}",
-    )
-    torch._check(
-        cos.dim() == 2 and cos.shape == sin.shape and cos.shape[1] % 2 == 0 and cos.shape[1] <= head_dim,
-        lambda: f"cos {cos.shape} and sin {sin.shape} are not (T, rotary_dim) for heads of {head_dim}",
-    )
-    torch._check(
-        qkv.dim() == 2 and qkv.shape[0] == cos.shape[0] and heads >= 0 and heads * head_dim <= qkv.shape[1],
-        lambda: f"rows of {qkv.shape} have no {heads} heads of {head_dim}, or {cos.shape} other tokens",
-    )
+    """qkv (T, at least heads * head_dim), cos and sin (T, rotary_dim), rotary_dim even, <= head_dim; ValueError."""
+    if qkv.dtype not in DTYPES or cos.dtype not in DTYPES or sin.dtype != cos.dtype:
+        raise ValueError(f"no rotation of {qkv.dtype} by {cos.dtype} and {sin.dtype}")
+    if cos.dim() != 2 or sin.shape != cos.shape or cos.shape[1] % 2 or cos.shape[1] > head_dim:
+        raise ValueError(f"cos {cos.shape} and sin {sin.shape} are not (T, rotary_dim) for heads of {head_dim}")
+    if qkv.dim() != 2 or qkv.shape[0] != cos.shape[0] or heads < 0 or heads * head_dim > qkv.shape[1]:
+        raise ValueError(f"rows of {qkv.shape} have no {heads} heads of {head_dim}, or other tokens than {cos.shape}")
 
 
 def plain_rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, inverse: bool) -> None:
