@@ -23,57 +23,72 @@ struct Stored {
 
 constexpr int64_t max_frozen_dot_rows = 8;  // from 9 on the tiles are as fast
 
-// sums[M] = one row of W times M rows of x, `cols` floats each.
+// sums[M] += n weights times M rows of x, `stride` floats apart. The weights of the next row, `cols` on, are fetched
+// meanwhile: a processor's own prefetching stops at the end of each part.
 template <int M, class T>
-void dot_stored(const T* w, int64_t cols, const float* x, float* sums) {
+void dot_stored(const T* w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
     constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // independent sums hide the latency of FMA
     vec total[M][chains];
     for (int m = 0; m < M; ++m)
         for (int c = 0; c < chains; ++c) total[m][c] = vzero();
     int64_t k = 0;
-    for (; k + chains * vec_width <= cols; k += chains * vec_width)
+    for (; k + chains * vec_width <= n; k += chains * vec_width) {
+        __builtin_prefetch(w + cols + k);
 #pragma GCC unroll 4
         for (int c = 0; c < chains; ++c) {
             const vec v = vload(w + k + c * vec_width);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) total[m][c] = vfma(v, vload(x + m * cols + k + c * vec_width), total[m][c]);
+            for (int m = 0; m < M; ++m) total[m][c] = vfma(v, vload(x + m * stride + k + c * vec_width), total[m][c]);
         }
-    for_lanes(cols - k, [&](int64_t i, auto lanes) {
+    }
+    for_lanes(n - k, [&](int64_t i, auto lanes) {
         const vec v = lanes.load(w + k + i);
-        for (int m = 0; m < M; ++m) total[m][0] = vfma(v, lanes.load(x + m * cols + k + i), total[m][0]);
+        for (int m = 0; m < M; ++m) total[m][0] = vfma(v, lanes.load(x + m * stride + k + i), total[m][0]);
     });
     for (int m = 0; m < M; ++m) {
         for (int c = 1; c < chains; ++c) total[m][0] = vadd(total[m][0], total[m][c]);
-        sums[m] = vsum(total[m][0]);
+        sums[m] += vsum(total[m][0]);
     }
 }
 
+constexpr int64_t dot_rows = 16;      // of W, whose results are stored together: rows of y may share a cache set
+constexpr int64_t dot_floats = 6144;  // of x at a time: they stay in L1
+
 template <int M, class W, class T>
-void dot_rows(const W* w, int64_t rows, int64_t cols, const float* x, const T* bias, T* y, int threads) {
+void dot_all(const W* w, int64_t rows, int64_t cols, const float* x, int64_t stride, const T* bias, T* y, int threads) {
+    constexpr int64_t part = dot_floats / M / 32 * 32;
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows* cols, threads))
-    for (int64_t n = 0; n < rows; ++n) {
-        float sums[M];
-        dot_stored<M>(w + n * cols, cols, x, sums);
-        for (int m = 0; m < M; ++m) narrow(bias ? sums[m] + widen(bias[n]) : sums[m], y + m * rows + n);
+    for (int64_t row = 0; row < rows; row += dot_rows) {
+        const int64_t count = at_most(dot_rows, rows - row);
+        float sums[dot_rows][M] = {};
+        for (int64_t k = 0; k < cols; k += part)
+            for (int64_t n = 0; n < count; ++n)
+                dot_stored<M>(w + (row + n) * cols + k, at_most(part, cols - k), cols, x + k, stride, sums[n]);
+        for (int m = 0; m < M; ++m)
+            for (int64_t n = 0; n < count; ++n)
+                narrow(bias ? sums[n][m] + widen(bias[row + n]) : sums[n][m], y + m * rows + row + n);
     }
 }
 
 template <class T>
 int small_frozen(const Stored& s, const T* x, int64_t m, const T* bias, T* y, int threads) {
-    float* wide = static_cast<float*>(hb_workspace_take((m * s.in + 16) * 4));
+    const int64_t stride = divide_up(s.in, 16) * 16 + 16;  // not a power of two: rows would share a cache set
+    float* wide = static_cast<float*>(hb_workspace_take(m * stride * 4));
     if (!wide) return HB_NO_MEMORY;
-    for_lanes(m * s.in, [&](int64_t i, auto lanes) { lanes.store(wide + i, lanes.load(x + i)); });
+    for (int64_t i = 0; i < m; ++i)
+        for_lanes(s.in,
+                  [&](int64_t k, auto lanes) { lanes.store(wide + i * stride + k, lanes.load(x + i * s.in + k)); });
     with_type(s.dtype, [&](auto number) {
         const auto* w = static_cast<const decltype(number)*>(s.data);
         switch (m) {
-            case 1: dot_rows<1>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 2: dot_rows<2>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 3: dot_rows<3>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 4: dot_rows<4>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 5: dot_rows<5>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 6: dot_rows<6>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 7: dot_rows<7>(w, s.out, s.in, wide, bias, y, threads); break;
-            case 8: dot_rows<8>(w, s.out, s.in, wide, bias, y, threads); break;
+            case 1: dot_all<1>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 2: dot_all<2>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 3: dot_all<3>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 4: dot_all<4>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 5: dot_all<5>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 6: dot_all<6>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 7: dot_all<7>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 8: dot_all<8>(w, s.out, s.in, wide, stride, bias, y, threads); break;
             default: break;
         }
     });
