@@ -1,4 +1,5 @@
-// Packing X for the inner kernel: rows [row, row + rows) of x(m, depth) as [depth][rows], rows past m as zeros.
+// Packing X for the inner kernel: rows [row, row + rows) of x(m, depth), `stride` apart, as [depth][rows]; rows past m
+// are zeros.
 
 // Eight rows of eight -> their transpose, in place.
 inline void transpose8(__m256* r) {
@@ -23,17 +24,17 @@ inline void transpose8(__m256* r) {
 }
 
 template <class T>
-void pack_panel(const T* x, int64_t m, int64_t depth, int64_t row, int64_t rows, float* out) {
+void pack_panel(const T* x, int64_t m, int64_t stride, int64_t depth, int64_t row, int64_t rows, float* out) {
     constexpr int most = max_panel_rows > 8 ? 16 : 8;
     const bool tall = most > 8 && rows > 8;
     const int64_t present = at_most(rows, m - row);
-    const T* from = x + row * depth;
+    const T* from = x + row * stride;
     int64_t k = 0;
     // A column of `rows` floats is stored as one or two vectors of eight, which may run into the next column: that one
     // is stored later. So the last columns go one number at a time, and no thread writes outside its panel.
     for (; k + 16 <= depth; k += 8) {
         __m256 v[most];
-        for (int64_t i = 0; i < most; ++i) v[i] = i < present ? load8(from + i * depth + k) : _mm256_setzero_ps();
+        for (int64_t i = 0; i < most; ++i) v[i] = i < present ? load8(from + i * stride + k) : _mm256_setzero_ps();
         transpose8(v);
         if (tall) transpose8(v + most - 8);
         for (int64_t j = 0; j < 8; ++j) {
@@ -42,5 +43,5 @@ void pack_panel(const T* x, int64_t m, int64_t depth, int64_t row, int64_t rows,
         }
     }
     for (; k < depth; ++k)
-        for (int64_t i = 0; i < rows; ++i) out[k * rows + i] = i < present ? widen(from[i * depth + k]) : 0.0f;
+        for (int64_t i = 0; i < rows; ++i) out[k * rows + i] = i < present ? widen(from[i * stride + k]) : 0.0f;
 }

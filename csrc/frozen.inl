@@ -11,6 +11,10 @@ struct Stored {
     Dense<T> dense(T) const {
         return {static_cast<const T*>(data), out, in, in, 1.0f};
     }
+    Stored from(int64_t row, int64_t rows) const {
+        const int64_t bytes = row * in * (dtype == HB_F32 ? 4 : 2);
+        return {static_cast<const char*>(data) + bytes, dtype, rows, in};
+    }
     int64_t rows() const { return out; }
     int64_t cols() const { return in; }
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
@@ -26,7 +30,7 @@ constexpr int64_t max_frozen_dot_rows = 8;  // from 9 on the tiles are as fast
 // sums[M] += n weights times M rows of x, `stride` floats apart. The weights of the next row, `cols` on, are fetched
 // meanwhile: a processor's own prefetching stops at the end of each part.
 template <int M, class T>
-void dot_stored(const T* w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
+void add_dots(const T* w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
     constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // independent sums hide the latency of FMA
     vec total[M][chains];
     for (int m = 0; m < M; ++m)
@@ -51,6 +55,13 @@ void dot_stored(const T* w, int64_t n, int64_t cols, const float* x, int64_t str
     }
 }
 
+// sums[M] = one row of W times M rows of x, `cols` floats each.
+template <int M, class T>
+void dot_stored(const T* w, int64_t cols, const float* x, float* sums) {
+    for (int m = 0; m < M; ++m) sums[m] = 0.0f;
+    add_dots<M>(w, cols, cols, x, cols, sums);
+}
+
 constexpr int64_t dot_rows = 16;      // of W, whose results are stored together: rows of y may share a cache set
 constexpr int64_t dot_floats = 6144;  // of x at a time: they stay in L1
 
@@ -63,7 +74,7 @@ void dot_all(const W* w, int64_t rows, int64_t cols, const float* x, int64_t str
         float sums[dot_rows][M] = {};
         for (int64_t k = 0; k < cols; k += part)
             for (int64_t n = 0; n < count; ++n)
-                dot_stored<M>(w + (row + n) * cols + k, at_most(part, cols - k), cols, x + k, stride, sums[n]);
+                add_dots<M>(w + (row + n) * cols + k, at_most(part, cols - k), cols, x + k, stride, sums[n]);
         for (int m = 0; m < M; ++m)
             for (int64_t n = 0; n < count; ++n)
                 narrow(bias ? sums[n][m] + widen(bias[row + n]) : sums[n][m], y + m * rows + row + n);
@@ -96,14 +107,56 @@ int small_frozen(const Stored& s, const T* x, int64_t m, const T* bias, T* y, in
     return HB_OK;
 }
 
+template <class T>
+int frozen_forward(const Stored& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
+    if (m <= max_frozen_dot_rows) return small_frozen(w, x, m, bias, y, threads);
+    Group g = {};
+    add_layer(g, w, bias);
+    return forward(g, x, m, y, nullptr, threads);
+}
+
+constexpr int64_t slab_rows = 1024, slab_depth = 2048;  // of g, packed at a time: 8 MB
+
+// dx(m, in) = g(m, out) W. Where W is an output head, g is as wide as the vocabulary: it is packed slab by slab, so that
+// W is read once for many rows and the packed copy stays in cache.
+template <class T>
+int frozen_backward(const Stored& w, const T* g, int64_t m, T* dx, int threads) {
+    constexpr bool wide = sizeof(T) == 4;  // dx itself takes the fp32 sums
+    const int64_t part = at_most(m, slab_rows), slab = at_most(w.out, slab_depth), sums_floats = wide ? 0 : part * w.in;
+    Workspace space(threads * tile_floats + (part + max_panel_rows) * slab + sums_floats, 3);
+    if (!space.base) return HB_NO_MEMORY;
+    float *tiles = space.take(threads * tile_floats), *packed = space.take((part + max_panel_rows) * slab),
+          *sums = space.take(sums_floats);
+    for (int64_t row = 0; row < m; row += part) {
+        const Panels panels = panels_of(at_most(part, m - row));
+        float* y = wide ? reinterpret_cast<float*>(dx) + row * w.in : sums;
+#pragma omp parallel num_threads(threads_for(panels.m* w.in* w.out / 16, threads))
+        {
+            for (int64_t k0 = 0; k0 < w.out; k0 += slab) {
+                const int64_t depth = at_most(slab, w.out - k0);
+                const Stored rows = w.from(k0, depth);
+                Product p = empty_product(panels, w.in);
+                Output& out = add_output(p, w.in, nullptr, y);
+                out.add = k0 > 0;
+                add_term(out, packed, depth, depth, &rows, fill_backward<Stored>);
+                divide(p, threads);
+                pack_rows(g + row * w.out + k0, panels, w.out, depth, packed);
+                run(p, tiles + thread_number() * tile_floats);
+            }
+            if (!wide) narrow_rows(sums, panels.m, w.in, dx + row * w.in);
+        }
+    }
+    return HB_OK;
+}
+
 int linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
                   const void* bias, void* y, int threads) {
     const Stored weight = {w, w_dtype, rows, cols};
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
-        using T = decltype(number);
-        const auto run = m <= max_frozen_dot_rows ? small_frozen<T> : product<false, Stored, T>;
-        status = run(weight, static_cast<const T*>(x), m, static_cast<const T*>(bias), static_cast<T*>(y), threads);
+        typedef decltype(number) T;
+        status = frozen_forward(weight, static_cast<const T*>(x), m, static_cast<const T*>(bias), static_cast<T*>(y),
+                                int(at_least(threads, 1)));
     });
     return status;
 }
@@ -113,8 +166,8 @@ int linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, con
     const Stored weight = {w, w_dtype, rows, cols};
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
-        using T = decltype(number);
-        status = product<true, Stored, T>(weight, static_cast<const T*>(g), m, nullptr, static_cast<T*>(dx), threads);
+        typedef decltype(number) T;
+        status = frozen_backward(weight, static_cast<const T*>(g), m, static_cast<T*>(dx), int(at_least(threads, 1)));
     });
     return status;
 }

@@ -111,10 +111,10 @@ int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) 
 #pragma omp parallel num_threads(useful)
         {
             float* tile = tiles + thread_number() * tile_floats;
-            pack_rows(x + row * g.cols, panels, g.cols, packed_x);
+            pack_rows(x + row * g.cols, panels, g.cols, g.cols, packed_x);
             if (g.rank) run(down, tile);
             if (y) {
-                if (g.rank) pack_rows(u + row * g.rank, panels, g.rank, packed_u);
+                if (g.rank) pack_rows(u + row * g.rank, panels, g.rank, g.rank, packed_u);
                 run(up, tile);
                 if (!wide) narrow_rows(sums, panels.m, g.rows, y + row * g.rows);
             }
@@ -155,23 +155,14 @@ int backward(const Group& g, const T* grad, int64_t m, float* v, T* dx, int thre
 #pragma omp parallel num_threads(useful)
         {
             float* tile = tiles + thread_number() * tile_floats;
-            pack_rows(grad + row * g.rows, panels, g.rows, packed_g);
+            pack_rows(grad + row * g.rows, panels, g.rows, g.rows, packed_g);
             if (g.rank) run(up, tile);
             if (dx) {
-                if (g.rank) pack_rows(v + row * g.rank, panels, g.rank, packed_v);
+                if (g.rank) pack_rows(v + row * g.rank, panels, g.rank, g.rank, packed_v);
                 run(down, tile);
                 if (!wide) narrow_rows(sums, panels.m, g.cols, dx + row * g.cols);
             }
         }
     }
     return HB_OK;
-}
-
-// One layer's product: y(m, rows) = x W^T + bias, or backward y(m, cols) = x W.
-template <bool BACKWARD, class W, class T>
-int product(const W& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
-    Group g = {};
-    add_layer(g, w, bias);
-    if (BACKWARD) return backward(g, x, m, nullptr, y, at_least(threads, 1));
-    return forward(g, x, m, y, nullptr, at_least(threads, 1));
 }

@@ -43,6 +43,7 @@ struct Output {  // output columns with the same terms
     int count;
     int64_t width;
     const float* bias;  // width, padded to whole panels; NULL: zeros
+    bool add;           // to what is in y, instead of to the bias
     float* y;           // the first of its columns
 };
 
@@ -71,7 +72,7 @@ inline void add_term(Output& out, const float* left, int64_t left_depth, int64_t
 
 inline Output& add_output(Product& p, int64_t width, const float* bias, float* y) {
     Output& out = p.outputs[p.count++];
-    out.count = 0, out.width = width, out.bias = bias, out.y = y;
+    out.count = 0, out.width = width, out.bias = bias, out.add = false, out.y = y;
     return out;
 }
 
@@ -152,7 +153,7 @@ inline void run_task(const Product& p, int64_t task, float* tile) {
     int count = 0;
     int64_t filled = 0;  // depth of the pieces
     float* to = tile;
-    bool to_bias = true;
+    bool to_bias = !out.add;
     const auto flush = [&] {
         for (int64_t panel = first; panel < last; panel += step)
             multiply(p, out, pieces, count, to_bias, column, columns, panel, at_most(panel + step, last));
@@ -179,8 +180,8 @@ inline void run(const Product& p, float* tile) {
 }
 
 template <class T>
-void pack_rows(const T* x, const Panels& panels, int64_t depth, float* packed) {
+void pack_rows(const T* x, const Panels& panels, int64_t stride, int64_t depth, float* packed) {
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels.count; ++panel)
-        pack_panel(x, panels.m, depth, panel * panels.rows, panels.rows, packed + panel * panels.rows * depth);
+        pack_panel(x, panels.m, stride, depth, panel * panels.rows, panels.rows, packed + panel * panels.rows * depth);
 }
