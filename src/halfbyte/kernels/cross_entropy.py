@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
-from halfbyte.kernels.frozen_linear import dx_into, linear_into
+from halfbyte.kernels.frozen_linear import check_product, dx_into, linear_into
 from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::softmax_cross_entropy_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
@@ -32,6 +32,11 @@ def _check(logits: Tensor, targets: Tensor) -> None:
         logits.dim() == 2 and targets.shape == logits.shape[:1],
         lambda: f"targets of {tuple(targets.shape)} for logits of {tuple(logits.shape)}",
     )
+
+
+def _check_head(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_product(hidden, weight, weight.shape[-1], bias)
+    _check(hidden, targets)
 
 
 def _check_range(targets: Tensor, vocab: int) -> None:
@@ -61,22 +66,21 @@ def plain_softmax_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 torch.library.impl("halfbyte::softmax_cross_entropy_", "CompositeExplicitAutograd", plain_softmax_cross_entropy_)
 
 
-def _native_loss(logits: Tensor, targets: Tensor, write: bool) -> float | None:
-    """The loss of contiguous logits, overwritten by its gradient with `write`; None where that is not served."""
+def _loss_of(logits: Tensor, targets: Tensor, *, write: bool) -> float:
+    """The loss of logits on the CPU; with `write` its gradient takes their place, without they may be lost."""
     loss = ct.c_double()
-    served = logits.dtype in DTYPES and run_native(
+    served = logits.dtype in DTYPES and logits.is_contiguous() and run_native(
         "hb_softmax_cross_entropy", logits.data_ptr(), DTYPES[logits.dtype], *logits.shape, targets.data_ptr(),
         ct.byref(loss), write,
     )  # fmt: skip
-    return loss.value if served else None
+    return loss.value if served else float(plain_softmax_cross_entropy_(logits, targets))
 
 
 @torch.library.impl("halfbyte::softmax_cross_entropy_", "CPU")
 def _softmax_cpu(logits: Tensor, targets: Tensor) -> Tensor:
     _check(logits, targets)
     _check_range(targets, logits.shape[1])
-    loss = _native_loss(logits, targets.contiguous(), write=True) if logits.is_contiguous() else None
-    return plain_softmax_cross_entropy_(logits, targets) if loss is None else torch.tensor(loss, dtype=torch.float32)
+    return torch.tensor(_loss_of(logits, targets.contiguous(), write=True), dtype=torch.float32)
 
 
 @torch.library.register_fake("halfbyte::softmax_cross_entropy_")
@@ -89,6 +93,7 @@ def plain_linear_cross_entropy(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """The specification: chunk by chunk over the operators above."""
+    _check_head(hidden, targets, weight, bias)
     ops = torch.ops.halfbyte
     loss = hidden.new_zeros((), dtype=torch.float64)
     dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
@@ -110,6 +115,7 @@ def _linear_cross_entropy_cpu(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """As the plain one, in one buffer for the logits of every chunk."""
+    _check_head(hidden, targets, weight, bias)
     _check_range(targets, weight.shape[0])
     hidden, targets = hidden.contiguous(), targets.contiguous()
     offset = None if bias is None else bias.to(hidden.dtype).contiguous()
@@ -119,12 +125,10 @@ def _linear_cross_entropy_cpu(
     for start in range(0, hidden.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits = buffer[: hidden[rows].shape[0]]
-        loss = None
-        if linear_into(logits, hidden[rows], weight, offset):
-            loss = _native_loss(logits, targets[rows], need_dx)
-        if loss is None or (need_dx and not dx_into(dx[rows], logits, weight)):
-            return plain_linear_cross_entropy(hidden, targets, weight, bias, chunk_rows, need_dx)
-        total += loss
+        linear_into(logits, hidden[rows], weight, offset)
+        total += _loss_of(logits, targets[rows], write=need_dx)
+        if need_dx:
+            dx_into(dx[rows], logits, weight)
     return torch.tensor(total, dtype=torch.float32), dx
 
 
@@ -132,6 +136,7 @@ def _linear_cross_entropy_cpu(
 def _linear_cross_entropy_fake(
     hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_head(hidden, targets, weight, bias)
     dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
     return hidden.new_empty((), dtype=torch.float32), dx
 
