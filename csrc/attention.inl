@@ -16,10 +16,10 @@ struct Softmax {
             c = vmax(c, vload(scores + j + panel_width)), d = vmax(d, vload(scores + j + panel_width + vec_width));
         }
         a = vmax(a, c), b = vmax(b, d);
-        const vec keep_l = vexp(vsub(peak_l, a)), keep_r = vexp(vsub(peak_r, b));
+        const vec keep_l = vexp_term(vsub(peak_l, a)), keep_r = vexp_term(vsub(peak_r, b));
         vec l = vzero(), r = vzero();
         for (int64_t j = 0; j < keys * panel_width; j += panel_width) {
-            const vec x = vexp(vsub(vload(scores + j), a)), y = vexp(vsub(vload(scores + j + vec_width), b));
+            const vec x = vexp_term(vsub(vload(scores + j), a)), y = vexp_term(vsub(vload(scores + j + vec_width), b));
             vstore(scores + j, x), vstore(scores + j + vec_width, y);
             l = vadd(l, x), r = vadd(r, y);
         }

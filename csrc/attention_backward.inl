@@ -81,7 +81,7 @@ inline void panel_scores(const Heads& h, const BlockRows& rows, int64_t i, int64
     for_tiles(high - low, [=, &h](int64_t j, auto tile) {
         multiply<tile.rows, 1>(keys.turned_k + at.offset + j, at.stride, q, panel_width, h.dim, p + j * score_stride,
                                score_stride,
-                               [=](vec sum, int64_t, int64_t c) { return vexp(vsub(sum, vload(lse + c))); });
+                               [=](vec sum, int64_t, int64_t c) { return vexp_term(vsub(sum, vload(lse + c))); });
     });
     hide(h, rows, i, low, high, 0.0f, p, score_stride);
     for_tiles(high - low, [=, &h](int64_t j, auto tile) {

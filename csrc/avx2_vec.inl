@@ -36,6 +36,8 @@ inline vec vwithin(vec x, vec low, vec high, vec inside, vec outside) {
 }
 
 inline vec vround(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The float whose exponent field is the last eight bits of x.
+inline vec vexponent(vec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 // x * 2^n for whole n from -252 to 254, in two steps: 2^n itself may not be a float.
 inline vec vscale(vec x, vec n) {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);

@@ -45,4 +45,6 @@ inline vec vwithin(vec x, vec low, vec high, vec inside, vec outside) {
 }
 
 inline vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The float whose exponent field is the last eight bits of x.
+inline vec vexponent(vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 inline vec vscale(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^n for whole n
