@@ -28,5 +28,8 @@ inline vec vexp_term(vec x) {
     return vmul(vexp_rest(x, vsub(biased, whole)), vexponent(biased));
 }
 
-// 1 / (1 + e^-x)
-inline vec vsigmoid(vec x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vzero(), x)))); }
+// 1 / (1 + e^-x), as e^x / (1 + e^x); e^-87 from -87 down.
+inline vec vsigmoid(vec x) {
+    const vec e = vexp_term(vmin(vset(88.0f), x));
+    return vdiv(e, vadd(vset(1.0f), e));
+}

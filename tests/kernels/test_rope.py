@@ -1,6 +1,6 @@
 """The rotary embedding against float64 and against transformers' functions, on every instruction set.
 
-Rotated standard normal numbers are of order 1; float32's worst error over these cases is 4.8e-7, the bound leaves a
+Rotated standard normal numbers are of order 1; float32's worst error over these cases is 4.5e-7, the bound leaves a
 margin of 3. A 16-bit result adds one rounding to its own type.
 """
 
@@ -49,7 +49,7 @@ def test_rotation_equals_the_oracle(isa: str, head_dim: int, rotary_dim: int, dt
             exact = exact.flatten(1)
             found = qkv.clone()
             rope_(found, cos, sin, heads, head_dim, inverse)
-            excess = ((found.double() - exact).abs() - BOUND * 4 - EPS[dtype] * exact.abs()).max().item()
+            excess = ((found.double() - exact).abs() - BOUND - EPS[dtype] * exact.abs()).max().item()
             assert excess <= 0, f"{excess=}"
             assert torch.equal(found[:, heads * head_dim :], qkv[:, heads * head_dim :])
 
@@ -98,7 +98,7 @@ def test_edges(isa: str) -> None:
     long, angle = torch.randn(2, 1040), torch.full((2, 1040), 0.5)
     exact = torch.einsum("tji,ti->tj", matrix(angle, angle, 1040), long.double())
     rope_(long, angle, angle, 1, 1040, False)
-    torch.testing.assert_close(long.double(), exact, rtol=0, atol=4 * BOUND)
+    torch.testing.assert_close(long.double(), exact, rtol=0, atol=BOUND)
 
     rope_(wide[:0], cos[:0], sin[:0], 3, 16, False)
     before = dense.clone()
