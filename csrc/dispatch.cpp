@@ -39,8 +39,6 @@ bool decodable(const hb_weight* w) {
     return power_of_two(w->blocksize, 32) && (!w->nested_absmax || power_of_two(w->nested_blocksize, 1));
 }
 
-bool attends(const hb_packed* p) { return p->head_dim % 8 == 0 && p->head_dim <= 256; }
-
 int current_isa = -1;  // -1: not chosen yet. Choosing twice from two threads gives the same answer.
 
 const hb_table* current() {
@@ -66,6 +64,8 @@ int hb_isa_force(int isa) {
 }
 
 int hb_has_fused_linear(void) { return current()->linear != nullptr; }
+
+int hb_has_attention(int64_t head_dim) { return current()->attention && head_dim % 8 == 0 && head_dim <= 256; }
 
 int hb_fast_bf16(void) {
 #if defined(HB_X86)
@@ -203,14 +203,13 @@ int hb_gated_backward(const void* g, const void* gate_up, int dtype, int64_t row
 }
 
 int hb_attention(const hb_packed* p, void* out, float* lse, int threads) {
-    const auto function = current()->attention;
-    return function && attends(p) ? function(p, out, lse, threads) : HB_UNSUPPORTED;
+    return hb_has_attention(p->head_dim) ? current()->attention(p, out, lse, threads) : HB_UNSUPPORTED;
 }
 
 int hb_attention_backward(const hb_packed* p, const void* g, const void* out, const float* lse, void* dqkv,
                           int threads) {
-    const auto function = current()->attention_backward;
-    return function && attends(p) ? function(p, g, out, lse, dqkv, threads) : HB_UNSUPPORTED;
+    if (!hb_has_attention(p->head_dim)) return HB_UNSUPPORTED;
+    return current()->attention_backward(p, g, out, lse, dqkv, threads);
 }
 
 namespace {

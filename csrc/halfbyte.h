@@ -60,11 +60,12 @@ struct hb_member {
 HB_API int hb_abi_version(void);
 HB_API int hb_isa_supported(int isa);  // 1 when it was built and this CPU runs it
 HB_API int hb_isa_current(void);
-HB_API int hb_isa_force(int isa);        // HB_OK or HB_UNSUPPORTED
-HB_API int hb_has_fused_linear(void);    // does the current ISA have the two linear functions, and the token step?
-HB_API int hb_fast_bf16(void);           // does this CPU multiply bf16 natively, and the current ISA allow it?
-HB_API int hb_openmp(void);              // 1 when built with OpenMP
-HB_API void hb_release_workspace(void);  // gives the linear functions' kept buffers back to the system
+HB_API int hb_isa_force(int isa);      // HB_OK or HB_UNSUPPORTED
+HB_API int hb_has_fused_linear(void);  // does the current ISA have the two linear functions, and the token step?
+HB_API int hb_has_attention(int64_t head_dim);  // does the current ISA have the two attention functions for it?
+HB_API int hb_fast_bf16(void);                  // does this CPU multiply bf16 natively, and the current ISA allow it?
+HB_API int hb_openmp(void);                     // 1 when built with OpenMP
+HB_API void hb_release_workspace(void);         // gives the linear functions' kept buffers back to the system
 
 // n elements -> codes[(n + 1) / 2], absmax[ceil(n / blocksize)]. `bounds` are the 15 ascending midpoints, `order` the code
 // of each interval. A block with a NaN or Inf gets a NaN or Inf absmax, so that the caller can find it without a pass.

@@ -137,6 +137,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_isa_current": (_INT, ()),
     "hb_isa_force": (_INT, (_INT,)),
     "hb_has_fused_linear": (_INT, ()),
+    "hb_has_attention": (_INT, (_SIZE,)),
     "hb_fast_bf16": (_INT, ()),
     "hb_openmp": (_INT, ()),
     "hb_release_workspace": (None, ()),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.abi import DTYPES, OK, Packed
-from halfbyte.kernels.registry import cpu_choice
+from halfbyte.kernels.abi import DTYPES, Packed
+from halfbyte.kernels.registry import cpu_choice, run_native
 
 _ARGUMENTS = "int heads, int kv_heads, Tensor seq_starts, float scale, int window"
 
@@ -116,20 +116,23 @@ def plain_packed_attention_backward(
     return dqkv
 
 
-def _native(function: str, qkv: Tensor, sizes: tuple[int, int, Tensor, float, int], *tensors: Tensor) -> bool:
-    """Let the library's `function` fill the last of `tensors`; False where it does not serve or know the case."""
-    library = cpu_choice().library if qkv.dtype in DTYPES else None
-    if library is None:
+def attends_natively(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether kernels of our own serve the CPU for heads of this kind; if not, the specification does, slowly."""
+    library = cpu_choice().library
+    return library is not None and dtype in DTYPES and bool(library.call.hb_has_attention(head_dim))
+
+
+def _run(name: str, qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float, window: int,
+         *tensors: Tensor) -> bool:  # fmt: skip
+    """Let the library's function fill the last of `tensors`, all contiguous; False where it does not know the case."""
+    if qkv.dtype not in DTYPES:
         return False
-    heads, kv_heads, seq_starts, scale, window = sizes
     seq_starts = seq_starts.contiguous()
     packed = Packed(
         qkv.data_ptr(), seq_starts.data_ptr(), qkv.shape[0], seq_starts.numel() - 1, heads, kv_heads,
         qkv.shape[1] // (heads + 2 * kv_heads), window, scale, DTYPES[qkv.dtype],
     )  # fmt: skip
-    pointers = (tensor.data_ptr() for tensor in tensors)
-    status = getattr(library.call, function)(ct.addressof(packed), *pointers, torch.get_num_threads())
-    return int(status) == OK
+    return run_native(name, ct.addressof(packed), *(tensor.data_ptr() for tensor in tensors))
 
 
 @torch.library.impl("halfbyte::packed_attention", "CPU")
@@ -141,7 +144,7 @@ def _packed_attention(
     _sequences(seq_starts, qkv.shape[0])
     qkv = qkv.contiguous()
     out, lse = qkv.new_empty(qkv.shape[0], heads * head_dim), qkv.new_empty(heads, qkv.shape[0], dtype=torch.float32)
-    if _native("hb_attention", qkv, sizes, out, lse):
+    if _run("hb_attention", qkv, *sizes, out, lse):
         return out, lse
     return plain_packed_attention(qkv, *sizes)
 
@@ -156,7 +159,7 @@ def _packed_attention_backward(
     _sequences(seq_starts, qkv.shape[0])
     g, qkv, out, lse = g.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
     dqkv = torch.empty_like(qkv)
-    if _native("hb_attention_backward", qkv, sizes, g, out, lse, dqkv):
+    if _run("hb_attention_backward", qkv, *sizes, g, out, lse, dqkv):
         return dqkv
     return plain_packed_attention_backward(g, qkv, out, lse, *sizes)
 
