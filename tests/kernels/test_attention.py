@@ -1,7 +1,9 @@
 """Packed attention against a float64 oracle written out sequence by sequence, on every instruction set.
 
-Inputs are standard normal, so outputs are of order 1 and gradients of order a few. Bounds are a margin of about 3 over
-the worst error measured over these cases (given beside them); a 16-bit result adds one rounding to its own type.
+Inputs are standard normal, so outputs are of order 1, gradients of order a few. Measured over these cases, the worst
+errors in float32 are 1.6e-6 forward and 4.0e-6 backward, with scores of up to 80 2.2e-5 and 3.2e-4; bounds leave a
+margin of 3. A 16-bit result adds one rounding to its own type, and the gradients what delta = rowsum(g * out) loses by
+`out` having been rounded: measured 3.6 such roundings, 8 allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 EPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FORWARD_BOUND = 5e-6
-BACKWARD_BOUND = 5e-5
+BACKWARD_BOUND = 1.2e-5
 
 attention, backward = torch.ops.halfbyte.packed_attention, torch.ops.halfbyte.packed_attention_backward
 
@@ -59,9 +61,7 @@ def check(qkv: Tensor, *case: Any, size: float = 1.0) -> None:
     g = torch.randn_like(out)
     dqkv = backward(g, qkv, out, lse, *case)
     (exact_dqkv,) = torch.autograd.grad(exact_out, exact_qkv, g.double())
-    # delta = rowsum(g * out) takes `out` as it was rounded: an error of eps / 2 * sqrt(D) before it meets q and k.
-    bound = BACKWARD_BOUND * size + 8 * EPS[qkv.dtype]
-    assert_close(dqkv, exact_dqkv, bound)
+    assert_close(dqkv, exact_dqkv, BACKWARD_BOUND * size + 8 * EPS[qkv.dtype])
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -88,7 +88,7 @@ def test_large_scores(isa: str) -> None:
     torch.manual_seed(0)
     starts = starts_of(200)
     qkv = torch.randn(200, 3 * 64)
-    check(qkv, 1, 1, starts, 2.5, 0, size=20.0)
+    check(qkv, 1, 1, starts, 2.5, 0, size=80.0)
     qkv[50, 64:128] *= 1000
     out, lse = attention(qkv, 1, 1, starts, 2.5, 0)
     assert torch.isfinite(out).all()
@@ -115,9 +115,9 @@ def test_nothing_crosses_a_boundary(isa: str) -> None:
 @pytest.mark.parametrize("dtype", EPS)
 def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    starts = starts_of(5, 301, 90, 64)
+    starts = starts_of(5, 800, 90, 64)  # the backward of 800 tokens is split into several tasks
     case = (6, 2, starts, 0.2, 0)
-    qkv, g = torch.randn(460, 10 * 32).to(dtype), torch.randn(460, 6 * 32).to(dtype)
+    qkv, g = torch.randn(959, 10 * 16).to(dtype), torch.randn(959, 6 * 16).to(dtype)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -127,6 +127,24 @@ def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
+def test_more_keys_than_are_packed_at_once(isa: str) -> None:
+    """1600 tokens of four heads of 256 are more than 32 MB: the heads are taken in two turns."""
+    torch.manual_seed(0)
+    starts = starts_of(1600)
+    qkv, g = torch.randn(1600, 3 * 4 * 256), torch.randn(1600, 4 * 256)
+    out, lse = attention(qkv, 4, 4, starts, 1 / 16, 0)
+    dqkv = backward(g, qkv, out, lse, 4, 4, starts, 1 / 16, 0).view(1600, 3, 4, 256)
+    for head in (0, 3):
+        alone = qkv.view(1600, 3, 4, 256)[:, :, head].flatten(1)
+        columns = slice(256 * head, 256 * (head + 1))
+        out_alone, lse_alone = attention(alone, 1, 1, starts, 1 / 16, 0)
+        assert torch.equal(out_alone, out[:, columns])
+        assert torch.equal(lse_alone[0], lse[head])
+        grads = backward(g[:, columns].contiguous(), alone, out_alone, lse_alone, 1, 1, starts, 1 / 16, 0)
+        assert_close(dqkv[:, :, head].flatten(1), grads.double(), BACKWARD_BOUND)
 
 
 def test_default_has_the_right_gradients() -> None:

@@ -119,7 +119,7 @@ def plain_packed_attention_backward(
 def attends_natively(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether kernels of our own serve the CPU for heads of this kind; if not, the specification does, slowly."""
     library = cpu_choice().library
-    return library is not None and dtype in DTYPES and bool(library.call.hb_has_attention(head_dim))
+    return library is not None and dtype in DTYPES and library.attends(head_dim)
 
 
 def _run(name: str, qkv: Tensor, heads: int, kv_heads: int, seq_starts: Tensor, scale: float, window: int,

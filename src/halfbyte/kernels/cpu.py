@@ -46,6 +46,10 @@ class Library:
         """Does the instruction set in use have the fused matrix products?"""
         return bool(self.call.hb_has_fused_linear())
 
+    def attends(self, head_dim: int) -> bool:
+        """Does the instruction set in use have attention over heads of this size?"""
+        return bool(self.call.hb_has_attention(head_dim))
+
     @property
     def fast_bf16(self) -> bool:
         """Does this CPU multiply bfloat16 natively, about twice as fast as float32?"""
