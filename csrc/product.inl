@@ -1,7 +1,7 @@
 // Sums of matrix products, y = bias + left_1 right_1 + left_2 right_2 + ..., as one loop nest: every product of a linear
 // layer, forward and backward, runs here.
 //
-// The left matrices (activations, gradients) are packed once into panels of a few rows. A task owns a out of output
+// The left matrices (activations, gradients) are packed once into panels of a few rows. A task owns a range of output
 // columns; it fills a scratch tile that stays in L2 with the part of a right matrix it needs, in the order the inner
 // kernel reads, and multiplies it with every panel. So a 4-bit weight is decoded once, is never transposed, and its
 // decoded values never reach memory; an adapter is one more right matrix, few rows deep.
