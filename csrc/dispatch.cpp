@@ -101,6 +101,12 @@ int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void*
     return HB_OK;
 }
 
+int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count, const hb_state_map* maps,
+             int threads) {
+    current()->adamw(numbers, pages, count, maps, threads);
+    return HB_OK;
+}
+
 static bool multiplies(const hb_member* members, int count) {
     if (count < 1 || count > HB_MAX_MEMBERS) return false;
     for (const hb_member* member = members; member < members + count; ++member) {

@@ -31,6 +31,36 @@ struct hb_weight {
     float nested_offset;
 };
 
+// A map of 256 ascending values for 8-bit states, and how to find the nearest one: bounds[i] lies between values i and
+// i + 1, bounds[255] is infinite. cells[s][c] counts the bounds below every number of sign s (1: negative) whose
+// magnitude has the top 16 bits HB_FIRST_CELL + c, the ends taking what lies beyond; no cell holds two bounds.
+enum { HB_FIRST_CELL = 0x3400, HB_LAST_CELL = 0x3f80, HB_CELLS = HB_LAST_CELL - HB_FIRST_CELL + 1 };
+struct hb_state_map {
+    const float* values;   // [256]
+    const float* bounds;   // [256]
+    const uint8_t* cells;  // [2][HB_CELLS]
+};
+
+struct hb_adamw_numbers {
+    float beta1, rest1, beta2, rest2;  // rest = 1 - beta
+    float keep;                        // 1 - lr * weight_decay
+    float step_size;                   // lr / (1 - beta1^step)
+    float root_scale;                  // 1 / sqrt(1 - beta2^step)
+    float eps;
+};
+
+// n elements of a parameter. Moments are float, or uint8_t codes with a scale for each 256 elements.
+struct hb_adamw_page {
+    float* param;
+    const void* grad;  // HB_F32 or HB_BF16
+    void* exp_avg;
+    float* exp_avg_absmax;  // NULL: 32-bit moments
+    void* exp_avg_sq;
+    float* exp_avg_sq_absmax;
+    int64_t n;
+    int64_t grad_dtype;
+};
+
 // Sequences laid end to end, and how their tokens attend to each other: causally, each sequence to itself.
 struct hb_packed {
     const void* qkv;            // (tokens, (heads + 2 kv_heads) * head_dim) of `dtype`: queries, keys, values
@@ -76,6 +106,10 @@ HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threa
 // Elements [first, first + n) of the flat weight; `first` is a multiple of the block size. Exact: one fp32 multiply, one
 // round-to-nearest-even cast.
 HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads);
+
+// One step in place; maps[0] is exp_avg's, maps[1] exp_avg_sq's, read only where moments have 8 bits.
+HB_API int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count,
+                    const hb_state_map* maps, int threads);
 
 // Up to HB_MAX_MEMBERS layers of the same cols at once, `rows` and `rank` below being their sums: y(m, rows) of all
 // members side by side, and u(m, rank) = x A^T of all adapters, unscaled. Accumulated in fp32. x, y, g and dx are

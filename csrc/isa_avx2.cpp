@@ -12,6 +12,7 @@ namespace hb_avx2 {
 #include "avx2_codec.inl"
 #include "quantize.inl"
 #include "dequantize.inl"
+#include "adamw.inl"
 
 #include "avx2_vec.inl"
 #include "lanes.inl"
@@ -51,6 +52,7 @@ extern const hb_table hb_table_avx2 = {
     hb_avx2::quantize,
     hb_avx2::count_nonfinite,
     hb_avx2::dequantize,
+    hb_avx2::adamw,
     hb_avx2::linear,
     hb_avx2::linear_backward,
     hb_avx2::linear_frozen,

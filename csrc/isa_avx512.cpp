@@ -12,6 +12,7 @@ namespace hb_avx512 {
 #include "avx2_codec.inl"
 #include "quantize.inl"
 #include "dequantize.inl"
+#include "adamw.inl"
 
 #include "avx512_vec.inl"
 #include "lanes.inl"
@@ -51,6 +52,7 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::quantize,
     hb_avx512::count_nonfinite,
     hb_avx512::dequantize,
+    hb_avx512::adamw,
     hb_avx512::linear,
     hb_avx512::linear_backward,
     hb_avx512::linear_frozen,

@@ -37,6 +37,35 @@ class Weight(ct.Structure):
     )
 
 
+class StateMap(ct.Structure):
+    """`hb_state_map` of csrc/halfbyte.h."""
+
+    _fields_ = (("values", ct.c_void_p), ("bounds", ct.c_void_p), ("cells", ct.c_void_p))
+
+
+class AdamwNumbers(ct.Structure):
+    """`hb_adamw_numbers` of csrc/halfbyte.h."""
+
+    _fields_ = tuple(
+        (name, ct.c_float) for name in ("beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root_scale", "eps")
+    )
+
+
+class AdamwPage(ct.Structure):
+    """`hb_adamw_page` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("param", ct.c_void_p),
+        ("grad", ct.c_void_p),
+        ("exp_avg", ct.c_void_p),
+        ("exp_avg_absmax", ct.c_void_p),
+        ("exp_avg_sq", ct.c_void_p),
+        ("exp_avg_sq_absmax", ct.c_void_p),
+        ("n", ct.c_int64),
+        ("grad_dtype", ct.c_int64),
+    )
+
+
 class Packed(ct.Structure):
     """`hb_packed` of csrc/halfbyte.h."""
 
@@ -144,6 +173,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
     "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
+    "hb_adamw": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _INT)),
     "hb_linear": (_INT, (_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
     "hb_linear_backward": (
         _INT,

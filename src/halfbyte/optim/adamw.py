@@ -23,8 +23,8 @@ _MOMENTS = {32: ("exp_avg", "exp_avg_sq"), 8: ("exp_avg", "exp_avg_absmax", "exp
 class AdamW(Optimizer):
     """Decoupled weight decay (arXiv 1711.05101) with bias correction.
 
-    A state holds `step` () and, of the parameter's shape, `exp_avg` and `exp_avg_sq`: torch's names, float32. With
-    8 bits these two are uint8 codes, and `exp_avg_absmax` and `exp_avg_sq_absmax` (ceil(n/256),) float32 their scales.
+    A state holds the number `step` and, of the parameter's shape, `exp_avg` and `exp_avg_sq`: torch's names, float32.
+    With 8 bits these two are uint8 codes, and `exp_avg_absmax` and `exp_avg_sq_absmax` (ceil(n/256),) their scales.
     A 16-bit parameter is updated in fp32, one tensor at a time, and rounded once.
 
     With 32 bits it is `torch.optim.AdamW` but for the order of rounding; see docs/numerics.md for the distance.
@@ -83,25 +83,26 @@ class AdamW(Optimizer):
                     raise ValueError("AdamW takes no sparse gradients")
                 state = self._state_of(param, group["bits"])
                 state["step"] += 1
-                names = _MOMENTS[8 if "exp_avg_absmax" in state else 32]
-                grad = param.grad.reshape(-1) if param.grad.dtype == torch.bfloat16 else _flat(param.grad)
-                page = [_flat(param), grad, *(state[name].view(-1) for name in names)]
-                if page[0].data_ptr() == param.data_ptr():
-                    together.setdefault((param.device, int(state["step"]), len(names)), []).append(page)
+                moments = [state[name] for name in _MOMENTS[8 if "exp_avg_absmax" in state else 32]]
+                grad = param.grad if param.grad.dtype == torch.bfloat16 else param.grad.float()
+                if param.dtype == torch.float32 and param.is_contiguous():
+                    page = [param, grad.contiguous(), *moments]
+                    together.setdefault((param.device, state["step"], len(page)), []).append(page)
                     continue
-                _update([page], group, int(state["step"]))
-                param.copy_(page[0].view(param.shape))
-            for (_, number, _), pages in together.items():
-                _update(pages, group, number)
+                exact = param.float().contiguous()
+                _update([[exact, grad.contiguous(), *moments]], group, state["step"])
+                param.copy_(exact)
+            for (_, step, _), pages in together.items():
+                _update(pages, group, step)
         return loss
 
-    def _state_of(self, param: Tensor, bits: int) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
+    def _state_of(self, param: Tensor, bits: int) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
         if state:
             return state
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"AdamW takes float32 and 16-bit parameters, not {param.dtype}")
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = 0
         eight = bits == 8 and param.numel() >= LEAST_8BIT
         for name in _MOMENTS[8 if eight else 32]:
             if name.endswith("absmax"):
@@ -118,15 +119,11 @@ class AdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                value = torch.as_tensor(value)
+                if name == "step":
+                    self.state[param][name] = int(value)
+                    continue
                 dtype = torch.uint8 if value.dtype == torch.uint8 else torch.float32
-                device = torch.device("cpu") if name == "step" else param.device
-                self.state[param][name] = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """1-D float32; the tensor itself where it lies like that."""
-    return tensor.detach().float().reshape(-1)
+                self.state[param][name] = value.to(param.device, dtype, copy=True).contiguous()
 
 
 def _update(pages: list[list[Tensor]], group: dict[str, Any], step: int) -> None:
