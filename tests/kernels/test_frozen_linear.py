@@ -51,6 +51,31 @@ def test_products_equal_the_oracle(isa: str, shape: tuple[int, int], weight_dtyp
             assert_product(torch.ops.halfbyte.linear_frozen_dx(grad, weight), grad, weight)
 
 
+def test_slabs_and_parts(isa: str) -> None:
+    """More outputs and more rows than dx packs at once; longer rows than a few rows' dot products take at once."""
+    for dtype in EPS:
+        _, grad, _, weight = operands((4100, 20), 1030, dtype, torch.bfloat16)
+        assert_product(torch.ops.halfbyte.linear_frozen_dx(grad, weight), grad, weight)
+        for m in (1, 4, 8):
+            x, _, bias, weight = operands((37, 7001), m, dtype, torch.float16)
+            assert_product(torch.ops.halfbyte.linear_frozen(x, weight, bias), x, weight.t(), bias.double())
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
+def test_threads_change_nothing(isa: str) -> None:
+    x, grad, _, weight = operands((2500, 300), 50, torch.float32, torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y, few = (torch.ops.halfbyte.linear_frozen(rows, weight, None) for rows in (x, x[:3]))
+            results.append((y, few, torch.ops.halfbyte.linear_frozen_dx(grad, weight)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_leading_dimensions_and_strides(isa: str) -> None:
     weight = torch.randn(96, 50).bfloat16()
     x = torch.randn(3, 50, 5).transpose(1, 2)
