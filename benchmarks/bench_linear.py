@@ -1,12 +1,12 @@
-"""A linear layer with its adapter, forward and backward: against bitsandbytes + PEFT, torch and OpenBLAS on dense weights.
+"""A linear layer with its adapter, forward and backward: beside bitsandbytes + PEFT, and dense weights.
 
     python benchmarks/bench_linear.py [--shapes 4096x4096,11008x4096] [--rows 1,16,64,256,1024,2048] [--rounds 7]
 
-float32 compute for everyone, rank 16 on every layer, gradients to x, A and B. Contenders take turns within one process,
-round after round; figures are medians, the caches are swept before each. The whole table is measured twice: with the
-system's default page setting, and with huge pages for all of torch's memory (THP_MEM_ALLOC_ENABLE=1). OpenBLAS (numpy's)
-does the two dense products and the adapter's six in a process of its own, because two BLAS libraries in one process
-disturb each other.
+float32 compute for everyone, rank 16 on every layer, gradients to x, A and B. Contenders take turns within one
+process, round after round; figures are medians, the caches are swept before each. The whole table is measured twice:
+with the system's default page setting, and with huge pages for all of torch's memory (THP_MEM_ALLOC_ENABLE=1).
+OpenBLAS (numpy's) does the two dense products and the adapter's six in a process of its own, because two BLAS libraries
+in one process disturb each other.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def openblas(rows: int, cols: int, counts: list[int], rounds: int) -> dict[str, 
             v = grad @ b
             dx = grad @ weight
             dx += v @ a
-            v.T @ x, grad.T @ u  # noqa: B018 (the adapter's gradients)
+            v.T @ x, grad.T @ u  # the adapter's gradients
 
         results[str(count)] = medians({"OpenBLAS dense": step}, rounds, lambda: broom.__iadd__(1))
     return results
