@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import halfbyte.kernels
+from halfbyte.kernels.cpu import WeightView
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.absmax import compress_absmax
 
@@ -53,7 +54,7 @@ def interleaved(contenders: Contenders, rounds: int) -> dict[str, float]:
 
 
 def codec(weight: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Quantize, and decode to a fresh tensor, with double quantization in the decoding."""
+    """Quantize, and decode to a fresh tensor and into a given one, with double quantization in the decoding."""
     codes, absmax = torch.ops.halfbyte.quantize_4bit(weight, "nf4", 64)
     scales = compress_absmax(absmax)
     shape = list(weight.shape)
@@ -61,11 +62,18 @@ def codec(weight: Tensor, rounds: int) -> dict[str, dict[str, float]]:
     decode: Contenders = {
         "halfbyte": lambda: torch.ops.halfbyte.dequantize_4bit(codes, *scales, "nf4", 64, shape, torch.float32)
     }
+    library, out = cpu_choice().library, torch.empty(shape)
+    into: Contenders = {}
+    if library is not None:
+        view = WeightView(codes, *scales, "nf4", 64, (shape[0], shape[1]))
+        into["halfbyte"] = lambda: view.dequantize_into(library, out)
     if bnb is not None:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        into["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state, out=out)
         quantize["bitsandbytes"] = lambda: bnb.functional.quantize_4bit(weight, quant_type="nf4")
         decode["bitsandbytes"] = lambda: bnb.functional.dequantize_4bit(packed, state)
-    return {"quantize": interleaved(quantize, min(rounds, 3)), "dequantize": interleaved(decode, rounds)}
+    figures = {"quantize": interleaved(quantize, min(rounds, 3)), "dequantize": interleaved(decode, rounds)}
+    return figures | ({"dequantize into a buffer": interleaved(into, rounds)} if library is not None else {})
 
 
 def products(weight: Tensor, m: int, isas: list[str], rounds: int) -> dict[str, dict[str, float]]:

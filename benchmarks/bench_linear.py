@@ -5,8 +5,8 @@
 float32 compute for everyone, rank 16 on every layer, gradients to x, A and B. Contenders take turns within one
 process, round after round; figures are medians, the caches are swept before each. The whole table is measured twice:
 with the system's default page setting, and with huge pages for all of torch's memory (THP_MEM_ALLOC_ENABLE=1).
-OpenBLAS (numpy's) does the two dense products and the adapter's six in a process of its own, because two BLAS libraries
-in one process disturb each other.
+OpenBLAS (numpy's) does the two dense products and the adapter's six in a process of its own, because two BLAS
+libraries in one process disturb each other.
 """
 
 from __future__ import annotations
