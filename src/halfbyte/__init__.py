@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.config import RunConfig, load_config
     from halfbyte.errors import HalfbyteError
+    from halfbyte.model.fuse import fuse
     from halfbyte.model.hf_config import HalfbyteConfig, prequantized_config
     from halfbyte.model.load import load_model
     from halfbyte.model.quantize import quantize_model
@@ -25,6 +26,7 @@ _HOMES = {
     "QuantizedWeight": "halfbyte.quant",
     "RunConfig": "halfbyte.config",
     "TrainResult": "halfbyte.train",
+    "fuse": "halfbyte.model.fuse",
     "load_config": "halfbyte.config",
     "load_model": "halfbyte.model.load",
     "load_tokenizer": "halfbyte.model.source",
@@ -36,7 +38,7 @@ _HOMES = {
 
 __all__ = [
     "AdamW", "HalfbyteConfig", "HalfbyteError", "Linear4bit", "QuantizedWeight", "RunConfig", "TrainResult",
-    "load_config", "load_model", "load_tokenizer", "prequantized_config", "quantize", "quantize_model", "train",
+    "fuse", "load_config", "load_model", "load_tokenizer", "prequantized_config", "quantize", "quantize_model", "train",
 ]  # fmt: skip
 
 
