@@ -44,10 +44,10 @@ def torch_stacks(rows: int, cols: int, counts: list[int], rounds: int) -> dict[s
     import bitsandbytes
     import peft
     import torch
-    from halfbyte.nn.lora_linear import fuse_lora_layers
     from torch import nn
 
     from halfbyte.nn import Linear4bit
+    from halfbyte.nn.lora_linear import fuse_lora_layers
 
     torch.manual_seed(0)
     weight = torch.randn(rows, cols) * 0.02

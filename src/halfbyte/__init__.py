@@ -38,7 +38,8 @@ _HOMES = {
 
 __all__ = [
     "AdamW", "HalfbyteConfig", "HalfbyteError", "Linear4bit", "QuantizedWeight", "RunConfig", "TrainResult",
-    "fuse", "load_config", "load_model", "load_tokenizer", "prequantized_config", "quantize", "quantize_model", "train",
+    "fuse", "load_config", "load_model", "load_tokenizer", "prequantized_config", "quantize", "quantize_model",
+    "train",
 ]  # fmt: skip
 
 

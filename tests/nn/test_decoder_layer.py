@@ -211,3 +211,13 @@ def test_a_copy_is_its_own() -> None:
         parameter.data.zero_()
     again, _ = pass_through(other)
     assert torch.equal(again, hidden)
+
+
+def test_an_adapter_that_is_not_float32_and_a_trained_bias_are_not_fused() -> None:
+    """Their arithmetic is PEFT's."""
+    half = adapted("llama")
+    half.get_base_model().base_model.layers[0].mlp.up_proj.lora_A.half()
+    assert fuse_layers(half) == 1
+    biased = adapted("llama with biases")
+    biased.get_base_model().base_model.layers[1].self_attn.o_proj.base_layer.bias.requires_grad_(True)
+    assert fuse_layers(biased) == 1

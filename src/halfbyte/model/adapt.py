@@ -13,6 +13,7 @@ from halfbyte.checkpoint.adapter import Adapter
 from halfbyte.config import LoraConfig
 from halfbyte.errors import AdapterError
 from halfbyte.model.targets import modules_to_adapt
+from halfbyte.nn.lora_linear import fuse_lora_layers
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.PeftModel:
@@ -27,7 +28,9 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+    fuse_lora_layers(adapted)
+    return adapted
 
 
 def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
@@ -45,6 +48,7 @@ def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     except ValueError as error:
         raise AdapterError("does not fit this model", why=str(error).splitlines()[0]) from error
     load_adapter_state(adapted, adapter.state)
+    fuse_lora_layers(adapted)
     return adapted
 
 

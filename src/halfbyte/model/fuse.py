@@ -15,9 +15,9 @@ def fuse(model: nn.Module) -> str:
     """Compute whole decoder layers, and what adapted layers remain, as one function each, where that gives the same.
 
     Call it after `get_peft_model`. Parameters keep their names and identity, so optimizers, saving, loading, PEFT's
-    functions and `unfuse_layers` go on working. Decoder layers are tried out on a few tokens against the plain ones and
-    left alone if the logits differ; calls that a fused layer does not cover (a padding mask, autocast, dropout on an
-    adapter) go to the plain layer each time.
+    functions go on working. Decoder layers are tried out on a few tokens against the plain ones and left alone if the
+    logits differ; calls that a fused layer does not cover (a padding mask, autocast, dropout on an adapter) go to the
+    plain layer each time.
 
     Args:
         model: a causal language model of transformers, or PEFT's wrapper around one.

@@ -80,7 +80,10 @@ class LayerSpec:
 
 
 def projection(module: nn.Module, *, training: bool) -> Projection | None:
-    """`module` as a 4-bit layer with at most one plain LoRA adapter; None when there is anything more to it."""
+    """`module` as a frozen 4-bit layer with at most one plain float32 LoRA adapter; None if there is more to it."""
+    base = getattr(module, "base_layer", module)
+    if isinstance(base, Linear4bit) and base.bias is not None and base.bias.requires_grad:
+        return None
     if isinstance(module, Linear4bit):
         return Projection(module)
     if not isinstance(module, PeftLinear) or not isinstance(module.base_layer, Linear4bit):
@@ -95,6 +98,8 @@ def projection(module: nn.Module, *, training: bool) -> Projection | None:
     if name in module.lora_variant:
         return None
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
+    if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
+        return None
     return Projection(module.base_layer, lora_A, lora_B, float(module.scaling[name]))
 
 

@@ -98,12 +98,7 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         layer = projection(self, training=self.training)
         if layer is None or layer.lora_A is None or layer.lora_B is None:
             return None
-        bias = layer.base.bias
-        if layer.lora_A.dtype != torch.float32 or layer.lora_B.dtype != torch.float32:
-            return None
-        if (bias is not None and bias.requires_grad) or any(_has_hooks(module) for module in self._inner()):
-            return None
-        return layer
+        return None if any(_has_hooks(module) for module in self._inner()) else layer
 
     def _inner(self) -> list[nn.Module]:
         name = self.active_adapters[0]
