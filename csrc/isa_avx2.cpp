@@ -41,6 +41,9 @@ namespace hb_avx2 {
 #include "attention.inl"
 #include "attention_backward.inl"
 
+#include "row_scales.inl"
+#include "avx2_dot_one.inl"
+#include "dot_one.inl"
 #include "barrier.inl"
 #include "attend_one.inl"
 #include "token_step.inl"

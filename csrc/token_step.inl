@@ -8,7 +8,7 @@ struct StepShared {
 };
 
 struct StepOwn {
-    float *x, *y, *ordered;  // the residual; the input of a product, as it is and in the order of dot_row
+    float *x, *y, *ordered;  // the residual; the input of a product, as it is and in the order of dot_one
     AttendScratch attention;
 };
 
@@ -159,7 +159,7 @@ class Step {
                     dot_stored<1>(group[i].lora_A + r * group[i].cols, group[i].cols, x, shared_.low_rank + start + r);
             wait();
         }
-        if (coded) order_row(x, group[0].cols, own_.ordered);
+        if (coded) order_one(x, group[0].cols, own_.ordered);
         return {x, own_.ordered};
     }
 
@@ -187,8 +187,7 @@ class Step {
 
     static void matrix_rows(const hb_matrix& m, const Input& input, int64_t first, int64_t last, float* y) {
         if (m.w4) {
-            const Decoder decoder(m.w4->codebook);
-            for (int64_t r = first; r < last; ++r) dot_row<1>(*m.w4, decoder, r, input.ordered, 0, y + r);
+            dot_one(*m.w4, Decoder(m.w4->codebook), first, last, input.ordered, y);
         } else {
             with_type(m.dtype, [=](auto number) {
                 const auto* w = static_cast<const decltype(number)*>(m.dense);
