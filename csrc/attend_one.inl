@@ -57,7 +57,7 @@ inline void softmax(float* scores, int64_t n) {
     const vec top = vset(vpeak(peak));
     vec total = vzero();
     for (int64_t i = 0; i < padded; i += vec_width) {
-        const vec e = vexp(vsub(vload(scores + i), top));
+        const vec e = vexp_term(vsub(vload(scores + i), top));
         vstore(scores + i, e);
         total = vadd(total, e);
     }

@@ -1,0 +1,67 @@
+"""Generation at batch 1: halfbyte against transformers fp32, bitsandbytes NF4 and llama.cpp Q4_0, on one model.
+
+usage: bench_generate.py [--llama-python PYTHON] [--threads N] [--rounds N] [--model smollm2|llama-1b] [--output FILE]
+
+Each stack runs in a process of its own (generate_peer.py), in turn, round after round; figures are medians over the
+rounds. A run reads a prompt of 512 tokens (prompt tokens/s), then writes 64 tokens after a prompt of 32 (tokens/s),
+greedily and past any end token. PYTHON has the package xllamacpp; without it llama.cpp is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import generate_models
+from common import last_json, write_result
+
+PEER = Path(__file__).parent / "generate_peer.py"
+LLAMA = Path(__file__).parent / "generate_llama.py"
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--llama-python", default="")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=generate_models.MODELS, default="smollm2")
+    parser.add_argument("--work", type=Path, default=Path("bench-generate"))
+    parser.add_argument("--stacks", default="halfbyte,transformers,bitsandbytes,llama.cpp")
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+    folder = generate_models.folder(args.model, args.work)
+    commands = {
+        stack: [sys.executable, str(PEER), stack, str(folder), str(args.threads)]
+        for stack in args.stacks.split(",") if stack != "llama.cpp"
+    }  # fmt: skip
+    if args.llama_python and "llama.cpp" in args.stacks:
+        gguf = generate_models.q4_0(folder, args.work / f"{args.model}-q4_0.gguf")
+        commands["llama.cpp"] = [args.llama_python, str(LLAMA), str(gguf), str(args.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    rounds: dict[str, list[dict[str, Any]]] = {stack: [] for stack in commands}
+    for number in range(args.rounds):
+        for stack, command in commands.items():
+            row = last_json(command, env=environment)
+            rounds[stack].append(row)
+            print(f"round {number + 1} {stack:13} {row}", flush=True)
+    table = {
+        stack: {key: statistics.median(row[key] for row in rows) for key in ("prompt_tokens_per_s", "tokens_per_s")}
+        for stack, rows in rounds.items()
+    }  # fmt: skip
+    print(f"\n{'':14}{'prompt tokens/s':>16}{'tokens/s':>12}")
+    for stack, row in table.items():
+        print(f"{stack:14}{row['prompt_tokens_per_s']:>16.0f}{row['tokens_per_s']:>12.1f}")
+    output = args.output or RESULTS / f"generate-{args.model}-{args.threads}.json"
+    write_result(output, {
+        "model": args.model, "generate_threads": args.threads, "load": os.getloadavg(), "medians": table,
+        "rounds": rounds,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The models of bench_generate.py: as folders for the Python stacks, and in Q4_0 for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from common import smollm2_folder
+from gguf import GGMLQuantizationType as Type
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from halfbyte.cli.demo import smollm2_path
+
+MODELS = ("smollm2", "llama-1b")
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+"""The shape of Llama-3.2-1B."""
+
+
+def folder(name: str, work: Path) -> Path:
+    """A bf16 safetensors folder of SmolLM2-135M, or of random weights in the shape of Llama-3.2-1B."""
+    if name == "smollm2":
+        return smollm2_folder(work / name)
+    path = work / name
+    if not (path / "config.json").exists():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        LlamaForCausalLM(LlamaConfig(**LLAMA_1B)).save_pretrained(path)
+        torch.set_default_dtype(torch.float32)
+    return path
+
+
+def q4_0(source: Path, path: Path) -> Path:
+    """Q4_0 as llama.cpp's own quantizer makes it: matrices in Q4_0, the tied embedding in Q8_0 or Q6_K.
+
+    The embedding is Q8_0 here (llama.cpp takes Q6_K where 256 divides the rows; gguf cannot write that).
+    """
+    if path.exists():
+        return path
+    if source.name == "smollm2":
+        _requantize(path)
+    else:
+        _from_folder(source, path)
+    return path
+
+
+def _requantize(path: Path) -> None:
+    reader, writer = gguf.GGUFReader(smollm2_path()), gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        value = 2 if field.name == "general.file_type" else field.contents()
+        writer.add_key_value(field.name, value, kind, sub_type=element)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        _add(writer, tensor.name, values)
+    _finish(writer)
+
+
+def _from_folder(source: Path, path: Path) -> None:
+    """Without a tokenizer: prompts are token ids."""
+    config = LlamaConfig.from_pretrained(source)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for name, tensor in model.named_parameters():
+        found = names.get_name(name, try_suffixes=(".weight",))
+        assert found is not None, name
+        _add(writer, found, tensor.detach().float().numpy())
+    _finish(writer)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, values: np.ndarray) -> None:
+    kind = Type.F32 if values.ndim == 1 else Type.Q8_0 if name == "token_embd.weight" else Type.Q4_0
+    writer.add_tensor(name, gguf.quants.quantize(values, kind) if kind != Type.F32 else values, raw_dtype=kind)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

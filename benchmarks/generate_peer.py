@@ -1,0 +1,70 @@
+"""One stack generates at batch 1. Prints one JSON line. usage: generate_peer.py STACK FOLDER THREADS"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
+
+PROMPT, SHORT, NEW = 512, 32, 64
+
+
+def halfbyte(folder: str) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
+    """Prompt and step of halfbyte's decoder, tried out."""
+    from halfbyte.config import QuantConfig
+    from halfbyte.model import load_model
+    from halfbyte.model.decode import Decoder
+
+    decoder = Decoder(load_model(folder, QuantConfig(), compute_dtype=torch.float32).model)
+    decoder.try_out([1, 2, 3])
+    return decoder.prefill, decoder.step
+
+
+def transformers(folder: str, quantized: bool) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
+    """Prompt and step of the model's own forward, in fp32; without generate()'s work around it."""
+    options: dict[str, Any] = {}
+    if quantized:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    cache = DynamicCache()
+
+    def forward(ids: list[int]) -> Any:
+        return model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    def prefill(ids: list[int]) -> Any:
+        nonlocal cache
+        cache = DynamicCache()
+        return forward(ids)
+
+    return prefill, lambda token: forward([token])
+
+
+@torch.no_grad()
+def main() -> None:
+    stack, folder, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(threads)
+    prefill, step = halfbyte(folder) if stack == "halfbyte" else transformers(folder, stack == "bitsandbytes")
+    ids = [i * 7919 % 49000 + 5 for i in range(PROMPT)]
+    prefill(ids)
+    started = time.perf_counter()
+    prefill(ids)
+    prompt_seconds = time.perf_counter() - started
+    token = int(prefill(ids[:SHORT]).argmax())
+    for _ in range(4):
+        token = int(step(token).argmax())
+    started = time.perf_counter()
+    for _ in range(NEW):
+        token = int(step(token).argmax())
+    seconds = time.perf_counter() - started
+    print(json.dumps({"prompt_tokens_per_s": PROMPT / prompt_seconds, "tokens_per_s": NEW / seconds}))
+
+
+main()
