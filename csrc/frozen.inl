@@ -138,7 +138,7 @@ int frozen_backward(const Stored& w, const T* g, int64_t m, T* dx, int threads) 
                 Product p = empty_product(panels, w.in);
                 Output& out = add_output(p, w.in, nullptr, y);
                 out.add = k0 > 0;
-                add_term(out, packed, depth, depth, &rows, fill_backward<Stored>);
+                add_term(out, packed, depth, 0, depth, &rows, fill_backward<Stored>);
                 divide(p, threads);
                 pack_rows(g + row * w.out + k0, panels, w.out, depth, packed);
                 run(p, tiles + thread_number() * tile_floats);

@@ -97,12 +97,12 @@ int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) 
         at = 0;
         for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
             Output& output = add_output(up, layer->rows, bias + at, out + column);
-            add_term(output, packed_x, g.cols, g.cols, layer->source, layer->forward);
+            add_term(output, packed_x, g.cols, 0, g.cols, layer->source, layer->forward);
             at += divide_up(layer->rows, panel_width) * panel_width, column += layer->rows;
             if (!layer->rank) continue;
-            add_term(output, packed_u + low * panels.rows, g.rank, layer->rank, &layer->up, fill_forward<Dense<float>>);
+            add_term(output, packed_u, g.rank, low, layer->rank, &layer->up, fill_forward<Dense<float>>);
             Output& low_output = add_output(down, layer->rank, nullptr, u + row * g.rank + low);
-            add_term(low_output, packed_x, g.cols, g.cols, &layer->down, fill_forward<Dense<float>>);
+            add_term(low_output, packed_x, g.cols, 0, g.cols, &layer->down, fill_forward<Dense<float>>);
             low += layer->rank;
         }
         if (g.rank) divide(down, threads);
@@ -138,15 +138,12 @@ int backward(const Group& g, const T* grad, int64_t m, float* v, T* dx, int thre
         Product up = empty_product(panels, g.rank), down = empty_product(panels, g.cols);
         Output& output = add_output(down, g.cols, nullptr, wide ? reinterpret_cast<float*>(dx) + row * g.cols : sums);
         int64_t column = 0, low = 0;
-        for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
-            const float* left = packed_g + column * panels.rows;
-            column += layer->rows;
-            add_term(output, left, g.rows, layer->rows, layer->source, layer->backward);
+        for (const Layer* layer = g.layers; layer < g.layers + g.count; column += layer->rows, ++layer) {
+            add_term(output, packed_g, g.rows, column, layer->rows, layer->source, layer->backward);
             if (!layer->rank) continue;
-            add_term(output, packed_v + low * panels.rows, g.rank, layer->rank, &layer->down,
-                     fill_backward<Dense<float>>);
+            add_term(output, packed_v, g.rank, low, layer->rank, &layer->down, fill_backward<Dense<float>>);
             Output& low_output = add_output(up, layer->rank, nullptr, v + row * g.rank + low);
-            add_term(low_output, left, g.rows, layer->rows, &layer->up, fill_backward<Dense<float>>);
+            add_term(low_output, packed_g, g.rows, column, layer->rows, &layer->up, fill_backward<Dense<float>>);
             low += layer->rank;
         }
         if (g.rank) divide(up, threads);

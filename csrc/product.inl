@@ -9,7 +9,7 @@
 
 constexpr int64_t max_depth = 512;         // of a slice of a right matrix: shorter pays for loading y more often
 constexpr int64_t tile_depth = 640;        // of the slices that share a pass over y: an adapter rides with the last one
-constexpr int64_t max_tile_columns = 128;  // 512 x 128 fp32 is 256 KB: half of Zen 3's L2
+constexpr int64_t max_tile_columns = 128;  // 512 x 128 fp32 is 256 KB: half of Zen 3's L2; fewer for few rows
 constexpr int64_t block_rows = 48;         // rows multiplied with one panel of the tile before the next panel
 constexpr int64_t least_split_rows = 96;   // rows of a task, where few columns force to split by rows
 constexpr int max_pieces = 4;
@@ -31,10 +31,10 @@ void fill_backward(const void* w, int64_t k0, int64_t depth, int64_t column, int
 }
 
 struct Term {
-    const float* left;   // packed panels, at this term's first column
-    int64_t left_depth;  // columns of all that is packed there
-    int64_t depth;       // of this product
-    const void* source;  // of tiles
+    const float* left;     // packed panels
+    int64_t left_depth;    // columns of all that is packed there
+    int64_t first, depth;  // of these, this product's
+    const void* source;    // of tiles
     fill_fn fill;
 };
 
@@ -47,7 +47,7 @@ struct Output {  // output columns with the same terms
     float* y;           // the first of its columns
 };
 
-struct Panels {  // of rows
+struct Panels {  // of rows: the last one has what is left
     int64_t m, rows, count;
 };
 
@@ -65,9 +65,9 @@ inline Panels panels_of(int64_t m) {
     return {m, rows, divide_up(m, rows)};
 }
 
-inline void add_term(Output& out, const float* left, int64_t left_depth, int64_t depth, const void* source,
-                     fill_fn fill) {
-    out.terms[out.count++] = {left, left_depth, depth, source, fill};
+inline void add_term(Output& out, const float* left, int64_t left_depth, int64_t first, int64_t depth,
+                     const void* source, fill_fn fill) {
+    out.terms[out.count++] = {left, left_depth, first, depth, source, fill};
 }
 
 inline Output& add_output(Product& p, int64_t width, const float* bias, float* y) {
@@ -83,7 +83,7 @@ inline void divide(Product& p, int threads) {
     int64_t width = 0, tasks = 0;
     for (int i = 0; i < p.count; ++i) width += p.outputs[i].width;
     const int64_t share = divide_up(divide_up(width, 4 * int64_t(threads)), 32) * 32;  // decoding goes by 32
-    p.columns = at_most(share, max_tile_columns);
+    p.columns = at_most(share, p.panels.m <= block_rows ? 2 * panel_width : max_tile_columns);
     for (int i = 0; i < p.count; ++i) tasks += column_tasks(p, i);
     const int64_t wanted = tasks < 2 * threads ? divide_up(4 * threads, tasks) : 1;
     const int64_t splits = at_most(wanted, at_least(p.panels.m / least_split_rows, 1));
@@ -95,47 +95,42 @@ inline void divide(Product& p, int threads) {
 // A filled part of the tile and what it is multiplied with.
 struct Piece {
     const float* left;
-    int64_t left_depth, depth;
+    int64_t left_depth, first, depth;
     const float* tile;
-};
 
-inline void multiply_edge(const Piece* pieces, int count, int64_t panel, int64_t j, int64_t panel_rows,
-                          const float* base, int64_t base_stride, float* c, int64_t stride, int64_t rows, int64_t n) {
-    alignas(64) float edge[max_panel_rows * panel_width];
-    for (int64_t r = 0; r < panel_rows; ++r)
-        for (int64_t i = 0; i < panel_width; ++i)
-            edge[r * panel_width + i] = r < rows && i < n ? base[r * base_stride + i] : 0.0f;
-    for (int i = 0; i < count; ++i)
-        micro_of(int(panel_rows))(pieces[i].left + panel * pieces[i].left_depth * panel_rows,
-                                  pieces[i].tile + j * panel_stride(pieces[i].depth), pieces[i].depth, edge,
-                                  panel_width, edge, panel_width);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < n; ++i) c[r * stride + i] = edge[r * panel_width + i];
-}
+    // Its part of a panel of `rows` rows, where panels have `panel_rows` but for the last one.
+    const float* panel(int64_t number, int64_t panel_rows, int64_t rows) const {
+        return left + number * left_depth * panel_rows + first * rows;
+    }
+};
 
 // The pieces' products, added to columns [column, column + columns) of row panels [first, last): to y, or to the bias.
 inline void multiply(const Product& p, const Output& out, const Piece* pieces, int count, bool to_bias, int64_t column,
                      int64_t columns, int64_t first, int64_t last) {
     alignas(64) static const float zeros[panel_width] = {};
-    const micro_fn kernel = micro_of(int(p.panels.rows));
+    alignas(64) float edge[max_panel_rows * panel_width] = {};
     for (int64_t j = 0; j < divide_up(columns, panel_width); ++j) {
         const int64_t at = column + j * panel_width, n = at_most(panel_width, column + columns - at);
         const float* bias = out.bias ? out.bias + at : zeros;
         for (int64_t panel = first; panel < last; ++panel) {
             const int64_t row = panel * p.panels.rows, rows = at_most(p.panels.rows, p.panels.m - row);
-            float* c = out.y + row * p.stride + at;
-            const float* base = to_bias ? bias : c;
-            int64_t base_stride = to_bias ? 0 : p.stride;
-            if (rows < p.panels.rows || n < panel_width || count == 0) {
-                multiply_edge(pieces, count, panel, j, p.panels.rows, base, base_stride, c, p.stride, rows, n);
-                continue;
-            }
+            const micro_fn kernel = micro_of(int(rows));
+            float* y = out.y + row * p.stride + at;
+            float* c = n == panel_width && count ? y : edge;  // the kernel stores whole panels
+            const int64_t stride = c == edge ? panel_width : p.stride;
+            if (c == edge)
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t i = 0; i < n; ++i) edge[r * panel_width + i] = to_bias ? bias[i] : y[r * p.stride + i];
+            const float* base = to_bias && c == y ? bias : c;
+            int64_t base_stride = base == bias ? 0 : stride;
             for (int i = 0; i < count; ++i) {
-                kernel(pieces[i].left + panel * pieces[i].left_depth * p.panels.rows,
-                       pieces[i].tile + j * panel_stride(pieces[i].depth), pieces[i].depth, base, base_stride, c,
-                       p.stride);
-                base = c, base_stride = p.stride;
+                kernel(pieces[i].panel(panel, p.panels.rows, rows), pieces[i].tile + j * panel_stride(pieces[i].depth),
+                       pieces[i].depth, base, base_stride, c, stride);
+                base = c, base_stride = stride;
             }
+            if (c == edge)
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t i = 0; i < n; ++i) y[r * p.stride + i] = edge[r * panel_width + i];
         }
     }
 }
@@ -166,7 +161,7 @@ inline void run_task(const Product& p, int64_t task, float* tile) {
             const int64_t depth = at_most(slice, term->depth - k0);
             if (count == max_pieces || filled + depth > tile_depth) flush();
             term->fill(term->source, k0, depth, column, columns, to);
-            pieces[count++] = {term->left + k0 * p.panels.rows, term->left_depth, depth, to};
+            pieces[count++] = {term->left, term->left_depth, term->first + k0, depth, to};
             filled += depth, to += panel_stride(depth) * divide_up(columns, panel_width);
         }
     }
@@ -183,5 +178,6 @@ template <class T>
 void pack_rows(const T* x, const Panels& panels, int64_t stride, int64_t depth, float* packed) {
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels.count; ++panel)
-        pack_panel(x, panels.m, stride, depth, panel * panels.rows, panels.rows, packed + panel * panels.rows * depth);
+        pack_panel(x, panels.m, stride, depth, panel * panels.rows,
+                   at_most(panels.rows, panels.m - panel * panels.rows), packed + panel * panels.rows * depth);
 }

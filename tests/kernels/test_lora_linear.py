@@ -247,10 +247,10 @@ def test_the_default_is_its_own_gradient() -> None:
     learned = [tensor.requires_grad_() for pair in case.adapters if pair for tensor in pair[:2]]
     x = torch.randn(9, 64, requires_grad=True)
     members = lora_linear._members(case.args, 64)
-    y, u = lora_linear._default_forward(x, members)
+    y, u = lora_linear._plain_forward(x, members)
     g = torch.randn_like(y)
     grads = torch.autograd.grad(y, [x, *learned], g)
     with torch.no_grad():
-        dx, dA, dB = lora_linear._default_backward(g, x, u, members, True)
+        dx, dA, dB = lora_linear._plain_backward(g, x, u, members, True)
     for mine, theirs in zip([dx, dA[0], dB[0], dA[1], dB[1]], grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

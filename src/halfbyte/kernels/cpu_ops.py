@@ -35,8 +35,14 @@ def fused_library(x: Tensor, blocksize: int, in_features: int) -> Library | None
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
-    native = x.dtype == torch.bfloat16 and x.shape[0] >= BF16_PANEL_ROWS and library.fast_bf16
-    return None if native else library
+    return None if native_bf16(x, blocksize) else library
+
+
+def native_bf16(x: Tensor, blocksize: int) -> bool:
+    """Do products with x (m, n) run in decoded panels on this CPU's own bfloat16?"""
+    library = _library(x.dtype, blocksize)
+    large = x.dtype == torch.bfloat16 and x.shape[0] >= BF16_PANEL_ROWS
+    return large and library is not None and library.fused_linear and library.fast_bf16
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")
