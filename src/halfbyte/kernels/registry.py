@@ -26,6 +26,11 @@ ISA_VARIABLE = "HALFBYTE_ISA"
 CUDA_VARIABLE = "HALFBYTE_CUDA_KERNELS"
 CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
+LAYER_OPS = (
+    "lora_linear_4bit", "linear_frozen", "softmax_cross_entropy_", "packed_attention", "rms_norm", "rope_", "gated",
+    "adamw_32bit_", "adamw_8bit_",
+)  # fmt: skip
+"""What a training step needs besides; natively on the CPU alone so far."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +148,15 @@ def kernel_report() -> list[KernelRow]:
     """What serves each operator on each device of this machine."""
     choice = cpu_choice()
     rows = []
-    for op in OPS:
+    for op in (*OPS, *LAYER_OPS):
         if choice.library is None:
             kernel, reason = "torch reference", choice.reason
-        elif op.startswith("linear") and not choice.library.fused_linear:
+        elif op in LAYER_OPS and not choice.library.fused_linear and not op.startswith("adamw"):
+            kernel, reason = "torch reference", f"{choice.reason}; it has no vectors"
+        elif op.startswith("linear_4bit") and not choice.library.fused_linear:
             kernel = f"{choice.library.isa} decode in panels + torch matmul"
             reason = f"{choice.reason}; it has no fused matrix product"
-        elif op.startswith("linear"):
+        elif op.startswith("linear_4bit"):
             kernel, reason = f"{choice.library.isa} fused", choice.reason
             if choice.library.fast_bf16:
                 reason += "; large bfloat16 products run in decoded panels on this CPU's native bfloat16"
