@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.compute_dtype import choose_compute_dtype
-from halfbyte.model.generate import generate_ids, prompt_ids, stop_ids
+from halfbyte.model.generate import generate, generate_ids, prompt_ids, stop_ids
 from halfbyte.model.load import load_model
 from halfbyte.model.source import load_tokenizer
 
@@ -53,6 +53,18 @@ def test_greedy_is_the_likeliest_token_each_time(model: Any, tokenizer: Any) -> 
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     assert found == ids[len(PROMPTS[0]) :]
+
+
+def test_one_prompt_is_answered_natively_and_as_transformers_does(make_llama: Any, tokenizer: Any) -> None:
+    folder = make_llama(intermediate_size=128)  # rows of whole blocks
+    model: Any = load_model(str(folder), QuantConfig(), compute_dtype=torch.float32).model
+    (answer,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=40)
+    assert answer.engine == "native"
+    assert answer.tokens_per_s > 0
+    model.generation_config.repetition_penalty = 1.0001  # something that only transformers does, hardly felt
+    (theirs,) = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=40)
+    assert theirs.engine == "the model's generation settings have repetition_penalty"
+    assert theirs.ids == answer.ids
 
 
 def test_batches_change_nothing(model: Any, tokenizer: Any) -> None:

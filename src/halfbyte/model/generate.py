@@ -114,7 +114,7 @@ def _decoder(model: Any, prompts: list[list[int]]) -> Decoder:
     """The native path, tried out on the first prompt. Raises NotCoveredError."""
     if len(prompts) > MOST_IN_TURN:
         raise NotCoveredError(f"{len(prompts)} prompts at once")
-    changed = set(model.generation_config.to_diff_dict()) - PLAIN_SETTINGS
+    changed = {name for name, value in model.generation_config.to_diff_dict().items() if value} - PLAIN_SETTINGS
     if changed:
         raise NotCoveredError(f"the model's generation settings have {', '.join(sorted(changed))}")
     decoder = Decoder(model)
