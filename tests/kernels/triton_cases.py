@@ -222,6 +222,18 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.forward_kernel[(1,)](x, *weight, x, y, 1, rows, 64, 64, **numbers, BIAS=False, **blocks)
     check(y[:, -16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
 
+    # As many rows of x: its elements and the result's lie beyond 2^31, the weight's do not.
+    many, product = out.view(-1, 64), torch.empty(count // 64, 16, dtype=HALF)
+    near = (codes[-512:], absmax[-16:], absmax[-16:], *weight[3:])
+    x = many[-16:].float()
+    program(many.shape[0] // 16 - 1)
+    linear.forward_kernel[(1,)](many, *near, many, product, many.shape[0], 16, 64, 64, **numbers, BIAS=False, **blocks)
+    check(product[-16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+    back = torch.empty_like(many)
+    linear.backward_kernel[(1,)](product, *near, back, many.shape[0], 16, 64, 16, **numbers, **blocks)
+    grad = product[-16:].double()
+    check(back[-16:], grad @ exact, grad.abs() @ exact.abs())
+
     cols = count // 4  # four rows, the last of them beyond 2^31 elements
     dx, grad = torch.empty(1, cols), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     program(0, cols // 64 - 1)

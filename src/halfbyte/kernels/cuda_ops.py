@@ -44,7 +44,6 @@ def _check(weight: Weight, count: int, like: Tensor) -> None:
             raise ValueError(f"{name} on {tensor.device}, the others on {like.device}")
 
 
-@torch.library.impl("halfbyte::quantize_4bit", "CUDA")
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     kernels = _kernels(blocksize, weight.dtype, weight.numel(), quantize=True)
     if kernels is None:
@@ -53,7 +52,6 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
     return result
 
 
-@torch.library.impl("halfbyte::dequantize_4bit", "CUDA")
 def dequantize_4bit(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
     shape: list[int], dtype: torch.dtype,
@@ -71,7 +69,6 @@ def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return result
 
 
-@torch.library.impl("halfbyte::linear_4bit", "CUDA")
 def linear_4bit(
     x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
     blocksize: int, out_features: int, bias: Tensor | None,
@@ -90,7 +87,6 @@ def linear_4bit(
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl("halfbyte::linear_4bit_dx", "CUDA")
 def linear_4bit_dx(
     grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
     blocksize: int, in_features: int,
@@ -103,3 +99,7 @@ def linear_4bit_dx(
         return grad @ _dequantize(weight, (out_features, in_features), grad.dtype)
     dx: Tensor = kernels.linear_dx(grad.reshape(-1, out_features), weight, in_features)
     return dx.view(*grad.shape[:-1], in_features)
+
+
+for _operator in (quantize_4bit, dequantize_4bit, linear_4bit, linear_4bit_dx):
+    torch.library.impl(f"halfbyte::{_operator.__name__}", "CUDA", _operator)
