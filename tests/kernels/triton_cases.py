@@ -176,7 +176,7 @@ def test_parts_of_a_sum_cover_it_once(rows: int, cols: int, m: int) -> None:
             assert (tile.parts - 1) * part < depth <= tile.parts * part
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the program's number is set in the interpreter; a GPU runs the next test")
+@pytest.mark.skipif(not INTERPRETED, reason="sets programs' numbers, which only the interpreter lets one")
 def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """One program of each kernel, as if thousands of millions of elements lay before its own.
 
@@ -239,3 +239,17 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     program(0, cols // 64 - 1)
     linear.backward_kernel[(1,)](grad, *weight, dx, 1, 4, cols, 16, **numbers, **blocks)
     assert torch.equal(dx[0, -64:], exact[-1].float())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no CUDA device: 2^31 elements take the interpreter hours")
+def test_weight_beyond_two_to_the_31() -> None:
+    rows, cols = 2**25 + 32, 64
+    codes = torch.randint(256, (rows * cols // 2,), dtype=torch.uint8, device=DEVICE)
+    absmax = torch.rand(rows, device=DEVICE)
+    packed, last = (codes, absmax, None, 0.0, "nf4", 64), (codes[-1024:], absmax[-32:], None, 0.0, "nf4", 64)
+    exact = dequantize_reference(*last, (32, cols), torch.float32)
+    assert same_bits(codec.dequantize(packed, (rows, cols), HALF)[-32:], exact.to(HALF))
+    x = torch.randn(2, cols, device=DEVICE)
+    for m in (1, 2):
+        y = linear.linear(x[:m], packed, None, rows)[:, -32:]
+        check(y, x[:m].double() @ exact.double().T, x[:m].double().abs() @ exact.double().abs().T)
