@@ -111,3 +111,10 @@ def test_a_wrong_weight_never_reaches_a_kernel(monkeypatch: pytest.MonkeyPatch) 
         cuda_ops.dequantize_4bit(codes, absmax.to("meta"), None, 0.0, "nf4", 64, [8, 64], torch.float32)
     with pytest.raises(ValueError, match="bias"):
         cuda_ops.linear_4bit(x, codes, absmax, None, 0.0, "nf4", 64, 8, torch.randn(7))
+
+
+def test_adamw_without_triton_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ops, "cuda_choice", lambda: CudaChoice(("bitsandbytes",), "test"))
+    pages = [[torch.ones(4)], [torch.ones(4)], [torch.zeros(4)], [torch.zeros(4)]]
+    cuda_ops.adamw_32bit_(*pages, 0.1, 0.9, 0.999, 1e-8, 0.0, 1)
+    torch.testing.assert_close(pages[0][0], torch.full((4,), 0.9))

@@ -145,6 +145,23 @@ def test_tiles_reach_the_tensor_cores_and_fit_in_registers(capability: int, tmp_
 
 
 @needs_compiler
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_adamw_rounds_every_operation(capability: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from halfbyte.kernels.triton import adamw
+
+    for kernel, constants in ((adamw.adamw_32bit_kernel, {"BLOCK": 1024}), (adamw.adamw_8bit_kernel, {})):
+        names = ["param", "grad", "moment", "moment_sq", "absmax", "absmax_sq", "values", "boundaries", "values_sq",
+                 "boundaries_sq"]  # fmt: skip
+        numbers = ["beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root_scale", "eps"]
+        types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("codes", "codes_sq"), "*u8")
+        code = Compiled(kernel, capability, types | dict.fromkeys(numbers, "fp32"), **constants)
+        assert code.count(r"fma\.|approx|div\.full") == 0
+        assert code.count(r"sqrt\.rn\.f32") > 0
+        assert code.stack_bytes(tmp_path) == 0
+
+
+@needs_compiler
 def test_memory_is_read_and_written_in_vectors() -> None:
     pytest.importorskip("triton")
     code = device_code("dequantize", 80, torch.bfloat16)

@@ -25,7 +25,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
+from halfbyte.kernels import adamw  # noqa: E402
 from halfbyte.kernels.triton import codec, linear, tiles  # noqa: E402
+from halfbyte.kernels.triton.adamw import adamw_  # noqa: E402
 
 HALF = torch.float16
 DTYPES = [torch.float32, HALF] if INTERPRETED else [torch.float32, HALF, torch.bfloat16]
@@ -253,3 +255,27 @@ def test_weight_beyond_two_to_the_31() -> None:
     for m in (1, 2):
         y = linear.linear(x[:m], packed, None, rows)[:, -32:]
         check(y, x[:m].double() @ exact.double().T, x[:m].double().abs() @ exact.double().abs().T)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_adamw_equals_the_plain_one(bits: int) -> None:
+    """Three steps of pages of every kind of length: to the bit, moments and their codes too."""
+    torch.manual_seed(0)
+    pages = []
+    for count in (1, 255, 256, 1500):
+        moments = [torch.zeros(count), torch.zeros(count)]
+        if bits == 8:
+            moments = [torch.zeros(size, dtype=kind) for kind, size in
+                       ((torch.uint8, count), (torch.float32, -(-count // 256))) * 2]  # fmt: skip
+        pages.append([tensor.to(DEVICE) for tensor in (torch.randn(count), torch.zeros(count), *moments)])
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        for page in pages:
+            page[1] = (torch.randn(page[0].numel(), device=DEVICE) * 10 ** torch.randint(-9, 3, ()).item()).to(dtype)
+        pages[-1][1][:256] = 0
+        expected = [[tensor.clone() for tensor in page] for page in pages]
+        numbers = (1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
+        plain = adamw.plain_adamw_8bit_ if bits == 8 else adamw.plain_adamw_32bit_
+        plain(*(list(tensors) for tensors in zip(*expected, strict=True)), *numbers)
+        adamw_([tuple(page) for page in pages], adamw.Numbers.of(*numbers))
+        for page, exact in zip(pages, expected, strict=True):
+            assert all(same_bits(a, b) for a, b in zip(page, exact, strict=True))

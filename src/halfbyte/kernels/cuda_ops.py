@@ -6,6 +6,7 @@ power of two) goes to the next in line, at last to the plain-torch reference, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.kernels import adamw
 from halfbyte.kernels.panel import Weight
 from halfbyte.kernels.registry import cuda_choice
 from halfbyte.quant import ops
@@ -101,5 +103,25 @@ def linear_4bit_dx(
     return dx.view(*grad.shape[:-1], in_features)
 
 
-for _operator in (quantize_4bit, dequantize_4bit, linear_4bit, linear_4bit_dx):
+def _adamw(plain: Callable[..., None], lists: tuple[list[Tensor], ...], numbers: tuple[Any, ...]) -> None:
+    pages = list(zip(*lists, strict=True))
+    flat = all(tensor.is_contiguous() and tensor.device == page[0].device for page in pages for tensor in page)
+    if "triton" not in cuda_choice().kernels or not flat:
+        plain(*lists, *numbers)
+        return
+    from halfbyte.kernels.triton.adamw import adamw_
+
+    adamw._check(*lists)
+    adamw_(pages, adamw.Numbers.of(*numbers))
+
+
+def adamw_32bit_(*arguments: Any) -> None:
+    _adamw(adamw.plain_adamw_32bit_, arguments[:4], arguments[4:])
+
+
+def adamw_8bit_(*arguments: Any) -> None:
+    _adamw(adamw.plain_adamw_8bit_, arguments[:6], arguments[6:])
+
+
+for _operator in (quantize_4bit, dequantize_4bit, linear_4bit, linear_4bit_dx, adamw_32bit_, adamw_8bit_):
     torch.library.impl(f"halfbyte::{_operator.__name__}", "CUDA", _operator)

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
-from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of
-from halfbyte.quant import absmax as scales
+from halfbyte.kernels.triton.decode import TINY, block_scale, code_values, on_device_of
 from halfbyte.quant.blocks import num_blocks, num_code_bytes
-
-TINY: tl.constexpr = tl.constexpr(scales.TINY)
 
 RUN: tl.constexpr = tl.constexpr(32)
 """Weights decoded with one scale: the least block size, which divides all others."""

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.quant import absmax as scales
 from halfbyte.quant import blocks
 
 NESTED_BLOCKSIZE: tl.constexpr = tl.constexpr(blocks.NESTED_BLOCKSIZE)
+TINY: tl.constexpr = tl.constexpr(scales.TINY)
 LEAST_BLOCKSIZE = 32
 """The kernels handle block sizes that are powers of two from this on."""
 
