@@ -54,7 +54,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     out.print(f"\ncompute dtype  {result['compute_dtype']}: {reason}", markup=False)
     out.print(f"threads        {result['threads']}")
     out.print(f"memory         {format_bytes(memory.available)} free of {format_bytes(memory.total)}")
-    out.print(f"GPU            {result['cuda'] or 'none; halfbyte has not been run on a GPU yet'}")
+    out.print(f"GPU            {result['cuda'] or 'no CUDA device'}")
     out.print("\n", _speed_table(speeds))
     if speeds["torch dense bfloat16, GFLOP/s"] < SLOW_BF16 * speeds["torch dense float32, GFLOP/s"]:
         out.print("warning: bfloat16 is slow on this CPU; leave quant.compute_dtype at auto", style="yellow")

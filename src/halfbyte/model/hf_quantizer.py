@@ -131,7 +131,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 if name in self.loaded:
-                    module.quantized_weight = self.loaded.pop(name)
+                    module.quantized_weight = self.loaded.pop(name).to(module.weight.device)
                 else:
                     self._initialise(model, name, module)
         # What is saved has the layout of the model's layers: packed weights cannot be split back into a checkpoint's.
