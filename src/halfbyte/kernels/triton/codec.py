@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
-from halfbyte.kernels.triton.decode import TINY, block_scale, code_values, on_device_of
+from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of, safe_divisor
 from halfbyte.quant.blocks import num_blocks, num_code_bytes
 
 RUN: tl.constexpr = tl.constexpr(32)
@@ -49,7 +49,7 @@ def quantize_kernel(
     largest = tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
     tl.store(absmax + block, largest, mask=block * BLOCKSIZE < count)
 
-    divisor = tl.where(largest < TINY, TINY, largest)[:, None]
+    divisor = safe_divisor(largest)[:, None]
     one = tl.full((BLOCKS, 1), 1.0, tl.float32)
     full = (block + 1) * BLOCKSIZE <= count
     exact = tl.div_rn(value, tl.broadcast_to(divisor, (BLOCKS, BLOCKSIZE)))

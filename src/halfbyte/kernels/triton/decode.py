@@ -28,6 +28,15 @@ def on_device_of(tensor: Tensor) -> Any:
 
 
 @triton.jit
+def safe_divisor(largest):
+    """What a block whose largest magnitude is `largest` is divided by: TINY at least, as the reference has it.
+
+    A block of zeros by 1, which gives the same zeros: Triton 3.3 takes TINY, a subnormal, for 0, and makes them NaN.
+    """
+    return tl.where(largest == 0.0, 1.0, tl.where(largest < TINY, TINY, largest))
+
+
+@triton.jit
 def block_scale(absmax, nested_absmax, dynamic_map, nested_offset, block, mask, NESTED: tl.constexpr):
     """float32 scales of the blocks numbered `block` (int64); 0 or the offset where `mask` is off."""
     if NESTED:
