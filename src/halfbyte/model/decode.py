@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from halfbyte.kernels import token_step
 from halfbyte.kernels.cpu import WeightView
 from halfbyte.nn import Linear4bit
+from halfbyte.nn.decoder_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection, rms_norm
 
 MOST_TRIED = 16
@@ -88,7 +89,11 @@ class Decoder:
     def prefill(self, ids: list[int]) -> Tensor:
         """Start anew with a prompt of at least one token; logits (vocab_size,) float32 after it."""
         cache = DynamicCache()
-        logits = self._forward(ids, cache)
+        fuse_layers(self._causal)  # by the descriptions that `try_out` has proven
+        try:
+            logits = self._forward(ids, cache)
+        finally:
+            unfuse_layers(self._causal)
         self._take(cache)
         return logits
 
