@@ -15,11 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 Step = Callable[[], torch.Tensor]
+KEPT_OPEN = ExitStack()
 
 
 def halfbyte_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoint: bool) -> tuple[Any, Step]:
@@ -35,7 +37,7 @@ def halfbyte_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoin
     if checkpoint:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(loaded.model)
-    objective.ready().__enter__()
+    KEPT_OPEN.enter_context(objective.ready())
     rows, length = ids.shape
     labels = ids.clone()
     labels[:, 0] = -100
