@@ -5,8 +5,10 @@ float multiply_add(int64_t iterations, int threads) {
     float total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
-        // As many chains as the inner kernel has, so that the latency of one hides behind the others.
-        vec a = vset(0.0f), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+        // As many chains as the inner kernel has, so that the latency of one hides behind the others; they start
+        // differently, or the compiler would see that they are one.
+        vec a = vset(0.0f), b = vset(1.0f), c = vset(2.0f), d = vset(3.0f), e = vset(4.0f), f = vset(5.0f);
+        vec g = vset(6.0f), h = vset(7.0f), i = vset(8.0f), j = vset(9.0f), k = vset(10.0f), l = vset(11.0f);
         const vec x = vset(0.5f), y = vset(1.0f);
         for (int64_t n = 0; n < iterations; ++n) {
             a = vfma(a, x, y), b = vfma(b, x, y), c = vfma(c, x, y), d = vfma(d, x, y);

@@ -1,5 +1,5 @@
 // One token through all layers, in one parallel region. Every stage splits its rows among the threads; what is short
-// (norms, residual sums) each thread computes for itself, so that a layer needs five barriers, nine with an adapter.
+// (norms, residual sums) each thread computes for itself, so that a layer needs five barriers, up to eight with an adapter.
 // No result depends on the number of threads: each row is summed by one thread, in one order.
 
 struct StepShared {
