@@ -26,8 +26,8 @@ CHUNK = 256
 """The caches grow by at least this many positions, and by half of what they hold."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits between the two ways, as a part of the largest logit. transformers computes in the
-model's dtype, we in float32. Measured over tests/model/test_decode.py's tiny models, with and without adapter, 12 tokens:
-1e-5, 1e-2, and up to 0.17 in bfloat16, whose rounding such models enlarge; what is beyond goes to transformers."""
+model's dtype, we in float32. Measured over the tiny models of tests/model/test_decode.py, with and without adapter, on
+12 tokens: 1e-5, 1e-2, and up to 0.17 in bfloat16, whose rounding such models enlarge; more goes to transformers."""
 
 
 class NotCoveredError(Exception):
