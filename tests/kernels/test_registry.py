@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,3 +110,10 @@ except FileNotFoundError:  # not Linux
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["0", f"{ISA_VARIABLE}=baseline", "1"]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(ISA_VARIABLE in os.environ, reason=f"{ISA_VARIABLE} is set")
+def test_where_there_is_a_compiler_there_is_a_library() -> None:
+    """An install whose build fails goes on without one, and the tests of the instruction sets would all be skipped."""
+    assert cpu_choice().library is not None, cpu_choice().reason
