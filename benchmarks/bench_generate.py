@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=generate_models.MODELS, default="smollm2")
-    parser.add_argument("--work", type=Path, default=Path("bench-generate"))
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
     parser.add_argument("--stacks", default="halfbyte,transformers,bitsandbytes,llama.cpp")
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()

@@ -71,7 +71,7 @@ def halfbyte(*arguments: str, **kwargs: Any) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Hardware, versions and commit, to be stored beside every figure."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     features = [
         name for name, on in torch.cpu.get_capabilities().items() if on is True and name.startswith(("avx", "amx"))
     ]

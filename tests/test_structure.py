@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +181,13 @@ def test_public_names_are_few_and_there() -> None:
         assert getattr(halfbyte, name) is not None
     top = [node for node in ast.walk(tree_of(SOURCE / "__init__.py")) if isinstance(node, ast.ImportFrom)]
     assert not [node for node in top if str(node.module).startswith("halfbyte.") and node.col_offset == 0]
+
+
+def test_no_large_file_is_tracked() -> None:
+    """Models and other results of a run belong into folders that git ignores."""
+    root = SOURCE.parent.parent
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [root / name for name in listed.stdout.split("\0") if name]
+    assert not [file for file in files if file.is_file() and file.stat().st_size > 1_000_000]
