@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from halfbyte.kernels import token_step
 from halfbyte.kernels.cpu import WeightView
 from halfbyte.nn import Linear4bit
-from halfbyte.nn.decoder_layer import fuse_layers, unfuse_layers
+from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection, rms_norm
 
 MOST_TRIED = 16

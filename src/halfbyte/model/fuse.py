@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from halfbyte.nn.decoder_layer import fuse_layers, unfuse_layers
+from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.lora_linear import fuse_lora_layers
 
 _TOKENS = 14

@@ -7,20 +7,22 @@ kept, and what the backward does not read is not computed again: the down projec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, linear_groups, projection
+from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection
+from halfbyte.nn.streamed import StreamedLayer
 
 ops = torch.ops.halfbyte
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Linear layers over the same input, as the operators take them."""
 
     members: tuple[Projection, ...]
@@ -52,18 +54,33 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Call:
+class DecoderCall:
     """One use of a layer: its description, its linear layers as they are now, and where sequences begin."""
 
     spec: LayerSpec
-    qkv: _Group
-    o: _Group
-    gate_up: _Group
-    down: _Group
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
     cos: Tensor
     sin: Tensor
     seq_starts: Tensor
     checkpoint: bool
+    backward_follows: bool
+    streamed: StreamedLayer | None
+    """Where the 4-bit bytes come from, if they do not stay in memory."""
+
+    def in_memory(self, *, backward: bool) -> AbstractContextManager[None]:
+        """Inside the block the 4-bit bytes are there."""
+        if self.streamed is None:
+            return nullcontext()
+        return self.streamed.in_memory(backward=backward, turns=self.backward_follows)
+
+    def part(self, start: int, stop: int) -> DecoderCall:
+        """This call for the rows from `start` to `stop`, both of which begin a sequence or end the last."""
+        inside = (self.seq_starts >= start) & (self.seq_starts <= stop)
+        rows = slice(start, stop)
+        return replace(self, cos=self.cos[rows], sin=self.sin[rows], seq_starts=self.seq_starts[inside] - start)
 
     @property
     def adapters(self) -> list[Tensor]:
@@ -103,7 +120,7 @@ def _norm_backward(g: Tensor, x: Tensor, norm: Norm, rstd: Tensor | None, add: T
     return dx
 
 
-def _rotate(qkv: Tensor, call: _Call, *, inverse: bool = False) -> None:
+def _rotate(qkv: Tensor, call: DecoderCall, *, inverse: bool = False) -> None:
     spec = call.spec
     ops.rope_(qkv, call.cos, call.sin, spec.num_heads + spec.num_kv_heads, spec.head_dim, inverse)
 
@@ -117,7 +134,7 @@ def _head_norms(qkv: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
     return normed, rstd
 
 
-def _until_down(x: Tensor, call: _Call) -> tuple[_Saved, Tensor]:
+def _until_down(x: Tensor, call: DecoderCall) -> tuple[_Saved, Tensor]:
     """The layer up to gate and up; and q, k, v as attention reads them."""
     spec = call.spec
     normed, rstd = _norm(x, spec.input_norm)
@@ -141,7 +158,7 @@ def _until_down(x: Tensor, call: _Call) -> tuple[_Saved, Tensor]:
 
 
 def _mlp_backward(
-    g: Tensor, call: _Call, saved: _Saved, u_down: Tensor, down: Tensor | None, down_rstd: Tensor | None
+    g: Tensor, call: DecoderCall, saved: _Saved, u_down: Tensor, down: Tensor | None, down_rstd: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradient at h, and those of the adapters of gate and up, and of down."""
     spec = call.spec
@@ -158,7 +175,7 @@ def _mlp_backward(
 
 
 def _attention_backward(
-    g_h: Tensor, x: Tensor, call: _Call, saved: _Saved, *, need_dx: bool
+    g_h: Tensor, x: Tensor, call: DecoderCall, saved: _Saved, *, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Gradient at x, and those of the adapters of q, k and v, and of o."""
     spec = call.spec
@@ -183,15 +200,16 @@ def _attention_backward(
     return dx, d_qkv, d_o
 
 
-class _DecoderLayer(torch.autograd.Function):
+class DecoderLayer(torch.autograd.Function):
     """x (T, hidden) -> y (T, hidden); and q, k, v as attention reads them, for a cache: no gradient flows there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, *adapters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, call: DecoderCall, *adapters: Tensor) -> tuple[Tensor, Tensor]:
         spec = call.spec
-        saved, rotated = _until_down(x, call)
-        product = ops.gated(saved.gate_up, spec.activation)
-        down, u_down = call.down.forward(product)
+        with call.in_memory(backward=False):
+            saved, rotated = _until_down(x, call)
+            product = ops.gated(saved.gate_up, spec.activation)
+            down, u_down = call.down.forward(product)
         del product
         y, down_rstd, down_before = down, None, None
         if spec.post_mlp_norm is not None:
@@ -207,140 +225,11 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: DecoderCall = ctx.call
         x, u_down, down, down_rstd, *kept = ctx.saved_tensors[ctx.num_adapters :]
-        saved = _Saved(*kept) if kept else _until_down(x, call)[0]
-        del kept
-        g_h, d_gate_up, d_down = _mlp_backward(g.contiguous(), call, saved, u_down, down, down_rstd)
-        dx, d_qkv, d_o = _attention_backward(g_h, x, call, saved, need_dx=ctx.needs_input_grad[0])
+        with call.in_memory(backward=True):
+            saved = _Saved(*kept) if kept else _until_down(x, call)[0]
+            del kept
+            g_h, d_gate_up, d_down = _mlp_backward(g.contiguous(), call, saved, u_down, down, down_rstd)
+            dx, d_qkv, d_o = _attention_backward(g_h, x, call, saved, need_dx=ctx.needs_input_grad[0])
         return dx, None, *d_qkv, *d_o, *d_gate_up, *d_down
-
-
-_STATES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-"""What torch and transformers set on layers: a fused one keeps it in the layer it stands for."""
-
-
-class FusedLayer(nn.Module):
-    """In the place of a transformers decoder layer, over the same modules under the same names.
-
-    Computes as one function when the call is plain (causal attention within sequences, nothing recorded, 4-bit linear
-    layers with at most one LoRA adapter each and no dropout), and calls the layer it stands for otherwise.
-    """
-
-    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
-        self.__dict__["_plain"] = layer  # not a child: the children are shared, and their names stay
-        super().__init__()
-        del self.__dict__["training"]
-        self._modules = layer._modules
-        self.spec = spec
-
-    @property
-    def plain(self) -> nn.Module:
-        """The layer that this one stands for."""
-        layer: nn.Module = self.__dict__["_plain"]
-        return layer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self.plain)  # transformers knows by their class the layers whose outputs it records
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _STATES:
-            setattr(self.plain, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.plain, name)  # what a model's own code reads off its layers
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the layer it stands for; ``seq_starts`` (cumulative lengths) says where packed sequences begin."""
-        call = None if args else self._call(hidden_states, **kwargs)
-        if call is None:
-            return self.plain(hidden_states, *args, **kwargs)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y, qkv = _DecoderLayer.apply(rows, call, *call.adapters)  # type: ignore[no-untyped-call]
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            self._fill(cache, qkv, hidden_states.shape[0])
-        return y.view(hidden_states.shape)
-
-    @property
-    def _index(self) -> int:
-        index: int = self.get_submodule("self_attn").layer_idx  # type: ignore[assignment]
-        return index
-
-    def _fill(self, cache: Any, qkv: Tensor, batch: int) -> None:
-        """Put keys and values into transformers' cache of this layer."""
-        spec = self.spec
-        heads = qkv.view(batch, -1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim).transpose(1, 2)
-        key, value = heads[:, spec.num_heads :].chunk(2, dim=1)
-        cache.update(key, value, self._index)
-
-    def _call(
-        self, x: Tensor, *, attention_mask: Tensor | None = None, past_key_values: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None, seq_starts: list[int] | None = None,
-        output_attentions: bool = False, **_: Any,
-    ) -> _Call | None:  # fmt: skip
-        """This use of the layer, or None where it is not one that the fused function covers."""
-        if attention_mask is not None or position_embeddings is None or output_attentions:
-            return None
-        if past_key_values is not None and past_key_values.get_seq_length(self._index):
-            return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-        if linear_groups(self.plain) != self.spec.groups:  # an adapter was attached since
-            spec = describe(self.plain)
-            if spec is None:
-                return None
-            self.spec = spec
-        qkv, o, gate_up, down = (self._group(modules, x.dtype) for modules in self.spec.groups)
-        if qkv is None or o is None or gate_up is None or down is None:
-            return None
-        batch, length = x.shape[0], x.shape[1]
-        starts = seq_starts if seq_starts is not None else list(range(0, batch * length + 1, length))
-        cos, sin = (t.expand(batch, -1, -1).reshape(batch * length, -1) for t in position_embeddings)
-        return _Call(
-            self.spec, qkv, o, gate_up, down, cos, sin, torch.tensor(starts, dtype=torch.int32),
-            checkpoint=self.training and bool(getattr(self.plain, "gradient_checkpointing", False)),
-        )  # fmt: skip
-
-    def _group(self, modules: tuple[nn.Module, ...], dtype: torch.dtype) -> _Group | None:
-        members = tuple(projection(module, training=self.training) for module in modules)
-        found = tuple(p for p in members if p is not None)
-        kinds = {(p.base.quant_type, p.base.blocksize) for p in found}
-        same = all(p.base.compute_dtype in (None, dtype) for p in found)
-        return _Group(found) if len(found) == len(members) and len(kinds) == 1 and same else None
-
-
-def fuse_layers(model: nn.Module) -> int:
-    """Put a `FusedLayer` in the place of every decoder layer of `model` that it covers; how many there were.
-
-    Covered is a layer that can be described, whose linear layers are all in 4 bits with at most one plain LoRA adapter
-    each, and on which nobody has put a hook: inside a fused layer the modules are not called. Parameters keep their
-    names and identity. Whether the layers then compute what they did is for the caller to try: a description cannot
-    see what a layer's own `forward` does beyond its modules.
-    """
-    covered = {}
-    for name, module in model.named_modules():
-        candidate = hasattr(module, "self_attn") and not isinstance(module, FusedLayer) and not _hooked(module)
-        spec = describe(module) if candidate else None
-        if spec is not None and all(projection(m, training=True) for group in spec.groups for m in group):
-            covered[name] = FusedLayer(module, spec)
-    for name, layer in covered.items():
-        model.set_submodule(name, layer)
-    return len(covered)
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())
-
-
-def unfuse_layers(model: nn.Module) -> None:
-    """Put back the layers that `fuse_layers` replaced."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FusedLayer):
-            model.set_submodule(name, module.plain)

@@ -143,6 +143,11 @@ class Linear4bit(nn.Linear):
         """The packed codes, flat: `weight` as operators take it."""
         return self._codes
 
+    def place_bytes(self, codes: Tensor, absmax: Tensor) -> None:
+        """Other tensors for the same codes and scales: a weight that comes and goes (see `nn.streamed`)."""
+        self._set_codes(codes)
+        self.absmax = absmax
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight, (out_features, in_features), in `dtype` (default: `weight_dtype`)."""
         return self.quantized_weight.dequantize(dtype)

@@ -16,7 +16,7 @@ from halfbyte.data import Batch, TokenizedData, to_padded
 from halfbyte.errors import DataError
 from halfbyte.model.fuse import same_rows
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
-from halfbyte.nn.decoder_layer import fuse_layers, unfuse_layers
+from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention, supports_packed_attention
 
 PACKED, MASKED, PADDED = "packed", "masked", "padded"

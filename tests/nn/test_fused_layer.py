@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from halfbyte.nn import Linear4bit
-from halfbyte.nn.decoder_layer import FusedLayer, fuse_layers, unfuse_layers
+from halfbyte.nn.fused_layer import FusedLayer, fuse_layers, unfuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention
 
 SMALL: dict[str, Any] = {
