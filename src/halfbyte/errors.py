@@ -14,6 +14,10 @@ Functions raise these for what a user did or has; `assert` is for what only a pr
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 
 class HalfbyteError(Exception):
     """One line for the user: ``where: what: why. fix``.
@@ -67,3 +71,22 @@ class NumericsError(HalfbyteError, ArithmeticError):
     """A value is not finite, nothing is learned, or a result is out of tolerance (exit 5)."""
 
     exit_code = 5
+
+
+_DISK_FIXES = {
+    errno.ENOSPC: "Free some space or choose another folder",
+    errno.EDQUOT: "Free some of your quota or choose another folder",
+    errno.EFBIG: "Raise the limit on file size (ulimit -f) or choose another folder",
+    errno.EROFS: "Choose a folder on a disk that can be written",
+    errno.EACCES: "Choose a folder you may write to",
+    errno.EPERM: "Choose a folder you may write to",
+    errno.EIO: "The disk reports an error: check it, or choose another folder",
+}
+DISK_ERRNOS = frozenset(_DISK_FIXES)
+"""What a system call says when it is the disk that refuses."""
+
+
+def disk_error(where: str | Path, code: int | None, text: str = "", what: str = "cannot be written") -> ResourceError:
+    """The disk refused something at `where` with errno `code`; `text` is the reason where there is none."""
+    fix = _DISK_FIXES.get(code or 0, "Check the disk, or choose another folder")
+    return ResourceError(what, where=str(where), why=os.strerror(code) if code else text, fix=fix)

@@ -13,17 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from halfbyte.dtypes import format_bytes
-from halfbyte.errors import ResourceError
-
-_FIXES = {
-    errno.ENOSPC: "Free some space or choose another folder",
-    errno.EDQUOT: "Free some of your quota or choose another folder",
-    errno.EFBIG: "Raise the limit on file size (ulimit -f) or choose another folder",
-    errno.EROFS: "Choose a folder on a disk that can be written",
-    errno.EACCES: "Choose a folder you may write to",
-    errno.EPERM: "Choose a folder you may write to",
-    errno.EIO: "The disk reports an error: check it, or choose another folder",
-}
+from halfbyte.errors import DISK_ERRNOS, disk_error
 
 
 @contextmanager
@@ -33,30 +23,23 @@ def disk_errors(where: Path, only_below: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         path = Path(os.fsdecode(error.filename)) if error.filename else None
-        foreign = not path.is_relative_to(only_below or path) if path else error.errno not in _FIXES
+        foreign = not path.is_relative_to(only_below or path) if path else error.errno not in DISK_ERRNOS
         if only_below and foreign:
             raise
-        raise _resource_error(where, error.errno, str(error)) from error
+        raise disk_error(where, error.errno, str(error)) from error
     except SafetensorError as error:  # safetensors' writer
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
-        raise _resource_error(where, int(code[1]), str(error)) from error
-
-
-def _resource_error(where: Path, code: int | None, text: str) -> ResourceError:
-    fix = _FIXES.get(code or 0, "Check the disk, or choose another folder")
-    return ResourceError("cannot be written", where=str(where), why=os.strerror(code) if code else text, fix=fix)
+        raise disk_error(where, int(code[1]), str(error)) from error
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
     """ResourceError when the disk of `folder` has less than `num_bytes` free."""
     free = shutil.disk_usage(folder).free if num_bytes else 0
     if free < num_bytes:
-        raise ResourceError(
-            f"needs {format_bytes(num_bytes)}, the disk has {format_bytes(free)} free", where=str(folder),
-            fix=_FIXES[errno.ENOSPC],
-        )  # fmt: skip
+        what = f"needs {format_bytes(num_bytes)}, the disk has {format_bytes(free)} free"
+        raise disk_error(folder, errno.ENOSPC, what=what)
 
 
 def make_folder(path: Path) -> None:
