@@ -25,6 +25,8 @@ from halfbyte.checkpoint.adapter import CONFIG, INFO, WEIGHTS, check_adapter, re
 from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
 from halfbyte.errors import FileError
+from halfbyte.kernels import panel_rule
+from halfbyte.kernels.registry import cpu_choice
 
 logger = logging.getLogger("halfbyte")
 
@@ -164,11 +166,14 @@ def prune_checkpoints(output: str | Path, keep: int, *, step: int | None = None)
 
 
 def environment() -> dict[str, Any]:
-    """What else decides the last bit of a result: versions, processor, threads."""
+    """What else decides the last bit of a result: versions, processor, kernels, threads."""
+    library = cpu_choice().library
     return {
         **versions(),
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "isa": "reference" if library is None else library.isa,
+        "panel_rows": panel_rule().rows,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }

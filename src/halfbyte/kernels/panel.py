@@ -45,7 +45,7 @@ def _panels(
         yield first, panel
 
 
-def _compute_dtype(dtype: torch.dtype, library: Library | None) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype, library: Library | None) -> torch.dtype:
     """float32, unless this CPU multiplies `dtype` natively: else torch's half products are 10 to 100 times slower."""
     native = dtype == torch.bfloat16 and library is not None and library.fast_bf16
     return dtype if native or dtype == torch.float64 else torch.float32
@@ -53,7 +53,7 @@ def _compute_dtype(dtype: torch.dtype, library: Library | None) -> torch.dtype:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, library: Library | None) -> None:
     """out (m, out_features) = x (m, in_features) @ W^T + bias; one dtype."""
-    dtype = _compute_dtype(x.dtype, library)
+    dtype = compute_dtype(x.dtype, library)
     x = x.to(dtype)
     for first, panel in _panels(weight, out.shape[1], x.shape[1], dtype, library):
         columns = out[:, first : first + panel.shape[0]]
@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, library:
 
 def linear_dx(grad: Tensor, weight: Weight, out: Tensor, library: Library | None) -> None:
     """out (m, in_features) = grad (m, out_features) @ W; one dtype. Sums of panels are kept in float32."""
-    dtype = _compute_dtype(grad.dtype, library)
+    dtype = compute_dtype(grad.dtype, library)
     grad = grad.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     total = out.zero_() if out.dtype == wide else torch.zeros(out.shape, dtype=wide)

@@ -17,6 +17,7 @@ from halfbyte.checkpoint.disk import disk_errors, make_folder
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, count_overlap, load_data
 from halfbyte.errors import ConfigError
+from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
@@ -84,6 +85,7 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     _report_data(observer, data, eval_data)
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
+    observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype, on_progress=observer.load_progress
     )
