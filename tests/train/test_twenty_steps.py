@@ -46,6 +46,9 @@ class PlainObjective:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    def loss_sums(self, batches: list[Batch]) -> list[Tensor]:
+        return [self.loss_sum(batch) for batch in batches]
+
     def loss_sum(self, batch: Batch) -> Tensor:
         losses = []
         for start, stop in itertools.pairwise(batch.seq_starts.tolist()):

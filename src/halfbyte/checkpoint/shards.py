@@ -1,6 +1,7 @@
 """Reading safetensors folders tensor by tensor, so that memory holds what is being worked on.
 
-Files are read with plain reads, not mapped: mapped pages count as resident memory and would break a budget.
+Files are read with plain reads: mapped pages count as resident memory and would break a budget. Who wants them shared
+between processes, and left to the system to drop, asks for it.
 Limits (a refusal names the file): header 100,000,000 bytes as in the safetensors library, index 16 MiB.
 """
 
@@ -42,12 +43,17 @@ class TensorInfo:
 class SafetensorsFolder:
     """The tensors of a model folder, with or without an index.
 
+    Args:
+        mapped: let `read` give views of the mapped file: pages are read when touched, belong to the page cache, and
+            all processes that map it share them. Writing to one changes neither the file nor what others see.
+
     Attributes:
         tensors: TensorInfo by name, in file order.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, mapped: bool = False) -> None:
         folder = Path(folder)
+        self._mappings: dict[Path, Tensor] | None = {} if mapped else None
         self.tensors: dict[str, TensorInfo] = {}
         index = folder / INDEX_NAME
         if index.exists():
@@ -85,6 +91,10 @@ class SafetensorsFolder:
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`."""
         info = self.tensors[name]
+        if self._mappings is not None and info.start < info.end and info.start % info.dtype.itemsize == 0:
+            if info.file not in self._mappings:
+                self._mappings[info.file] = _map_file(info.file)
+            return self._mappings[info.file][info.start : info.end].view(info.dtype).view(info.shape)
         return _read_bytes(info, info.start, info.end).view(info.dtype).view(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -176,6 +186,11 @@ def _add_all(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> 
         name = min(twice)
         raise ModelError(f"tensor {name!r} stands in two files", where=str(more[name].file))
     tensors.update(more)
+
+
+def _map_file(path: Path) -> Tensor:
+    with path.open("rb") as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
 def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:

@@ -32,7 +32,7 @@ def chat(
 
     run = load_config(config, settings or (), model__path=model)
     out = console()
-    _, adapted, tokenizer, notes = open_model(run.model.path, adapter, run.quant, out)
+    _, adapted, tokenizer, notes = open_model(run, adapter, out)
     for note in [*notes, COMMANDS]:
         out.print(note, style="dim", markup=False)
     start = [{"role": "system", "content": system}] if system else []

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from halfbyte.config import QuantConfig
+    from halfbyte.config import RunConfig
     from halfbyte.model import LoadedModel
 
 Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .gguf file, or a hub id.")]
@@ -42,10 +42,8 @@ def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:
     sys.stdout.flush()
 
 
-def open_model(
-    model: str, adapter: Path | None, quant: QuantConfig, out: Console
-) -> tuple[LoadedModel, Any, Any, list[str]]:
-    """Load a base, and an adapter onto it after checking that it was trained on these very bytes.
+def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[LoadedModel, Any, Any, list[str]]:
+    """Load the base that `run` names, and an adapter onto it after checking that it was trained on these very bytes.
 
     An adapter that records its base's quantization decides it, so that the base is the one it was trained on.
 
@@ -59,8 +57,10 @@ def open_model(
     from halfbyte.errors import ConfigError
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
     from halfbyte.model.adapt import attach_saved
+    from halfbyte.model.placement import Placement
     from halfbyte.train.setup import tokenizer_sha256
 
+    model, quant = run.model.path, run.quant
     if not model:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
     saved = load_adapter(adapter) if adapter is not None else None
@@ -71,8 +71,9 @@ def open_model(
     dtype, reason = choose_compute_dtype(quant.compute_dtype)
     notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
-        loaded = load_model(model, quant, compute_dtype=dtype, on_progress=bar.update)
-    notes.append(loaded.origin)
+        placement = Placement(weights=run.memory.weights)
+        loaded = load_model(model, quant, compute_dtype=dtype, placement=placement, on_progress=bar.update)
+    notes += [text for text in (loaded.origin, loaded.stream_text) if text]
     if saved is None:
         return loaded, loaded.model, tokenizer, notes
     notes += check_base(

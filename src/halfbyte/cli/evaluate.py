@@ -33,7 +33,7 @@ def evaluate(
 
     out = console()
     tokenized = load_data(run.data.eval, load_tokenizer(run.model.path), run.data)
-    loaded, adapted, _, notes = open_model(run.model.path, adapter, run.quant, out)
+    loaded, adapted, _, notes = open_model(run, adapter, out)
     notes += [f"{count} samples dropped: {reason}" for reason, count in tokenized.report.dropped.items()]
     for note in notes:
         out.print(note, style="dim", markup=False)

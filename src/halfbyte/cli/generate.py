@@ -40,7 +40,7 @@ def generate(
     from halfbyte.model.generate import prompt_ids
 
     out = console()
-    _, adapted, tokenizer, notes = open_model(run.model.path, adapter, run.quant, out)
+    _, adapted, tokenizer, notes = open_model(run, adapter, out)
     for note in notes:
         out.print(note, style="dim", markup=False)
     messages = [{"role": "system", "content": system}] if system else []

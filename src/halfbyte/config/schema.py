@@ -16,6 +16,7 @@ from halfbyte.errors import ConfigError
 
 QuantType = Literal["nf4", "fp4"]
 Schedule = Literal["constant", "linear", "cosine"]
+Weights = Literal["resident", "mmap", "stream"]
 DataFormat = Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "text"]
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -190,6 +191,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """[memory]: where things live."""
+
+    weights: Weights = "resident"
+    """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
+
+    def __post_init__(self) -> None:
+        _require_choice("memory.weights", self.weights, get_args(Weights))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One fine-tuning run. Sections are the tables of the TOML file; see each for its keys."""
 
@@ -199,6 +211,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         steps = self.train.steps

@@ -1,13 +1,38 @@
 """Text -> batches."""
 
-from halfbyte.data.loader import Batch, BatchLoader, Cursor, PaddedBatch, eval_batches, make_batch, to_padded
+from halfbyte.data.loader import (
+    Batch,
+    BatchLoader,
+    Cursor,
+    PaddedBatch,
+    eval_batches,
+    join_batches,
+    make_batch,
+    to_padded,
+)
 from halfbyte.data.pack import pack_sequences
 from halfbyte.data.records import Record, RecordReader
 from halfbyte.data.template import ChatTemplate, Rendered
 from halfbyte.data.tokenize import IGNORE_INDEX, DataReport, Example, TokenizedData, count_overlap, load_data
 
 __all__ = [
-    "IGNORE_INDEX", "Batch", "BatchLoader", "ChatTemplate", "Cursor", "DataReport", "Example", "PaddedBatch", "Record",
-    "RecordReader", "Rendered", "TokenizedData", "count_overlap", "eval_batches", "load_data", "make_batch",
-    "pack_sequences", "to_padded",
+    "IGNORE_INDEX",
+    "Batch",
+    "BatchLoader",
+    "ChatTemplate",
+    "Cursor",
+    "DataReport",
+    "Example",
+    "PaddedBatch",
+    "Record",
+    "RecordReader",
+    "Rendered",
+    "TokenizedData",
+    "count_overlap",
+    "eval_batches",
+    "join_batches",
+    "load_data",
+    "make_batch",
+    "pack_sequences",
+    "to_padded",
 ]  # fmt: skip

@@ -152,6 +152,20 @@ def make_batch(data: TokenizedData, samples: Sequence[int]) -> Batch:
     )
 
 
+def join_batches(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
+    """All of `batches` as one, end to end, and where each begins and the last ends."""
+    bounds = np.cumsum([0, *(batch.num_tokens for batch in batches)]).tolist()
+    starts = [batch.seq_starts[:-1] + offset for batch, offset in zip(batches, bounds, strict=False)]
+    joined = Batch(
+        input_ids=torch.cat([batch.input_ids for batch in batches], dim=1),
+        labels=torch.cat([batch.labels for batch in batches], dim=1),
+        position_ids=torch.cat([batch.position_ids for batch in batches], dim=1),
+        seq_starts=torch.cat([*starts, torch.tensor(bounds[-1:], dtype=torch.int32)]),
+        num_targets=sum(batch.num_targets for batch in batches), num_tokens=bounds[-1],
+    )  # fmt: skip
+    return joined, bounds
+
+
 def to_padded(batch: Batch, pad_token_id: int = 0) -> PaddedBatch:
     """The same sequences, one a row, for models that cannot take packed rows."""
     lengths = batch.seq_starts.diff().tolist()

@@ -48,6 +48,8 @@ class Decoder:
         final_norm = rms_norm(inner.norm) if hasattr(inner, "norm") else None
         if layers is None or rotary is None or final_norm is None:
             raise NotCoveredError("it is not built as layers with rotary positions and a norm after them")
+        if any(hasattr(layer, "streamed") for layer in layers):
+            raise NotCoveredError("its layers are streamed")
         specs = [describe(layer) for layer in layers]
         head = _matrix(causal.get_output_embeddings(), "the output head")
         dtype = final_norm.weight.dtype  # that of activations; embeddings and head may be stored in another

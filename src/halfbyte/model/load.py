@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
+from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
 from halfbyte.kernels import count_nonfinite
 from halfbyte.model.inventory import Inventory, inventory
+from halfbyte.model.placement import RESIDENT, Placement, check_stored, is_streamed, stream_layers
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.quant import QuantizedWeight, quantize_slices, slice_rows
 from halfbyte.quant.weight import SOURCE_DTYPES
+from halfbyte.store import LayerStore
 
 SLICE_ELEMENTS = 8 * 2**20
 """Elements of a large weight that are in memory unquantized at a time (16 MB in 16 bits)."""
@@ -41,6 +44,7 @@ class LoadedModel:
         base_sha256: hash over the names and bytes of all its tensors, 4-bit weights as they are in memory.
         quant: {"quant_type": ..., "blocksize": ..., "double_quant": ...} of the weights in memory.
         inventory: dtypes and bytes by group, and what was left unquantized and why.
+        store: what lends the layers that are streamed their bytes, if any are.
     """
 
     model: PreTrainedModel
@@ -49,6 +53,7 @@ class LoadedModel:
     base_sha256: str
     quant: dict[str, Any]
     inventory: Inventory
+    store: LayerStore | None = None
 
     @property
     def origin(self) -> str:
@@ -59,25 +64,41 @@ class LoadedModel:
             return f"base: quantized while loading to {recipe}"
         return f"base: already in 4 bits ({recipe}) and taken as it is, the settings in [quant] are not applied to it"
 
+    @property
+    def stream_text(self) -> str:
+        """One sentence: what is streamed, and how; empty if nothing is."""
+        if self.store is None:
+            return ""
+        read, held = (format_bytes(size) for size in (self.store.stored_bytes, self.store.nbytes))
+        layers = len(self.store.layers)
+        return f"base: {layers} layers are read as they compute, {read} through {held} of buffers; {self.store.how}"
+
 
 def load_model(
-    path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, on_progress: Progress | None = None
-) -> LoadedModel:
+    path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, placement: Placement = RESIDENT,
+    on_progress: Progress | None = None,
+) -> LoadedModel:  # fmt: skip
     """Load the causal language model called `path`, quantizing every linear layer but the head on the way.
 
     A folder that already holds bitsandbytes' 4-bit weights is taken as it is. Matrices that stay unquantized
     (embeddings, head) keep the dtype of the file; vectors (norms, biases) are held in `compute_dtype`.
 
+    Args:
+        placement: where the 4-bit bytes live; all of them are read once, here, to check and to hash them.
+
     Raises:
         ModelError: files are missing, damaged, or do not fit the config; a weight has NaN or Inf.
+        ConfigError: weights that are not stored in 4 bits cannot be left on disk.
     """
     source = open_source(path)
-    reader = source.open_tensors()
+    check_stored(placement, path, in_4_bits=source.stored_quantization is not None)
+    reader = source.open_tensors(mapped=placement.weights == "mmap")
     model = skeleton(source)
     names = match_names(model, reader, path)
     targets = set(modules_to_quantize(model, quant.skip_modules))
     if source.stored_quantization is not None:  # what its maker left in 16 bits stays so
         targets = {n.removesuffix(".weight") for n, stored in names.items() if _state_names(reader, stored)}
+    streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     hashes: dict[str, bytes] = {}
     for done, (name, stored_name) in enumerate(names.items()):
         if on_progress:
@@ -85,8 +106,10 @@ def load_model(
         module_name, _, leaf = name.rpartition(".")
         if module_name in targets and leaf == "weight":
             weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
-            _place_linear4bit(model, module_name, weight, compute_dtype)
             hashes[name] = _digest(weight.codes, weight.absmax, weight.nested_absmax)
+            if is_streamed(module_name, streamed):
+                weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
+            _place_linear4bit(model, module_name, weight, compute_dtype)
         else:
             tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
             hashes[name] = _digest(tensor)  # as stored: the base is the same in every compute dtype
@@ -95,12 +118,13 @@ def load_model(
             _place(model, name, tensor)
     model.tie_weights()
     _finish(model, compute_dtype)
+    store = stream_layers(model, reader, streamed, names, placement.ring) if streamed else None
     if on_progress:
         on_progress(len(names), len(names), "")
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + hashes[name] for name in sorted(hashes)))
     return LoadedModel(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=digest.hexdigest(),
-        quant=_recipe(source, quant, model), inventory=inventory(model),
+        quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
     )  # fmt: skip
 
 

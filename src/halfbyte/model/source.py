@@ -51,9 +51,13 @@ class Source:
         """Whether the weights come from a .gguf file."""
         return self.path.is_file()
 
-    def open_tensors(self) -> TensorReader:
-        """The weights' reader."""
-        return GgufFile(self.path, self.config) if self.is_gguf else SafetensorsFolder(self.path)
+    def open_tensors(self, *, mapped: bool = False) -> TensorReader:
+        """The weights' reader.
+
+        Args:
+            mapped: give tensors of safetensors files as views of the file, shared with every process that maps it.
+        """
+        return GgufFile(self.path, self.config) if self.is_gguf else SafetensorsFolder(self.path, mapped=mapped)
 
 
 def open_source(path: str) -> Source:

@@ -24,7 +24,7 @@ class Store(Protocol):
 class StreamedLayer:
     """The 4-bit linear layers of one decoder layer; their codes and scales are there inside `in_memory` only.
 
-    Between uses the layers hold meta tensors, so that a use outside fails and cannot read bytes of another layer.
+    Between uses the layers hold empty tensors, so that a use outside fails and cannot read bytes of another layer.
 
     Args:
         store: gives codes and scales of each of `linears`, in turn.
@@ -34,7 +34,7 @@ class StreamedLayer:
 
     def __init__(self, store: Store, index: int, linears: Sequence[Linear4bit]) -> None:
         self._store, self._index, self._linears = store, index, tuple(linears)
-        self._away = [(linear.codes.to("meta"), linear.absmax.to("meta")) for linear in linears]
+        self._away = [(linear.codes.new_empty(0), linear.absmax.new_empty(0)) for linear in linears]
         self._depth = 0
         self._open: list[AbstractContextManager[None]] = []
         self._take_away()

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halfbyte.checkpoint import (
     capture_rng,
     compare_config,
@@ -133,13 +135,16 @@ def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult
 
 
 def _accumulate_gradients(run: Run, batches: list[Batch]) -> float:
-    """Gradients of the step's loss: the sum over all its supervised tokens, divided by their number once."""
+    """Gradients of the step's loss: the sum over all its supervised tokens, divided by their number once.
+
+    Streamed layers see all micro-batches before the next layer is read: the same sums in the same order.
+    """
     targets = sum(batch.num_targets for batch in batches)
     total = 0.0
-    for batch in batches:
-        loss = run.objective.loss_sum(batch) / targets
-        loss.backward()
-        total += float(loss.detach())
+    for together in [[batch] for batch in batches] if run.loaded.store is None else [batches]:
+        losses = [loss / targets for loss in run.objective.loss_sums(together)]
+        torch.autograd.backward(losses)
+        total += sum(float(loss.detach()) for loss in losses)
     return total
 
 
@@ -185,7 +190,7 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
 def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
-    if run.eval_data is not None:
+    if run.eval_data is not None and run.loaded.store is None:  # streamed, every token would read the whole base
         answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
     if answers:
         write_file(output / "answers.md", page(answers).encode())

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.data import Batch, TokenizedData, to_padded
-from halfbyte.errors import DataError
+from halfbyte.data import Batch, TokenizedData, join_batches, to_padded
+from halfbyte.errors import ConfigError, DataError
 from halfbyte.model.fuse import same_rows
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
 from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
@@ -109,6 +109,18 @@ class Objective:
         why = "fused, they gave another result" if self._num_fused else "fused ones know no such modules"
         return f"layers: as transformers wrote them, because {why}"
 
+    def require_fused_layers(self) -> None:
+        """See that layers which borrow their bytes can be trained.
+
+        Raises:
+            ConfigError: they run as transformers wrote them, which saves weights for the backward pass.
+        """
+        if not self._fuse:
+            raise ConfigError(
+                "'stream' is not possible for this architecture", where="memory.weights",
+                why=self._fusion_decision(), fix="Set memory.weights to mmap or resident",
+            )  # fmt: skip
+
     def check_tokens(self, data: TokenizedData) -> None:
         """See that the model knows every token of `data`.
 
@@ -143,6 +155,19 @@ class Objective:
         return F.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
+
+    def loss_sums(self, batches: list[Batch]) -> list[Tensor]:
+        """`loss_sum` of each batch, computed together: every layer takes all of them before the next layer begins."""
+        if len(batches) == 1 or not (self._fuse and self._chunks):
+            return [self.loss_sum(batch) for batch in batches]
+        joined, bounds = join_batches(batches)
+        inputs, _ = self._inputs(joined)
+        hidden = self._decoder(**inputs, micro_batches=bounds, use_cache=False).last_hidden_state
+        parts = hidden.split([batch.num_tokens for batch in batches], dim=1)
+        return [
+            chunked_cross_entropy(part, batch.labels, self._head, self._vocab_size)[0]
+            for part, batch in zip(parts, batches, strict=True)
+        ]
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         if self.layout == PADDED:

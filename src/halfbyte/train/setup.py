@@ -21,6 +21,7 @@ from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
+from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.train.objective import Objective
@@ -87,9 +88,12 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
     observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
-        config.model.path, config.quant, compute_dtype=compute_dtype, on_progress=observer.load_progress
-    )
+        config.model.path, config.quant, compute_dtype=compute_dtype,
+        placement=Placement(weights=config.memory.weights), on_progress=observer.load_progress,
+    )  # fmt: skip
     observer.note(loaded.origin)
+    if loaded.store is not None:
+        observer.note(loaded.stream_text)
     observer.note(str(loaded.inventory))
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -98,6 +102,8 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
         f"scaling {config.lora.scaling:g}"
     )
     objective = Objective(loaded.model)
+    if loaded.store is not None:
+        objective.require_fused_layers()
     for part in (data, eval_data):
         if part is not None:
             objective.check_tokens(part)

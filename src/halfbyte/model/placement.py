@@ -1,0 +1,101 @@
+"""Where the base's 4-bit bytes live: all in memory, mapped from their file, or read from it while they are used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from halfbyte.checkpoint.shards import SafetensorsFolder, TensorInfo
+from halfbyte.errors import ConfigError
+from halfbyte.model.source import TensorReader
+from halfbyte.nn import Linear4bit
+from halfbyte.nn.streamed import StreamedLayer
+from halfbyte.store import Extent, LayerStore
+
+_LAYER = re.compile(r"(.*?\.\d+)\..+")
+"""The decoder layer that a module belongs to: its name up to the first number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What is asked for.
+
+    Attributes:
+        weights: "resident", "mmap" or "stream".
+        resident_layers: of "stream", decoder layers that stay in memory all the same.
+        ring: of "stream", buffers of the size of one layer.
+    """
+
+    weights: str = "resident"
+    resident_layers: int = 0
+    ring: int = 3
+
+    def streamed(self, targets: Iterable[str]) -> dict[str, list[str]]:
+        """The decoder layers that are streamed, in order, with the modules of each among `targets`.
+
+        Those that stay are spread evenly, so that there is time to read between any two.
+        """
+        layers: dict[str, list[str]] = {}
+        for name in targets if self.weights == "stream" else ():
+            found = _LAYER.fullmatch(name)
+            if found:
+                layers.setdefault(found[1], []).append(name)
+        count = max(len(layers) - self.resident_layers, 0)
+        names = list(layers)
+        chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
+        return {name: layers[name] for name in chosen}
+
+
+RESIDENT = Placement()
+
+
+def check_stored(placement: Placement, label: str, *, in_4_bits: bool) -> None:
+    """See that there is a file with the very bytes that are used.
+
+    Raises:
+        ConfigError: the weights are quantized while they are loaded, so there is none.
+    """
+    if placement.weights != "resident" and not in_4_bits:
+        raise ConfigError(
+            f"is not stored in 4 bits, so its weights cannot be left on disk ({placement.weights})", where=label,
+            fix=f"Run: halfbyte quantize --model {label} --output DIR, and train on DIR",
+        )  # fmt: skip
+
+
+def stream_layers(
+    model: nn.Module, stored: TensorReader, layers: dict[str, list[str]], names: dict[str, str], ring: int
+) -> LayerStore:
+    """Have the modules of `layers` borrow codes and scales from the files of `stored`, a safetensors folder.
+
+    Args:
+        layers: modules by decoder layer, all Linear4bit.
+        names: the stored name of each parameter.
+    """
+    assert isinstance(stored, SafetensorsFolder)
+    extents = [
+        [_extent(stored.tensors[name + key]) for module in modules for name in (names[f"{module}.weight"],)
+         for key in ("", ".absmax")]
+        for modules in layers.values()
+    ]  # fmt: skip
+    store = LayerStore(extents, ring)
+    for index, (layer, modules) in enumerate(layers.items()):
+        StreamedLayer(store, index, [_linear4bit(model, name) for name in modules]).attach(model.get_submodule(layer))
+    return store
+
+
+def _extent(info: TensorInfo) -> Extent:
+    return Extent(info.file, info.start, info.end)
+
+
+def _linear4bit(model: nn.Module, name: str) -> Linear4bit:
+    module = model.get_submodule(name)
+    assert isinstance(module, Linear4bit)
+    return module
+
+
+def is_streamed(module: str, layers: dict[str, list[str]]) -> bool:
+    """Whether `module` is one of those in `layers`."""
+    return any(module in modules for modules in layers.values())

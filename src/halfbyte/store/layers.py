@@ -1,0 +1,223 @@
+"""Frozen layers that stay on disk: read ahead of use into a ring of buffers, in the order of a training step.
+
+A step goes up through the layers and down again. Where the next use is guessed wrongly the read is waited for; what
+a user gets is always the layer asked for. Nothing is kept in the page cache where direct I/O works.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+
+from halfbyte.store.direct_io import ALIGNMENT, AlignedBuffer, DirectFile, round_up
+
+GAP = 2**18
+"""Bytes between two tensors that are read over rather than read around."""
+READERS = 2
+"""Buffers that are filled at a time."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor's bytes lie: from `start` to `end` in `file`."""
+
+    file: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A stretch of a file that is read at once, and where it goes in a buffer."""
+
+    file: Path
+    start: int
+    end: int
+    place: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A layer's windows, and where in the buffer each of its tensors then lies."""
+
+    windows: tuple[_Window, ...]
+    tensors: tuple[tuple[int, int], ...]
+    nbytes: int
+
+
+def _layout(extents: Sequence[Extent]) -> _Layout:
+    windows: list[_Window] = []
+    places: dict[int, tuple[int, int]] = {}
+    place = 0
+    for number in sorted(range(len(extents)), key=lambda n: (str(extents[n].file), extents[n].start)):
+        extent = extents[number]
+        last = windows[-1] if windows else None
+        end = round_up(extent.end)
+        if last is not None and last.file == extent.file and extent.start - last.end <= GAP:
+            windows[-1] = last = _Window(last.file, last.start, max(end, last.end), last.place)
+        else:
+            start = extent.start // ALIGNMENT * ALIGNMENT
+            last = _Window(extent.file, start, end, place)
+            windows.append(last)
+        place = last.place + last.end - last.start
+        first = last.place + extent.start - last.start
+        places[number] = first, first + extent.end - extent.start
+    return _Layout(tuple(windows), tuple(places[number] for number in range(len(extents))), place)
+
+
+@dataclass(eq=False)
+class _Slot:
+    buffer: AlignedBuffer
+    layer: int | None = None
+    read: Future[None] | None = None
+    users: int = 0
+    used: int = 0
+    """When it was last used, counted in uses."""
+
+
+@dataclass
+class Traffic:
+    """What a store has done so far."""
+
+    bytes_read: int = 0
+    uses: int = 0
+    waits: int = 0
+    """Uses whose layer was not asked for ahead of time."""
+    seconds_waited: float = 0.0
+
+
+@dataclass(eq=False)
+class LayerStore:
+    """The bytes of some layers, in memory only while they are used or about to be.
+
+    Args:
+        layers: the extents of each layer's tensors, in the order in which a forward pass uses the layers.
+        ring: buffers, each of the size of the largest layer; at least 2, or there is no reading ahead.
+    """
+
+    layers: Sequence[Sequence[Extent]]
+    ring: int = 3
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        if self.ring < 2:
+            raise ValueError(f"a ring of {self.ring} buffers leaves none to read ahead into")
+        self._layouts = [_layout(extents) for extents in self.layers]
+        size = max((layout.nbytes for layout in self._layouts), default=0)
+        self._slots = [_Slot(AlignedBuffer(size)) for _ in range(min(self.ring, len(self._layouts)))]
+        files = {window.file for layout in self._layouts for window in layout.windows}
+        self._files = {file: DirectFile(file) for file in sorted(files)}
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="halfbyte-read")
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the ring."""
+        return sum(slot.buffer.tensor.nbytes for slot in self._slots)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What one pass over all layers reads."""
+        return sum(window.end - window.start for layout in self._layouts for window in layout.windows)
+
+    @property
+    def how(self) -> str:
+        """How files are read, and why not directly where they are not."""
+        return "; ".join(sorted({file.why for file in self._files.values()}))
+
+    @contextmanager
+    def use(self, layer: int, *, backward: bool = False, turns: bool = False) -> Iterator[list[Tensor]]:
+        """The tensors of `layer` as flat uint8, valid inside the block only.
+
+        Args:
+            layer: its number.
+            backward: whether this pass goes down.
+            turns: whether the pass after the one that is going on goes the other way: a forward pass that a backward
+                follows. It decides what is read ahead, nothing else.
+
+        Raises:
+            FileError, ResourceError: the file cannot be read any more.
+        """
+        with self._lock:
+            slot = self._find(layer)
+            if slot is None:
+                self.traffic.waits += 1
+                slot = self._start(layer, keep={layer})
+            slot.users += 1
+            self.traffic.uses += 1
+            slot.used = self.traffic.uses
+        try:
+            self._wait(slot)
+            with self._lock:
+                ahead = list(islice(self._order(layer, backward=backward, turns=turns), len(self._slots)))
+                for following in ahead[: len(self._slots) - 1]:
+                    if self._find(following) is None and self._free(keep={layer, *ahead}):
+                        self._start(following, keep={layer, *ahead})
+            yield [slot.buffer.tensor[start:end] for start, end in self._layouts[layer].tensors]
+        finally:
+            with self._lock:
+                slot.users -= 1
+
+    def close(self) -> None:
+        """Stop reading and give the memory back; tensors handed out must not be used any more."""
+        self._readers.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._slots.clear()
+
+    def _order(self, layer: int, *, backward: bool, turns: bool) -> Iterator[int]:
+        """The layers after `layer`, as the passes to come use them."""
+        last = len(self._layouts) - 1
+        if backward:
+            yield from range(layer - 1, -1, -1)
+            yield from range(last + 1)
+            return
+        yield from range(layer + 1, last + 1)
+        yield from range(last, -1, -1) if turns else range(last + 1)
+
+    def _find(self, layer: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.layer == layer), None)
+
+    def _free(self, keep: set[int]) -> list[_Slot]:
+        """Slots that may be filled anew: not in use, nothing on its way, no layer that is wanted soon."""
+        return [
+            slot for slot in self._slots
+            if not slot.users and slot.layer not in keep and (slot.read is None or slot.read.done())
+        ]  # fmt: skip
+
+    def _start(self, layer: int, keep: set[int]) -> _Slot:
+        free = self._free(keep) or [slot for slot in self._slots if not slot.users]
+        if not free:
+            raise RuntimeError(f"all {len(self._slots)} buffers are in use")
+        slot = min(free, key=lambda s: s.used)
+        if slot.read is not None and not slot.read.cancel():
+            slot.read.exception()  # a wrong guess may still be on its way
+        layout = self._layouts[layer]
+        self.traffic.bytes_read += sum(window.end - window.start for window in layout.windows)
+        slot.layer = layer
+        slot.read = self._readers.submit(self._fill, slot.buffer, layout)
+        return slot
+
+    def _fill(self, buffer: AlignedBuffer, layout: _Layout) -> None:
+        for window in layout.windows:
+            file = self._files[window.file]
+            size = min(window.end, file.nbytes) - window.start
+            file.read_into(buffer.tensor[window.place : window.place + size], window.start)
+
+    def _wait(self, slot: _Slot) -> None:
+        assert slot.read is not None
+        started = time.perf_counter()
+        try:
+            slot.read.result()
+        except BaseException:
+            slot.layer = None  # not to be found again with half of its bytes
+            raise
+        self.traffic.seconds_waited += time.perf_counter() - started

@@ -1,0 +1,95 @@
+"""What a store lends is what the file holds, in any order, whatever it guessed; and it reads no more than it said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.store import Extent, LayerStore
+from halfbyte.store.layers import GAP
+
+SIZES = (5000, 17, 70_000, 1, 4096)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[list[Path], list[list[Extent]]]:
+    """Nine layers of five tensors, of no size or place in particular, in two files of random bytes."""
+    generator = torch.Generator().manual_seed(0)
+    paths, layers = [tmp_path / "a", tmp_path / "b"], []
+    places = dict.fromkeys(paths, 1234)
+    for layer in range(9):
+        extents = []
+        for number, size in enumerate(SIZES):
+            path = paths[(layer + (number == 2)) % 2]  # the large one in the other file
+            extents.append(Extent(path, places[path], places[path] + size + layer))
+            places[path] += size + layer + (2 * GAP if number == 3 else 0)
+        layers.append(extents)
+    for path in paths:
+        path.write_bytes(torch.randint(0, 256, (places[path],), dtype=torch.uint8, generator=generator).numpy().data)
+    return paths, layers
+
+
+def expected(extents: list[Extent]) -> list[bytes]:
+    return [extent.file.read_bytes()[extent.start : extent.end] for extent in extents]
+
+
+@pytest.mark.parametrize("ring", [2, 3, 20])
+def test_every_layer_is_what_the_file_holds(files: tuple[list[Path], list[list[Extent]]], ring: int) -> None:
+    _, layers = files
+    store = LayerStore(layers, ring)
+    up, down = list(range(9)), list(range(8, -1, -1))
+    unexpected = [3, 3, 0, 8, 5]
+    passes = [*((n, False) for n in up), *((n, True) for n in down), *((n, False) for n in unexpected)]
+    for layer, backward in passes:
+        with store.use(layer, backward=backward, turns=True) as tensors:
+            assert [t.numpy().tobytes() for t in tensors] == expected(layers[layer])
+    assert store.traffic.uses == len(passes)
+    assert store.nbytes <= min(ring, 9) * max(store.stored_bytes / 8, 1)
+    store.close()
+
+
+def test_a_step_reads_what_the_ring_cannot_keep(files: tuple[list[Path], list[list[Extent]]]) -> None:
+    """Up and down again through 9 layers with 3 buffers: 9 reads, then 6, then 6 for the next way up."""
+    _, layers = files
+    store = LayerStore(layers, 3)
+    order = [*((n, False) for n in range(9)), *((n, True) for n in range(8, -1, -1))]
+    reads = []
+    for _ in range(3):
+        before = store.traffic.bytes_read
+        for layer, backward in order:
+            with store.use(layer, backward=backward, turns=True):
+                pass
+        reads.append((store.traffic.bytes_read - before) / store.stored_bytes)
+    assert store.traffic.waits == 1  # the very first; all others were under way
+    assert reads[1] == reads[2] == pytest.approx(12 / 9, abs=0.05)
+    store.close()
+
+
+def test_nested_uses_hold_different_buffers(files: tuple[list[Path], list[list[Extent]]]) -> None:
+    _, layers = files
+    store = LayerStore(layers, 2)
+    with store.use(0) as first, store.use(5) as second:
+        assert [t.numpy().tobytes() for t in first] == expected(layers[0])
+        assert [t.numpy().tobytes() for t in second] == expected(layers[5])
+        with pytest.raises(RuntimeError, match="in use"), store.use(7):
+            pass
+    store.close()
+
+
+def test_a_file_that_got_shorter_is_an_error_at_every_use(files: tuple[list[Path], list[list[Extent]]]) -> None:
+    paths, layers = files
+    store = LayerStore(layers, 2)
+    for path in paths:
+        path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(HalfbyteError, match="cut off"), store.use(4):
+            pass
+    store.close()
+
+
+def test_a_ring_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="ring of 1"):
+        LayerStore([], 1)

@@ -1,0 +1,95 @@
+"""Where the base lives changes nothing: the same losses and the same adapter, to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halfbyte.config import QuantConfig, RunConfig
+from halfbyte.errors import ConfigError
+from halfbyte.model.load import load_model
+from halfbyte.model.placement import Placement
+from halfbyte.model.quantize import quantize_model
+from halfbyte.nn import Linear4bit
+from halfbyte.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(make_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six layers, stored in 4 bits."""
+    path = tmp_path_factory.mktemp("stored") / "model"
+    quantize_model(str(make_llama(num_hidden_layers=6)), path, QuantConfig())
+    return path
+
+
+def outcome(config: RunConfig) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Losses and gradient norms, step by step, and the adapter."""
+    result = train(config)
+    lines = (Path(config.train.output) / "metrics.jsonl").read_text().splitlines()
+    numbers = [
+        (e["event"], e["step"], e.get("loss", e.get("eval_loss")), e.get("grad_norm")) for e in map(json.loads, lines)
+    ]
+    return numbers, load_file(Path(result.adapter) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_streamed_and_mapped_runs_are_the_resident_one(
+    folder: Path, make_run: Callable[..., RunConfig], eval_file: Path, checkpointing: bool
+) -> None:
+    """With three micro-batches a step, which streamed layers take together and resident ones one by one."""
+    settings = {
+        "model__path": str(folder), "train__gradient_accumulation_steps": 3, "train__eval_every": 3,
+        "train__gradient_checkpointing": checkpointing, "data__eval": str(eval_file),
+    }  # fmt: skip
+    numbers, adapter = outcome(make_run("resident", **settings))
+    assert len({loss for _, _, loss, _ in numbers}) > 6
+    for weights in ("stream", "mmap"):
+        found, other = outcome(make_run(weights, memory__weights=weights, **settings))
+        assert found == numbers
+        assert all(torch.equal(other[name], tensor) for name, tensor in adapter.items())
+        assert other.keys() == adapter.keys()
+
+
+def test_layers_that_stay_are_spread_and_hold_their_bytes(folder: Path) -> None:
+    resident = load_model(str(folder), QuantConfig(), compute_dtype=torch.float32)
+    some = load_model(
+        str(folder),
+        QuantConfig(),
+        compute_dtype=torch.float32,
+        placement=Placement(weights="stream", resident_layers=3),
+    )
+    assert some.base_sha256 == resident.base_sha256
+    assert some.store is not None
+    assert len(some.store.layers) == 3
+    layers = some.model.get_submodule("model.layers")
+    streamed = [hasattr(layer, "streamed") for layer in layers]
+    assert streamed == [False, True, False, True, False, True]
+    sizes = [sum(m.codes.numel() for m in layer.modules() if isinstance(m, Linear4bit)) for layer in layers]
+    assert [size == 0 for size in sizes] == streamed
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(some.model(ids).logits, resident.model(ids).logits)
+
+
+def test_weights_that_are_quantized_on_loading_have_no_file(
+    tiny_llama: Path, make_run: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=r"not stored in 4 bits.*halfbyte quantize"):
+        train(make_run(memory__weights="stream"))
+
+
+def test_plain_layers_are_not_trained_while_streamed(folder: Path) -> None:
+    """What they would save for the backward pass would be another layer's bytes by then."""
+    model = load_model(
+        str(folder), QuantConfig(), compute_dtype=torch.float32, placement=Placement(weights="stream")
+    ).model
+    with pytest.raises(ConfigError, match="cannot be trained while they are streamed"):
+        model(torch.arange(12)[None])
