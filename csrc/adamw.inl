@@ -33,6 +33,14 @@ inline void encode_states(const float* x, const hb_state_map& map, int64_t n, ui
     }
 }
 
+void quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t* codes, float* absmax, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(n * 4, threads))
+    for (int64_t block = 0; block < divide_up(n, state_block); ++block) {
+        const int64_t start = block * state_block;
+        encode_states(x + start, *map, at_most(state_block, n - start), codes + start, absmax + block);
+    }
+}
+
 template <class T>
 inline void adamw_elements(const hb_adamw_numbers& a, const T* grad, int64_t n, float* __restrict param,
                            float* __restrict exp_avg, float* __restrict exp_avg_sq) {

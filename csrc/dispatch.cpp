@@ -101,6 +101,11 @@ int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void*
     return HB_OK;
 }
 
+int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t* codes, float* absmax, int threads) {
+    current()->quantize_8bit(x, n, map, codes, absmax, threads);
+    return HB_OK;
+}
+
 int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count, const hb_state_map* maps,
              int threads) {
     current()->adamw(numbers, pages, count, maps, threads);

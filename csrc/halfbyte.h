@@ -107,6 +107,10 @@ HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threa
 // round-to-nearest-even cast.
 HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads);
 
+// n floats -> codes[n] of `map`, absmax[ceil(n / 256)]: each block of 256 times the reciprocal of its largest magnitude.
+HB_API int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t* codes, float* absmax,
+                            int threads);
+
 // One step in place; maps[0] is exp_avg's, maps[1] exp_avg_sq's, read only where moments have 8 bits.
 HB_API int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count,
                     const hb_state_map* maps, int threads);

@@ -55,6 +55,7 @@ extern const hb_table hb_table_avx2 = {
     hb_avx2::quantize,
     hb_avx2::count_nonfinite,
     hb_avx2::dequantize,
+    hb_avx2::quantize_8bit,
     hb_avx2::adamw,
     hb_avx2::linear,
     hb_avx2::linear_backward,

@@ -55,6 +55,7 @@ extern const hb_table hb_table_avx512 = {
     hb_avx512::quantize,
     hb_avx512::count_nonfinite,
     hb_avx512::dequantize,
+    hb_avx512::quantize_8bit,
     hb_avx512::adamw,
     hb_avx512::linear,
     hb_avx512::linear_backward,

@@ -55,4 +55,4 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d
 }  // namespace
 
 extern const hb_table hb_table_baseline = {hb_baseline::quantize, hb_baseline::count_nonfinite, hb_baseline::dequantize,
-                                           hb_baseline::adamw};
+                                           hb_baseline::quantize_8bit, hb_baseline::adamw};

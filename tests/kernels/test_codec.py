@@ -8,7 +8,8 @@ from torch import Tensor
 
 import halfbyte.kernels as kernels
 from halfbyte.kernels.registry import cpu_choice
-from halfbyte.quant.absmax import compress_absmax
+from halfbyte.quant.absmax import compress_absmax, quantize_8bit_reference
+from halfbyte.quant.codebook import dynamic_boundaries
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,6 +102,20 @@ def test_equals_bitsandbytes_double_quant(isa: str) -> None:
             packed, state.absmax, state.state2.absmax, float(state.offset), "nf4", 64, [rows, cols], torch.bfloat16
         )
         assert torch.equal(ours, functional.dequantize_4bit(packed, state))
+
+
+def test_eight_bits_equal_the_reference(isa: str) -> None:
+    """Ragged sizes; blocks of zeros, of one value, of subnormals; numbers on and beside every boundary."""
+    bounds = dynamic_boundaries()
+    edges = (bounds, bounds.nextafter(torch.ones(1)), bounds.nextafter(-torch.ones(1)))
+    cases = [torch.randn(n) for n in (0, 1, 255, 256, 257, 100_003)]
+    cases += [torch.zeros(300), torch.full((300,), -0.25), torch.randn(300) * 1e-40]
+    cases += [torch.cat([torch.ones(1), edge]) for edge in edges]  # the 1 makes the scale 1
+    for x in cases:
+        codes, absmax = torch.ops.halfbyte.quantize_8bit(x)
+        codes_ref, absmax_ref = quantize_8bit_reference(x)
+        assert same_bits(codes, codes_ref)
+        assert same_bits(absmax, absmax_ref)
 
 
 def test_non_contiguous_inputs(isa: str) -> None:

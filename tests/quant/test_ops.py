@@ -26,6 +26,11 @@ def test_quantize() -> None:
         opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(shape), "nf4", 64))
 
 
+def test_quantize_8bit() -> None:
+    for count in (0, 256, 300):
+        opcheck(torch.ops.halfbyte.quantize_8bit, (torch.randn(count),))
+
+
 def test_dequantize(weight: QuantizedWeight) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         opcheck(torch.ops.halfbyte.dequantize_4bit, (*weight.op_args, [32, 64], dtype))

@@ -165,8 +165,8 @@ def _cells(boundaries: Tensor) -> Tensor:
 
 
 @cache
-def _maps() -> tuple[Any, list[Tensor]]:
-    """The two maps as the library takes them, and what keeps their memory."""
+def state_maps() -> tuple[Any, list[Tensor]]:
+    """The two maps, signed and unsigned, as the library takes them, and what keeps their memory."""
     maps, kept = [], list[Tensor]()
     for values, boundaries in (
         (dynamic_map(), dynamic_boundaries()),
@@ -190,7 +190,7 @@ def _native(lists: tuple[list[Tensor], ...], numbers: tuple[Any, ...]) -> bool:
             pointers = [*pointers[:3], None, pointers[3], None]
         pages.append(AdamwPage(*pointers, page[0].numel(), DTYPES[page[1].dtype]))
     array, values = (AdamwPage * len(pages))(*pages), AdamwNumbers(*astuple(Numbers.of(*numbers)))
-    return run_native("hb_adamw", ct.addressof(values), ct.addressof(array), len(pages), ct.addressof(_maps()[0]))
+    return run_native("hb_adamw", ct.addressof(values), ct.addressof(array), len(pages), ct.addressof(state_maps()[0]))
 
 
 @torch.library.impl("halfbyte::adamw_32bit_", "CPU")

@@ -6,6 +6,7 @@ panels (decode some rows, multiply, repeat) for the matrix products, so that no 
 
 from __future__ import annotations
 
+import ctypes as ct
 from math import prod
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from halfbyte.kernels import panel
 from halfbyte.kernels.abi import DTYPES, NO_MEMORY
+from halfbyte.kernels.adamw import state_maps
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
 from halfbyte.kernels.crossover import panels_serve
 from halfbyte.kernels.group import GroupView, Member
-from halfbyte.kernels.registry import cpu_choice
+from halfbyte.kernels.registry import cpu_choice, run_native
+from halfbyte.quant.absmax import quantize_8bit_reference
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 
@@ -52,6 +56,18 @@ def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Ten
     if library is None:
         return quantize_reference(weight, quant_type, blocksize)
     return library.quantize(weight, quant_type, blocksize)
+
+
+@torch.library.impl("halfbyte::quantize_8bit", "CPU")
+def _quantize_8bit(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    if x.dtype != torch.float32:
+        return quantize_8bit_reference(x)
+    codes, absmax = torch.empty_like(x, dtype=torch.uint8), x.new_empty(num_blocks(x.numel(), NESTED_BLOCKSIZE))
+    signed = ct.addressof(state_maps()[0])
+    if run_native("hb_quantize_8bit", x.data_ptr(), x.numel(), signed, codes.data_ptr(), absmax.data_ptr()):
+        return codes, absmax
+    return quantize_8bit_reference(x)
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CPU")

@@ -32,9 +32,9 @@ CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
 LAYER_OPS = (
     "lora_linear_4bit", "linear_frozen", "softmax_cross_entropy_", "packed_attention", "rms_norm", "rope_", "gated",
-    "adamw_32bit_", "adamw_8bit_",
+    "adamw_32bit_", "adamw_8bit_", "quantize_8bit",
 )  # fmt: skip
-"""What a training step needs besides; natively on the CPU alone so far."""
+"""What a training step and double quantization need besides; natively on the CPU alone so far."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def kernel_report() -> list[KernelRow]:
     for op in (*OPS, *LAYER_OPS):
         if choice.library is None:
             kernel, reason = "torch reference", choice.reason
-        elif op in LAYER_OPS and not choice.library.fused_linear and not op.startswith("adamw"):
+        elif op in LAYER_OPS and not choice.library.fused_linear and not op.startswith(("adamw", "quantize")):
             kernel, reason = "torch reference", f"{choice.reason}; it has no vectors"
         elif op.startswith("linear_4bit") and not choice.library.fused_linear:
             kernel = f"{choice.library.isa} decode in panels + torch matmul"

@@ -22,14 +22,25 @@ def compress_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
         absmax_codes (num_blocks,) uint8, nested_absmax (ceil(num_blocks/256),) float32, nested_offset.
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    centred = absmax - offset
-    groups = num_blocks(absmax.numel(), NESTED_BLOCKSIZE)
-    padded = torch.nn.functional.pad(centred, (0, groups * NESTED_BLOCKSIZE - centred.numel()))
-    padded = padded.view(groups, NESTED_BLOCKSIZE)
-    nested_absmax = padded.abs().amax(dim=1) if groups else centred.new_zeros(0)
-    scaled = padded * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)
-    codes = torch.bucketize(scaled.reshape(-1), dynamic_boundaries().to(absmax.device), out_int32=True)
-    return codes[: absmax.numel()].to(torch.uint8), nested_absmax, float(offset)
+    codes, nested_absmax = torch.ops.halfbyte.quantize_8bit(absmax - offset)
+    return codes, nested_absmax, float(offset)
+
+
+def quantize_8bit_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of 256 of the dynamic map: a code counts the boundaries strictly below x / absmax.
+
+    Args:
+        x: (n,) float32, finite.
+
+    Returns:
+        codes (n,) uint8, absmax (ceil(n/256),) float32.
+    """
+    groups = num_blocks(x.numel(), NESTED_BLOCKSIZE)
+    padded = torch.nn.functional.pad(x, (0, groups * NESTED_BLOCKSIZE - x.numel())).view(groups, NESTED_BLOCKSIZE)
+    absmax = padded.abs().amax(dim=1) if groups else x.new_zeros(0)
+    scaled = padded * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
+    codes = torch.bucketize(scaled.reshape(-1), dynamic_boundaries().to(x.device), out_int32=True)
+    return codes[: x.numel()].to(torch.uint8), absmax
 
 
 def expand_absmax(absmax_codes: Tensor, nested_absmax: Tensor, nested_offset: float) -> Tensor:

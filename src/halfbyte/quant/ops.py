@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float nested_offset, str quant_type, int blocksize"
 
 torch.library.define("halfbyte::quantize_4bit", "(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)")
+torch.library.define("halfbyte::quantize_8bit", "(Tensor x) -> (Tensor, Tensor)")
 torch.library.define("halfbyte::dequantize_4bit", f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor")
 torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor")
 torch.library.define("halfbyte::linear_4bit_dx", f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor")
@@ -48,6 +50,14 @@ def _quantize_4bit_fake(weight: Tensor, quant_type: str, blocksize: int) -> tupl
     torch._check(weight.is_floating_point(), lambda: f"cannot quantize {weight.dtype}")
     codes = weight.new_empty(num_code_bytes(weight.numel()), dtype=torch.uint8)
     return codes, weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+
+
+torch.library.impl("halfbyte::quantize_8bit", "CompositeExplicitAutograd", quantize_8bit_reference)
+
+
+@torch.library.register_fake("halfbyte::quantize_8bit")
+def _quantize_8bit_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(num_blocks(x.numel(), NESTED_BLOCKSIZE))
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CompositeExplicitAutograd")
