@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfbyte.checkpoint.shard_writer import write_shards
+from halfbyte.checkpoint.shard_writer import Pieces, write_shards
 from halfbyte.checkpoint.shards import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 from halfbyte.errors import ModelError
 
@@ -64,13 +64,21 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         assert folder.dtype(name) == tensor.dtype
 
 
-def test_reads_rows(tmp_path: Path) -> None:
+def test_reads_slices(tmp_path: Path) -> None:
     tensors = tensors_of_all_kinds()
     save_file(tensors, tmp_path / SINGLE_NAME)
     folder = SafetensorsFolder(tmp_path)
-    for name in ("f32", "bf16", "bool", "u8"):
-        for start, stop in ((0, 9), (3, 4), (5, 9), (4, 4)):
-            assert same(folder.read_rows(name, start, stop), tensors[name][start:stop]), (name, start, stop)
+    for name in ("f32", "bf16", "bool", "u8", "empty", "rank 3"):
+        for rows in (1, 4, 9, 100):
+            slices = [part.clone() for part in folder.slices(name, rows)]
+            assert [len(part) for part in slices[:-1]] == [rows] * (len(slices) - 1)
+            assert same(torch.cat([tensors[name][:0], *slices]), tensors[name]), (name, rows)
+
+
+def test_slices_lie_in_one_buffer(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(64, 64), "b": torch.zeros(64, 64)}, tmp_path / SINGLE_NAME)
+    folder = SafetensorsFolder(tmp_path)
+    assert len({part.data_ptr() for name in "ab" for part in folder.slices(name, 5)}) == 1
 
 
 @pytest.mark.parametrize("limit", [1, 500, 1000, 10**9])
@@ -120,6 +128,27 @@ def test_non_contiguous_tensors_are_written(tmp_path: Path) -> None:
     matrix = torch.randn(4, 6)
     write_shards(tmp_path, [("t", matrix.t())])
     assert same(SafetensorsFolder(tmp_path).read("t"), matrix.t())
+
+
+@pytest.mark.parametrize("limit", [1, 500, 10**9])
+def test_pieces_are_written_as_the_whole_is(tmp_path: Path, limit: int) -> None:
+    """Also when every piece lies where the one before it was, and when the tensor has to wait for its place."""
+    tensors = {
+        f"{n} x {dtype}": torch.randn(n, 4).to(dtype) for n in (0, 5, 16) for dtype in (torch.half, torch.float)
+    }
+
+    def parts(tensor: Tensor) -> Iterator[Tensor]:
+        buffer = torch.empty_like(tensor[:3])
+        for rows in tensor.split(3):
+            yield buffer[: len(rows)].copy_(rows)
+
+    (tmp_path / "whole").mkdir()
+    write_shards(tmp_path / "whole", tensors.items(), max_shard_bytes=limit)
+    (tmp_path / "pieces").mkdir()
+    pieces = ((name, Pieces(t.dtype, tuple(t.shape), parts(t))) for name, t in tensors.items())
+    write_shards(tmp_path / "pieces", pieces, max_shard_bytes=limit)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "pieces" / file.name).read_bytes() == file.read_bytes()
 
 
 def sharded(folder: Path) -> dict[str, Tensor]:

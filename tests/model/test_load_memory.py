@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 
 from halfbyte.checkpoint.shard_writer import write_shards
 
-SLICE = 8 * 2**20 * 2
-"""load.SLICE_ELEMENTS in bf16."""
+SLICE = 2 * 2**20 * 2
+"""read.SLICE_ELEMENTS in bf16."""
 CONSTANT = 16 * 2**20
 """For everything else: the slice's codes and scales, the joined codes of one layer beside its parts (4 MB here), the C
 library's free lists. Measured over slice and model together: 2 to 6 MB, as the slice is not full when most is held."""

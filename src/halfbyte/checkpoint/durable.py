@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -176,13 +177,15 @@ def _seal(temp: Path) -> None:
     """fsync every file, then write the manifest. All files get the mode the user's umask gives (safetensors: 0600)."""
     mode = (temp / MARKER).stat().st_mode & 0o777
     files = {}
-    for name in list_files(temp):
-        with (temp / name).open("r+b") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
-            os.fsync(file.fileno())
-        with suppress(OSError):  # a file system without modes
-            (temp / name).chmod(mode)
+    with ThreadPoolExecutor(1) as disk:
+        for name in list_files(temp):
+            with (temp / name).open("r+b") as file:
+                synced = disk.submit(os.fsync, file.fileno())  # while this thread hashes
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
+                synced.result()
+            with suppress(OSError):  # a file system without modes
+                (temp / name).chmod(mode)
     manifest = {"written_by": "halfbyte", "format": FORMAT_VERSION, "files": files}
     with (temp / MANIFEST).open("xb") as file:
         file.write(_json_bytes(manifest))

@@ -1,4 +1,4 @@
-"""Writing safetensors files whose tensors arrive one at a time and are gone again before the next one comes.
+"""Writing safetensors files whose tensors, or pieces of them, arrive one at a time and are gone before the next comes.
 
 The header comes first in the file and is known last, so room is left for it and filled up with spaces, which the
 format allows. Readers want every tensor aligned to its dtype and the format allows no holes: a tensor whose size is
@@ -8,8 +8,10 @@ a multiple of 64 bytes goes to disk at once, the others (scales, JSON) wait for 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,28 @@ ENTRY_BYTES = 160
 _CODES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items()}
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor of which only a piece is in memory at a time: `parts` are its elements in order, in any shapes.
+
+    All of them are taken before the next tensor is asked for, each before the one after it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterator[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Pieces:
+        """A tensor that is whole."""
+        return cls(tensor.dtype, tuple(tensor.shape), iter([tensor]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 class _Shard:
     """One file while it is being written."""
 
@@ -38,26 +62,27 @@ class _Shard:
         self._file.seek(8 + self._room)
         self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._position = 0
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[str, Pieces] = {}
 
-    def fits(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
+    def fits(self, name: str, tensor: Pieces, max_bytes: int) -> bool:
         """Whether `tensor` may still go into this file; the first one always may."""
         header = self._header_used + ENTRY_BYTES + len(name.encode())
         return not self.names or (self.bytes + tensor.nbytes <= max_bytes and header <= self._room)
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Pieces) -> None:
         """Take `tensor`, to disk now or at the end."""
         self.names.append(name)
         self.bytes += tensor.nbytes
         self._header_used += ENTRY_BYTES + len(name.encode())
         if tensor.nbytes % ALIGNMENT:
-            self._waiting[name] = tensor
+            parts = [part.reshape(-1).clone() for part in tensor.parts]
+            self._waiting[name] = replace(tensor, parts=iter(parts))
         else:
             self._write(name, tensor)
 
     def finish(self) -> None:
         """Write what waits, then the header."""
-        for name in sorted(self._waiting, key=lambda n: -self._waiting[n].itemsize):
+        for name in sorted(self._waiting, key=lambda n: -self._waiting[n].dtype.itemsize):
             self._write(name, self._waiting[name])
         header = json.dumps(self._entries, ensure_ascii=False, separators=(",", ":")).encode()
         assert len(header) <= self._room, "ENTRY_BYTES is too small"
@@ -71,29 +96,30 @@ class _Shard:
         """Also when the tensors stop coming."""
         self._file.close()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def _write(self, name: str, tensor: Pieces) -> None:
         end = self._position + tensor.nbytes
         self._entries[name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._position, end],
         }
-        if tensor.nbytes:
-            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._position = end
+        for part in tensor.parts:
+            if part.numel():
+                self._position += self._file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        assert self._position == end, f"{name}: the parts are not of the size announced"
 
 
 def write_shards(
     folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Pieces]],
     *,
     max_shard_bytes: int = 5_000_000_000,
     header_bytes: int = 2**16,
 ) -> tuple[list[Path], int]:
     """Write `tensors` as they come into safetensors files of at most `max_shard_bytes` (or one tensor), and an index.
 
-    Holds one tensor and the small ones of a file in memory. `folder` must exist; durability is the caller's (write
-    into a temporary folder).
+    Holds one tensor, or one piece of it, and the small ones of a file in memory. `folder` must exist; durability is
+    the caller's (write into a temporary folder).
 
     Args:
         header_bytes: room left for each file's header; a file that fills it is ended early (about 250 per tensor).
@@ -109,7 +135,8 @@ def write_shards(
             opened.callback(shard.close)
             return shard
 
-        for name, tensor in tensors:
+        for name, given in tensors:
+            tensor = Pieces.of(given) if isinstance(given, Tensor) else given
             if not shards or not shards[-1].fits(name, tensor, max_shard_bytes):
                 if shards:
                     shards[-1].finish()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class SafetensorsFolder:
         folder = Path(folder)
         self._mappings: dict[Path, Tensor] | None = {} if mapped else None
         self.tensors: dict[str, TensorInfo] = {}
+        self._buffer = _memory(0)
         index = folder / INDEX_NAME
         if index.exists():
             weight_map = _read_index(index)
@@ -95,14 +97,26 @@ class SafetensorsFolder:
             if info.file not in self._mappings:
                 self._mappings[info.file] = _map_file(info.file)
             return self._mappings[info.file][info.start : info.end].view(info.dtype).view(info.shape)
-        return _read_bytes(info, info.start, info.end).view(info.dtype).view(info.shape)
+        data = _memory(info.end - info.start)
+        with info.file.open("rb", buffering=0) as file:
+            _read_into(data, file, info.start)
+        return data.view(info.dtype).view(info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of tensor `name`, (stop - start, ...)."""
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        """Tensor `name` in turn, `rows` rows at a time; each slice is overwritten by the next one, of any tensor.
+
+        One buffer for all: memory fresh from the system costs several times what reading into it does.
+        """
         info = self.tensors[name]
         row = prod(info.shape[1:]) * info.dtype.itemsize
-        data = _read_bytes(info, info.start + start * row, info.start + stop * row)
-        return data.view(info.dtype).view(stop - start, *info.shape[1:])
+        if self._buffer.nbytes < rows * row:
+            self._buffer = _memory(rows * row)
+        with info.file.open("rb", buffering=0) as file:
+            for start in range(0, info.shape[0], rows):
+                count = min(rows, info.shape[0] - start)
+                data = self._buffer[: count * row]
+                _read_into(data, file, info.start + start * row)
+                yield data.view(info.dtype).view(count, *info.shape[1:])
 
 
 def _pickle_hint(folder: Path) -> dict[str, str]:
@@ -193,18 +207,19 @@ def _map_file(path: Path) -> Tensor:
         return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
 
-def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
-    if start == stop:
-        return torch.empty(0, dtype=torch.uint8)
-    # A mapping of its own goes back to the system when it is dropped; the C library would keep it, with holes in it.
-    memory = mmap.mmap(-1, stop - start, **_PRIVATE)
-    data = torch.frombuffer(memory, dtype=torch.uint8)
-    view = memoryview(memory)
-    with info.file.open("rb", buffering=0) as file:
-        file.seek(start)
-        while view:
-            count = file.readinto(view)  # one read gives at most 2 GiB
-            if not count:
-                raise ModelError("the file became shorter while it was read", where=str(info.file))
-            view = view[count:]
-    return data
+def _memory(count: int) -> Tensor:
+    """(count,) uint8 in a mapping of its own, which goes back to the system when it is dropped; the C library would
+    keep it, with holes in it.
+    """
+    return torch.frombuffer(mmap.mmap(-1, count, **_PRIVATE), dtype=torch.uint8) if count else torch.empty(0).byte()
+
+
+def _read_into(data: Tensor, file: FileIO, start: int) -> None:
+    """Fill `data` with the bytes of `file` from `start` on."""
+    view = data.numpy().data
+    file.seek(start)
+    while view:
+        count = file.readinto(view)  # one read gives at most 2 GiB
+        if not count:
+            raise ModelError("the file became shorter while it was read", where=str(file.name))
+        view = view[count:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,12 @@ class GgufFile:
         order = self._row_order(name)
         rows = rows[start:stop] if order is None else rows[order[start:stop]]
         return torch.from_numpy(np.array(dequantize(rows, tensor.tensor_type))).to(self.dtype(name))
+
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]:
+        """Tensor `name`, `rows` rows at a time."""
+        count = self.shape(name)[0]
+        for start in range(0, count, rows):
+            yield self.read_rows(name, start, min(start + rows, count))
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row each row of `name` is: llama.cpp interleaves the two halves of every q and k head."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -17,18 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.config import QuantConfig
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
-from halfbyte.kernels import count_nonfinite
+from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.inventory import Inventory, inventory
 from halfbyte.model.placement import RESIDENT, Placement, check_stored, is_streamed, stream_layers
+from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
-from halfbyte.quant import QuantizedWeight, quantize_slices, slice_rows
-from halfbyte.quant.weight import SOURCE_DTYPES
+from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
 
-SLICE_ELEMENTS = 8 * 2**20
-"""Elements of a large weight that are in memory unquantized at a time (16 MB in 16 bits)."""
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name)."""
 
@@ -97,33 +94,32 @@ def load_model(
     names = match_names(model, reader, path)
     targets = set(modules_to_quantize(model, quant.skip_modules))
     if source.stored_quantization is not None:  # what its maker left in 16 bits stays so
-        targets = {n.removesuffix(".weight") for n, stored in names.items() if _state_names(reader, stored)}
+        targets = {n.removesuffix(".weight") for n, stored in names.items() if state_names(reader, stored)}
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
-    hashes: dict[str, bytes] = {}
-    for done, (name, stored_name) in enumerate(names.items()):
-        if on_progress:
-            on_progress(done, len(names), name)
-        module_name, _, leaf = name.rpartition(".")
-        if module_name in targets and leaf == "weight":
-            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
-            hashes[name] = _digest(weight.codes, weight.absmax, weight.nested_absmax)
-            if is_streamed(module_name, streamed):
-                weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
-            _place_linear4bit(model, module_name, weight, compute_dtype)
-        else:
-            tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
-            hashes[name] = _digest(tensor)  # as stored: the base is the same in every compute dtype
-            if tensor.is_floating_point() and tensor.dim() < 2:
-                tensor = tensor.to(compute_dtype)
-            _place(model, name, tensor)
+    with BaseHash() as base:
+        for done, (name, stored_name) in enumerate(names.items()):
+            if on_progress:
+                on_progress(done, len(names), name)
+            module_name, _, leaf = name.rpartition(".")
+            if module_name in targets and leaf == "weight":
+                weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
+                base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
+                if is_streamed(module_name, streamed):
+                    weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
+                _place_linear4bit(model, module_name, weight, compute_dtype)
+            else:
+                tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
+                base.add(name, tensor)  # as stored: the base is the same in every compute dtype
+                if tensor.is_floating_point() and tensor.dim() < 2:
+                    tensor = tensor.to(compute_dtype)
+                _place(model, name, tensor)
     model.tie_weights()
     _finish(model, compute_dtype)
     store = stream_layers(model, reader, streamed, names, placement.ring) if streamed else None
     if on_progress:
         on_progress(len(names), len(names), "")
-    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + hashes[name] for name in sorted(hashes)))
     return LoadedModel(
-        model=model, source=source, compute_dtype=compute_dtype, base_sha256=digest.hexdigest(),
+        model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
         quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
     )  # fmt: skip
 
@@ -177,72 +173,12 @@ def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict
     return names
 
 
-def read_quantized(
-    reader: TensorReader, name: str, module: nn.Module, quant: QuantConfig, path: str
-) -> QuantizedWeight:
-    """Tensor `name` in 4 bits, in the orientation of nn.Linear: read slice by slice, or taken as it is stored.
-
-    Raises:
-        ModelError: wrong shape or dtype, NaN or Inf; names `path` and the tensor.
-    """
-    where = f"{path}: {name}"
-    state = {n.removeprefix(name + "."): reader.read(n) for n in _state_names(reader, name)}
-    if state:
-        return QuantizedWeight.from_bnb_tensors(reader.read(name), state, name=where)
-    shape = reader.shape(name)
-    _check_shape(shape, _weight_of(module), where)
-    if isinstance(module, Conv1D):  # stored as (in, out)
-        weight = reader.read(name).T.contiguous()
-        return quantize_slices([weight], tuple(weight.shape), weight.dtype, quant, name=where)
-    rows = slice_rows(shape, quant.blocksize, SLICE_ELEMENTS)
-    slices = _slices(reader, name, shape[0], rows)
-    return quantize_slices(slices, shape, reader.dtype(name), quant, name=where)
-
-
-def _state_names(reader: TensorReader, name: str) -> list[str]:
-    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map",
-                "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")  # fmt: skip
-    available = getattr(reader, "tensors", {})
-    return [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in available]
-
-
-def _slices(reader: TensorReader, name: str, count: int, rows: int) -> Iterator[Tensor]:
-    for start in range(0, count, rows):
-        yield reader.read_rows(name, start, min(start + rows, count))
-
-
 def _place_linear4bit(model: nn.Module, name: str, weight: QuantizedWeight, compute_dtype: torch.dtype) -> None:
     old = model.get_submodule(name)
-    _check_shape(weight.shape, _weight_of(old).T if isinstance(old, Conv1D) else _weight_of(old), f"{name}.weight")
+    check_shape(weight.shape, weight_of(old).T if isinstance(old, Conv1D) else weight_of(old), f"{name}.weight")
     layer = Linear4bit.from_quantized(weight, compute_dtype=compute_dtype)
     layer.bias = cast(nn.Parameter, old.bias)  # still empty, or already read
     model.set_submodule(name, layer)
-
-
-def _weight_of(module: nn.Module) -> nn.Parameter:
-    return cast(nn.Parameter, module.weight)
-
-
-def _check_shape(shape: tuple[int, ...], expected: Tensor, where: str) -> None:
-    if tuple(shape) != tuple(expected.shape):
-        raise ModelError(f"has shape {tuple(shape)}, the config says {tuple(expected.shape)}", where=where)
-
-
-def read_unquantized(reader: TensorReader, name: str, expected: Tensor, path: str) -> Tensor:
-    """Tensor `name` as it is stored.
-
-    Raises:
-        ModelError: another shape than `expected`, an unsupported dtype, NaN or Inf; names `path` and the tensor.
-    """
-    where = f"{path}: {name}"
-    _check_shape(reader.shape(name), expected, where)
-    tensor = reader.read(name)
-    if tensor.dtype not in SOURCE_DTYPES:
-        raise ModelError(f"has dtype {tensor.dtype}", where=where, why="float32, bfloat16 and float16 are supported")
-    bad = count_nonfinite(tensor)
-    if bad:
-        raise ModelError(f"has {bad} NaN or Inf", where=where, fix="Use a checkpoint whose weights are finite")
-    return tensor
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -257,11 +193,11 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         raise ModelError(f"{len(left)} tensors were not loaded, first {left[0]!r}")
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype != compute_dtype:
-            model.set_submodule(name, FrozenLinear(_weight_of(module), module.bias))
+            model.set_submodule(name, FrozenLinear(weight_of(module), module.bias))
         elif isinstance(module, nn.Embedding) and module.weight.dtype != compute_dtype:
             module.register_forward_hook(partial(_cast_output, compute_dtype))
         elif type(module) is Conv1D and module.weight.dtype != compute_dtype:
-            weight = nn.Parameter(_weight_of(module).T.contiguous(), requires_grad=False)
+            weight = nn.Parameter(weight_of(module).T.contiguous(), requires_grad=False)
             model.set_submodule(name, FrozenLinear(weight, module.bias))
         elif not isinstance(module, nn.Linear | nn.Embedding):  # convolutions and the like have no mixed product
             for parameter in module.parameters(recurse=False):
@@ -273,14 +209,6 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(dtype)
-
-
-def _digest(*tensors: Tensor | None) -> bytes:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))
-    return digest.digest()
 
 
 def _recipe(source: Source, quant: QuantConfig, model: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model folder in, a bitsandbytes 4-bit folder out; memory holds one tensor and one slice of the input."""
+"""A model folder in, a bitsandbytes 4-bit folder out; memory holds a slice of one tensor and its scales."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint import check_target, write_folder
-from halfbyte.checkpoint.shard_writer import write_shards
+from halfbyte.checkpoint.shard_writer import Pieces, write_shards
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
-from halfbyte.model.load import Progress, match_names, read_quantized, read_unquantized, skeleton
+from halfbyte.model.load import Progress, match_names, skeleton
 from halfbyte.model.memory import peak_memory
+from halfbyte.model.read import unquantized_slices, weight_slices
 from halfbyte.model.source import Source, TensorReader, load_tokenizer, open_source
 from halfbyte.model.targets import linear_names, modules_to_quantize
+from halfbyte.quant import SliceQuantizer
+from halfbyte.quant.blocks import num_code_bytes
 
 COPIED_FILES = ("generation_config.json",)
 
@@ -65,18 +68,24 @@ def quantize_model(
     targets = modules_to_quantize(model, quant.skip_modules)
     counts = {"weights": 0, "bytes": 0}
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Iterator[tuple[str, Tensor | Pieces]]:
         for done, (name, stored_name) in enumerate(names.items()):
             if on_progress:
                 on_progress(done, len(names), name)
             module_name, _, leaf = name.rpartition(".")
             if module_name not in targets or leaf != "weight":
-                yield name, read_unquantized(reader, stored_name, model.get_parameter(name), path)
+                slices = unquantized_slices(reader, stored_name, model.get_parameter(name), path)
+                yield name, Pieces(reader.dtype(stored_name), reader.shape(stored_name), slices)
                 continue
-            weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
+            module = model.get_submodule(module_name)
+            parts, shape = weight_slices(reader, stored_name, module, quant, path)
+            where = f"{path}: {stored_name}"
+            quantizer = SliceQuantizer(parts, shape, reader.dtype(stored_name), quant, name=where)
+            written = torch.empty(num_code_bytes(prod(shape)), dtype=torch.uint8, device="meta")
+            yield name, Pieces(torch.uint8, (written.numel(), 1), quantizer.codes())
+            weight = quantizer.finish(written)
             counts["weights"] += prod(weight.shape)
             counts["bytes"] += weight.nbytes
-            yield name, weight.codes.view(-1, 1)
             for key, tensor in weight.bnb_tensors().items():
                 yield f"{name}.{key}", tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +22,13 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 class TensorReader(Protocol):
-    """Reads tensors one at a time, large ones in rows; names are the checkpoint's."""
+    """Reads tensors whole, or in slices of some rows, of which the next overwrites the last; names are the file's."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str) -> Tensor: ...
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+    def slices(self, name: str, rows: int) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """What a 4-bit weight means: codebooks, block geometry, packing, double quantization, the plain-torch reference."""
 
 from halfbyte.quant.blocks import bits_per_weight, quantized_bytes
-from halfbyte.quant.weight import QuantizedWeight, quantize, quantize_slices, slice_rows
+from halfbyte.quant.weight import QuantizedWeight, SliceQuantizer, quantize, quantize_slices, slice_rows
 
-__all__ = ["QuantizedWeight", "bits_per_weight", "quantize", "quantize_slices", "quantized_bytes", "slice_rows"]
+__all__ = [
+    "QuantizedWeight", "SliceQuantizer", "bits_per_weight", "quantize", "quantize_slices", "quantized_bytes",
+    "slice_rows",
+]  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from halfbyte.config.schema import BLOCKSIZES, QuantConfig
 from halfbyte.errors import ModelError
 from halfbyte.quant import ops
 from halfbyte.quant.absmax import compress_absmax
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
 from halfbyte.quant.codebook import codebook, dynamic_map
 
 if TYPE_CHECKING:
@@ -214,34 +215,59 @@ def quantize_slices(
     Args:
         slices: in order; each but the last holds a multiple of ``2 * blocksize`` elements (see `slice_rows`).
     """
-    codes: list[Tensor] = []
-    scales: list[Tensor] = []
-    bad = 0
-    for part in map(Tensor.detach, slices):
-        if part.dtype not in SOURCE_DTYPES:
-            raise ModelError(f"has dtype {part.dtype}", where=name, why="float32, bfloat16 and float16 are supported")
-        part_codes, part_scales = torch.ops.halfbyte.quantize_4bit(part, config.quant_type, config.blocksize)
-        # A NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
-        if not torch.isfinite(part_scales).all():
-            bad += int((~torch.isfinite(part)).sum())
-        codes.append(part_codes)
-        scales.append(part_scales)
-    if bad:
-        raise ModelError(f"has {bad} NaN or Inf", where=name, fix="Use a checkpoint whose weights are finite")
-    absmax = scales[0] if len(scales) == 1 else torch.cat(scales)
-    nested_absmax, offset = None, 0.0
-    if config.double_quant:
-        absmax, nested_absmax, offset = compress_absmax(absmax)
-    return QuantizedWeight(
-        codes=codes[0] if len(codes) == 1 else torch.cat(codes),
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        nested_offset=offset,
-        quant_type=config.quant_type,
-        blocksize=config.blocksize,
-        shape=shape,
-        dtype=dtype,
-    )
+    quantizer = SliceQuantizer(slices, shape, dtype, config, name=name)
+    parts = quantizer.codes()
+    codes, count = next(parts), num_code_bytes(prod(shape))
+    if codes.numel() < count:
+        whole, filled = codes.new_empty(count), 0
+        for part in chain([codes], parts):
+            whole[filled : filled + part.numel()] = part
+            filled += part.numel()
+        codes = whole
+    return quantizer.finish(codes)
+
+
+class SliceQuantizer:
+    """`quantize_slices` for a caller that takes the codes of each slice away before the next is read."""
+
+    def __init__(
+        self, slices: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype, config: QuantConfig, *, name: str
+    ) -> None:
+        self.shape = shape
+        self._slices, self._dtype, self._config, self._name = slices, dtype, config, name
+        self._scales: list[Tensor] = []
+        self._bad = 0
+
+    def codes(self) -> Iterator[Tensor]:
+        """The codes of each slice, flat."""
+        for part in map(Tensor.detach, self._slices):
+            if part.dtype not in SOURCE_DTYPES:
+                why = "float32, bfloat16 and float16 are supported"
+                raise ModelError(f"has dtype {part.dtype}", where=self._name, why=why)
+            codes, scales = torch.ops.halfbyte.quantize_4bit(part, self._config.quant_type, self._config.blocksize)
+            # NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
+            if not scales.sum().isfinite():
+                self._bad += int((~torch.isfinite(part)).sum())
+            self._scales.append(scales)
+            yield codes
+
+    def finish(self, codes: Tensor) -> QuantizedWeight:
+        """The weight, once `codes()` has been used up; `codes` is all of them, or a meta tensor in their place.
+
+        Raises:
+            ModelError: the slices held NaN or Inf.
+        """
+        if self._bad:
+            fix = "Use a checkpoint whose weights are finite"
+            raise ModelError(f"has {self._bad} NaN or Inf", where=self._name, fix=fix)
+        absmax = self._scales[0] if len(self._scales) == 1 else torch.cat(self._scales)
+        nested_absmax, offset = None, 0.0
+        if self._config.double_quant:
+            absmax, nested_absmax, offset = compress_absmax(absmax)
+        return QuantizedWeight(
+            codes=codes, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset,
+            quant_type=self._config.quant_type, blocksize=self._config.blocksize, shape=self.shape, dtype=self._dtype,
+        )  # fmt: skip
 
 
 def slice_rows(shape: tuple[int, ...], blocksize: int, max_elements: int) -> int:
