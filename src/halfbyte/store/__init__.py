@@ -2,5 +2,18 @@
 
 from halfbyte.store.direct_io import ALIGNMENT, AlignedBuffer, DirectFile
 from halfbyte.store.layers import Extent, LayerStore
+from halfbyte.store.page_pool import PagePool
+from halfbyte.store.tiers import DiskTier, HostTier, Memory, memory_of
 
-__all__ = ["ALIGNMENT", "AlignedBuffer", "DirectFile", "Extent", "LayerStore"]
+__all__ = [
+    "ALIGNMENT",
+    "AlignedBuffer",
+    "DirectFile",
+    "DiskTier",
+    "Extent",
+    "HostTier",
+    "LayerStore",
+    "Memory",
+    "PagePool",
+    "memory_of",
+]

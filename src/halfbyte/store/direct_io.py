@@ -63,6 +63,8 @@ class DirectFile:
         why: why it is, or is not.
     """
 
+    nbytes: int
+
     def __init__(self, path: str | Path) -> None:
         """Open `path` for reading.
 
@@ -83,26 +85,37 @@ class DirectFile:
         Raises:
             ResourceError: the folder cannot be written, or the disk is full.
         """
-        nbytes = round_up(nbytes)
         try:
-            free = shutil.disk_usage(folder).free
-            if free < nbytes:
-                what = f"needs {format_bytes(nbytes)}, the disk has {format_bytes(free)} free"
-                raise disk_error(folder, errno.ENOSPC, what=what)
             file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-            try:
-                if hasattr(os, "posix_fallocate") and nbytes:
-                    os.posix_fallocate(file.fileno(), 0, nbytes)
-                else:
-                    file.truncate(nbytes)
-            except OSError:
-                file.close()
-                raise
         except OSError as error:
             raise disk_error(folder, error.errno, str(error)) from error
         self = cls.__new__(cls)
         self._begin(Path(folder), file)
+        self.grow(nbytes)
         return self
+
+    def grow(self, nbytes: int) -> None:
+        """Make a scratch file `nbytes` long, if it is shorter: with zeros, and room on the disk.
+
+        Raises:
+            ResourceError: the disk is full; the file is as it was.
+        """
+        nbytes = round_up(nbytes)
+        more = nbytes - self.nbytes
+        if more <= 0:
+            return
+        try:
+            free = shutil.disk_usage(self.path).free
+            if free < more:
+                what = f"needs {format_bytes(more)}, the disk has {format_bytes(free)} free"
+                raise disk_error(self.path, errno.ENOSPC, what=what)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), self.nbytes, more)
+            else:
+                self._file.truncate(nbytes)
+        except OSError as error:
+            raise disk_error(self.path, error.errno, str(error)) from error
+        self.nbytes = nbytes
 
     def read_into(self, target: Tensor | memoryview, offset: int) -> None:
         """Fill `target` with the bytes from `offset` on. Goes straight where both places are equal modulo ALIGNMENT.
@@ -135,7 +148,7 @@ class DirectFile:
             ResourceError: the disk refuses.
         """
         view = _bytes_of(source)
-        assert offset + len(view) <= self.nbytes, "a scratch file does not grow"
+        assert offset + len(view) <= self.nbytes, "not within the file"
         for start, stop, straight in self._pieces(view, offset):
             part = view[start - offset : stop - offset]
             if straight:
