@@ -1,23 +1,21 @@
-"""AdamW with moments in 32 or 8 bits, over the paged operators of `kernels.adamw`."""
+"""AdamW with moments in 32 or 8 bits, in tensors or in pages, over the operators of `kernels.adamw`."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.kernels.adamw import BLOCKSIZE
-from halfbyte.quant.blocks import num_blocks
-
-LEAST_8BIT = 4096
-"""Smaller parameters keep 32-bit moments, as in bitsandbytes: they take no memory and are often the sensitive ones."""
-
-_MOMENTS = {32: ("exp_avg", "exp_avg_sq"), 8: ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")}
-"""What a parameter's state holds beside `step`, in the order of the operators' arguments."""
+from halfbyte.dtypes import parse_bytes
+from halfbyte.optim.moments import MOMENTS, bits_of, is_exact, runs_of, saved_moments, update, zero_moments
+from halfbyte.optim.paged import LEAST_BUDGET, PagedMoments
 
 
 class AdamW(Optimizer):
@@ -37,6 +35,11 @@ class AdamW(Optimizer):
         weight_decay: lr * weight_decay of the parameter is taken off at every step.
         bits: 32, or 8 for a quarter of the memory. Like the others it belongs to a group, is saved with the state and
             comes back with it.
+        paged: keep the moments in pages, `budget` bytes of them in memory and the rest on disk. The results are the
+            same to the bit, and so is what `state_dict` gives, so paged and unpaged runs resume each other. `state`
+            holds the number `step` only. All parameters are on one device.
+        budget: bytes, or a size like "1GB" or "512MiB"; at least 8192.
+        offload_dir: the folder of the scratch file, which has no name in it and goes with the process; "" is /var/tmp.
     """
 
     def __init__(
@@ -47,12 +50,27 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bits: int = 32,
+        *,
+        paged: bool = False,
+        budget: int | str = "1GB",
+        offload_dir: str | Path = "",
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} is out of range")
-        if bits not in _MOMENTS:
+        if bits not in MOMENTS:
             raise ValueError(f"bits={bits}: choose 32 or 8")
+        self._paging: tuple[int, str | Path] | None = None
+        self._pages: PagedMoments | None = None
+        if paged:
+            self._paging = parse_bytes(budget), offload_dir or _scratch_folder()
+            if self._paging[0] < LEAST_BUDGET:
+                raise ValueError(f"budget={budget!r}: at least {LEAST_BUDGET} bytes, which is two pages")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._paging:
+            raise TypeError("a paged AdamW is not copied or pickled: part of it is on disk. Use state_dict()")
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -74,60 +92,98 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            together: dict[tuple[torch.device, int, int], list[list[Tensor]]] = {}
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise ValueError("AdamW takes no sparse gradients")
-                state = self._state_of(param, group["bits"])
-                state["step"] += 1
-                moments = [state[name] for name in _MOMENTS[8 if "exp_avg_absmax" in state else 32]]
-                grad = param.grad if param.grad.dtype == torch.bfloat16 else param.grad.float()
-                if param.dtype == torch.float32 and param.is_contiguous():
-                    page = [param, grad.contiguous(), *moments]
-                    together.setdefault((param.device, state["step"], len(page)), []).append(page)
-                    continue
-                exact = param.float().contiguous()
-                _update([[exact, grad.contiguous(), *moments]], group, state["step"])
-                param.copy_(exact)
-            for (_, step, _), pages in together.items():
-                _update(pages, group, step)
+        groups = {param: group for group in self.param_groups for param in group["params"] if param.grad is not None}
+        for param in groups:
+            if param.grad.is_sparse:
+                raise ValueError("AdamW takes no sparse gradients")
+        self._begin({param: group["bits"] for param, group in groups.items()})
+        steps = {}
+        for param in groups:
+            self.state[param]["step"] += 1
+            steps[param] = self.state[param]["step"]
+        if self._pages is not None:
+            for parts in self._pages.sweep(groups):
+                update(parts, groups, steps)
+            return loss
+        runs = [run for param in groups for run in runs_of(param)]
+        parts = [(run, run.cut(self.state[run.param])) for run in runs]
+        update([part for part in parts if is_exact(part[0].param)], groups, steps)
+        for part in parts:  # the others one by one: they are copied on the way
+            if not is_exact(part[0].param):
+                update([part], groups, steps)
         return loss
 
-    def _state_of(self, param: Tensor, bits: int) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if state:
-            return state
-        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"AdamW takes float32 and 16-bit parameters, not {param.dtype}")
-        state["step"] = 0
-        eight = bits == 8 and param.numel() >= LEAST_8BIT
-        for name in _MOMENTS[8 if eight else 32]:
-            if name.endswith("absmax"):
-                state[name] = torch.zeros(num_blocks(param.numel(), BLOCKSIZE), device=param.device)
-            else:
-                dtype = torch.uint8 if eight else torch.float32
-                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        return state
+    def reserve(self) -> str:
+        """Take the memory, and of a paged one the disk, for all parameters now rather than at their first step.
+
+        Returns:
+            Where the moments are, in words.
+
+        Raises:
+            ResourceError: the disk has no room, or refuses.
+        """
+        params = {p: group["bits"] for group in self.param_groups for p in group["params"] if p.requires_grad}
+        self._begin(params)
+        return str(self._pages) if self._pages is not None else "in memory"
+
+    def _begin(self, params: dict[Tensor, int]) -> None:
+        """Give zeros to those of `params` that have no moments yet; the bits are those of their group."""
+        new = {param: bits_of(param.numel(), bits) for param, bits in params.items() if not self.state.get(param)}
+        for param in new:
+            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"AdamW takes float32 and 16-bit parameters, not {param.dtype}")
+        if self._paging and new:
+            if self._pages is None:
+                self._pages = PagedMoments(next(iter(new)).device, *self._paging)
+            self._pages.place(new)
+        for param, bits in new.items():
+            self.state[param] = {"step": 0} | ({} if self._paging else zero_moments(param, bits))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. A paged one's moments are put together in tensors: in host memory, all of them."""
+        if self._pages is None:
+            return super().state_dict()
+        kept = self.state
+        full = {p: state | zero_moments(p, self._pages.bits(p), "cpu") for p, state in kept.items()}
+        self.state = defaultdict(dict, full)
+        try:
+            for parts in self._pages.sweep(kept, write=False):
+                for run, moments in parts:
+                    for whole, part in zip(run.cut(full[run.param]), moments, strict=True):
+                        whole.copy_(part)
+            return super().state_dict()
+        finally:
+            self.state = kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that states keep their dtype beside 16-bit parameters, and are copies."""
-        super().load_state_dict(state_dict)
-        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        """As torch's, except that states keep their dtype beside 16-bit parameters, and are copies.
+
+        Raises:
+            ValueError: the state is not one of these parameters, or not AdamW's.
+        """
+        super().load_state_dict(
+            state_dict | {"state": {}}
+        )  # its casts would make moments of 16 bits, or of four times 8
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if name == "step":
-                    self.state[param][name] = int(value)
-                    continue
-                dtype = torch.uint8 if value.dtype == torch.uint8 else torch.float32
-                self.state[param][name] = value.to(param.device, dtype, copy=True).contiguous()
+        states = {param: state_dict["state"].get(number) for number, param in zip(numbers, params, strict=True)}
+        saved = {param: saved_moments(param, state) for param, state in states.items() if state}
+        self._pages = None  # before there is another one
+        for param, moments in saved.items():
+            self.state[param] = {"step": int(states[param]["step"])}
+            if not self._paging:
+                self.state[param] |= {
+                    name: value.to(param.device, copy=True).contiguous() for name, value in moments.items()
+                }
+        if self._paging and saved:
+            self._pages = PagedMoments(params[0].device, *self._paging)
+            self._pages.place({param: 8 if "exp_avg_absmax" in moments else 32 for param, moments in saved.items()})
+            for parts in self._pages.sweep(saved):
+                for run, into in parts:
+                    for part, value in zip(into, run.cut(saved[run.param]), strict=True):
+                        part.copy_(value)
 
 
-def _update(pages: list[list[Tensor]], group: dict[str, Any], step: int) -> None:
-    """One kernel call for pages (param, grad, *moments) of one device and one layout."""
-    lists = [list(tensors) for tensors in zip(*pages, strict=True)]
-    operator = torch.ops.halfbyte.adamw_8bit_ if len(lists) == 6 else torch.ops.halfbyte.adamw_32bit_
-    operator(*lists, group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)
+def _scratch_folder() -> str:
+    """Where large temporary files belong: /tmp may be memory."""
+    return "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
