@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from halfbyte.errors import ResourceError
 from halfbyte.optim import AdamW
+from halfbyte.store import Memory
 
 LEAST = 8192
 BUDGETS = [LEAST, 3 * 4096, "20kB", "100 KiB", 10**6]
@@ -112,8 +113,7 @@ def test_room_is_taken_before_the_first_step(tmp_path: Path) -> None:
     params = parameters()
     optimizer = AdamW(params, paged=True, budget="100KiB", offload_dir=tmp_path)
     text = optimizer.reserve()
-    assert text.startswith("737.3 kB in pages of 12.3 kB, 98.3 kB in memory, the rest in "), text
-    assert str(tmp_path) in text
+    assert text.startswith(f"737.3 kB in pages of 12.3 kB: 98.3 kB in memory, 663.6 kB in {tmp_path} (the file"), text
     train(params, optimizer, 1, 3)
     assert optimizer.reserve() == text
     assert optimizer._pages is not None
@@ -121,6 +121,22 @@ def test_room_is_taken_before_the_first_step(tmp_path: Path) -> None:
     assert AdamW(params).reserve() == "in memory"
     small = AdamW(params, bits=8, paged=True, budget="100KiB", offload_dir=tmp_path)
     assert small.reserve().startswith("208.9 kB"), "a quarter, and the parameters below 4096 elements in 32 bits"
+
+
+@pytest.mark.parametrize("host_budget", [0, "100kB", None])
+def test_behind_a_device(host_budget: int | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device, host memory, disk, by the same code; here the device is host memory that the disk is kept from."""
+    monkeypatch.setattr(Memory, "is_host", False)
+    ours, theirs = parameters(), parameters()
+    paged = AdamW(ours, paged=True, budget=40_000, host_budget=host_budget, offload_dir=tmp_path)
+    text = paged.reserve()
+    assert ("in host memory" in text) == (host_budget != 0)
+    assert (str(tmp_path) in text) == (host_budget is not None)
+    plain = AdamW(theirs)
+    plain.reserve()
+    train(ours, paged, 0, 4)
+    train(theirs, plain, 0, 4)
+    check_equal(paged, plain)
 
 
 def test_a_disk_without_room_is_an_error_before_anything_changes(tmp_path: Path) -> None:
@@ -135,7 +151,7 @@ def test_a_disk_without_room_is_an_error_before_anything_changes(tmp_path: Path)
     assert all(torch.equal(one, two) for one, two in zip(before, params, strict=True))
     assert not any(optimizer.state.values())
     enough = AdamW(params, paged=True, budget="1GB", offload_dir=tmp_path / "absent")
-    assert enough.reserve().endswith(" in memory"), "no disk where the budget is enough"
+    assert enough.reserve().endswith("1.0 MB in memory"), "no disk where the budget is enough"
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:

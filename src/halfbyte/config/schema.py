@@ -132,6 +132,8 @@ class OptimConfig:
     """Decoupled weight decay."""
     bits: Literal[32, 8] = 32
     """Of each moment that AdamW keeps: 32 (8 bytes a parameter) or 8 (2 bytes, blocks of 256; other numbers)."""
+    paged: bool = False
+    """Keep the moments in pages, beyond 1 GB of them on disk, in memory.offload_dir; the same result to the bit."""
     schedule: Schedule = "constant"
     """constant, linear or cosine (both fall towards 0, which the step after the last would have), after warm-up."""
     warmup_steps: int = 0
@@ -196,6 +198,8 @@ class MemoryConfig:
 
     weights: Weights = "resident"
     """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
+    offload_dir: str = ""
+    """Folder for what does not fit into memory; a file without a name, gone with the process. Else train.output."""
 
     def __post_init__(self) -> None:
         _require_choice("memory.weights", self.weights, get_args(Weights))

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from halfbyte.dtypes import parse_bytes
 from halfbyte.optim.moments import MOMENTS, bits_of, is_exact, runs_of, saved_moments, update, zero_moments
-from halfbyte.optim.paged import LEAST_BUDGET, PagedMoments
+from halfbyte.optim.paged import LEAST_BUDGET, NO_LIMIT, PagedMoments
 
 
 class AdamW(Optimizer):
@@ -23,7 +23,7 @@ class AdamW(Optimizer):
 
     A state holds the number `step` and, of the parameter's shape, `exp_avg` and `exp_avg_sq`: torch's names, float32.
     With 8 bits these two are uint8 codes, and `exp_avg_absmax` and `exp_avg_sq_absmax` (ceil(n/256),) their scales.
-    A 16-bit parameter is updated in fp32, one tensor at a time, and rounded once.
+    A 16-bit parameter is updated in fp32, a run of elements at a time, and rounded once.
 
     With 32 bits it is `torch.optim.AdamW` but for the order of rounding; see docs/numerics.md for the distance.
 
@@ -38,7 +38,8 @@ class AdamW(Optimizer):
         paged: keep the moments in pages, `budget` bytes of them in memory and the rest on disk. The results are the
             same to the bit, and so is what `state_dict` gives, so paged and unpaged runs resume each other. `state`
             holds the number `step` only. All parameters are on one device.
-        budget: bytes, or a size like "1GB" or "512MiB"; at least 8192.
+        budget: bytes, or a size like "1GB" or "512MiB"; at least 8192. On a GPU it is of the GPU's memory.
+        host_budget: likewise, what a GPU's moments may take of host memory before the disk; None is no limit.
         offload_dir: the folder of the scratch file, which has no name in it and goes with the process; "" is /var/tmp.
     """
 
@@ -53,16 +54,18 @@ class AdamW(Optimizer):
         *,
         paged: bool = False,
         budget: int | str = "1GB",
+        host_budget: int | str | None = None,
         offload_dir: str | Path = "",
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} is out of range")
         if bits not in MOMENTS:
             raise ValueError(f"bits={bits}: choose 32 or 8")
-        self._paging: tuple[int, str | Path] | None = None
+        self._paging: tuple[int, int, str | Path] | None = None
         self._pages: PagedMoments | None = None
         if paged:
-            self._paging = parse_bytes(budget), offload_dir or _scratch_folder()
+            host = NO_LIMIT if host_budget is None else parse_bytes(host_budget)
+            self._paging = parse_bytes(budget), host, offload_dir or _scratch_folder()
             if self._paging[0] < LEAST_BUDGET:
                 raise ValueError(f"budget={budget!r}: at least {LEAST_BUDGET} bytes, which is two pages")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})

@@ -1,4 +1,4 @@
-"""Moments in pages: in memory up to a budget, on disk (of a GPU: in host memory) beyond it."""
+"""Moments in pages: beside their parameters up to a budget, then (beside a GPU) in host memory, then on disk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.kernels.adamw import BLOCKSIZE
 from halfbyte.optim.moments import MOMENTS, Run
 from halfbyte.quant.blocks import num_blocks
-from halfbyte.store import ALIGNMENT, DiskTier, PagePool, memory_of
+from halfbyte.store import ALIGNMENT, DiskTier, HostTier, PagePool, memory_of
 
 PAGE_BYTES = 1 << 20
 """Larger ones are not faster (docs/memory.md); a small budget has smaller ones."""
 LEAST_BUDGET = 2 * ALIGNMENT
+NO_LIMIT = 1 << 62
 _BLOCK_BYTES = {32: 2 * 4 * BLOCKSIZE, 8: 2 * (BLOCKSIZE + 4)}
 """What a block of elements takes in a page. A parameter's last block takes as much, so all begin at multiples of 8."""
 
@@ -48,15 +49,17 @@ class PagedMoments:
     Args:
         device: the parameters'.
         budget: bytes of its memory that the moments may take, at least LEAST_BUDGET.
-        folder: where the scratch file goes, if it is needed.
+        host_budget: of a GPU's moments, bytes of host memory they may take beside.
+        folder: where the scratch file for the rest goes, if it is needed.
     """
 
-    def __init__(self, device: torch.device, budget: int, folder: str | Path) -> None:
+    def __init__(self, device: torch.device, budget: int, host_budget: int, folder: str | Path) -> None:
         memory = memory_of(device)
         page_bytes = min(PAGE_BYTES, max(ALIGNMENT, budget // 8 // ALIGNMENT * ALIGNMENT))
         self._device = device
-        self._disk = DiskTier(memory, page_bytes, folder)
-        self._pool = PagePool(page_bytes, budget, memory, [self._disk])
+        host = [] if memory.is_host else [HostTier(memory, page_bytes, host_budget)]
+        self._tiers: list[HostTier | DiskTier] = [*host, DiskTier(memory, page_bytes, folder)]
+        self._pool = PagePool(page_bytes, budget, memory, self._tiers)
         self._bits: dict[Tensor, int] = {}
         self._pages: dict[Tensor, list[int]] = {}
         self._places: list[list[_Place]] = []
@@ -65,8 +68,8 @@ class PagedMoments:
         """Bytes that are free in the last page."""
 
     def bits(self, param: Tensor) -> int:
-        """Of the moments of `param`; 0 where it has none."""
-        return self._bits.get(param, 0)
+        """Of the moments of a parameter that was placed."""
+        return self._bits[param]
 
     def place(self, params: Mapping[Tensor, int]) -> None:
         """Make room for parameters that have none yet, with the bits of each; their moments are zeros.
@@ -110,7 +113,6 @@ class PagedMoments:
             yield [(place.run, place.moments(memory)) for place in self._places[page] if place.run.param in wanted]
 
     def __str__(self) -> str:
-        total, fast = self._pool.pages * self._pool.page_bytes, self._pool.resident_bytes
-        rest = f", the rest in {self._disk}" if fast < total else ""
-        size = format_bytes(self._pool.page_bytes)
-        return f"{format_bytes(total)} in pages of {size}, {format_bytes(fast)} in memory{rest}"
+        total, fast = (format_bytes(n) for n in (self._pool.pages * self._pool.page_bytes, self._pool.resident_bytes))
+        places = ", ".join([f"{fast} in memory", *(str(tier) for tier in self._tiers if tier.nbytes)])
+        return f"{total} in pages of {format_bytes(self._pool.page_bytes)}: {places}"

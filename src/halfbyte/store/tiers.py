@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halfbyte.dtypes import format_bytes
 from halfbyte.store.direct_io import AlignedBuffer, DirectFile
 
 
@@ -73,6 +74,10 @@ class Tier(Protocol):
     capacity: int
     """Pages it may hold."""
 
+    @property
+    def nbytes(self) -> int:
+        """What its pages take."""
+
     def grow(self, pages: int) -> None:
         """Have room for `pages`, or raise."""
 
@@ -90,6 +95,10 @@ class HostTier:
         self.capacity = budget // page_bytes
         self._memory, self._page_bytes, self._pages = memory, page_bytes, list[Tensor]()
 
+    @property
+    def nbytes(self) -> int:
+        return len(self._pages) * self._page_bytes
+
     def grow(self, pages: int) -> None:
         more = pages - len(self._pages)
         self._pages += self._memory.allocate_host(more * self._page_bytes).split(self._page_bytes) if more > 0 else ()
@@ -99,6 +108,9 @@ class HostTier:
 
     def write(self, page: int, source: Tensor) -> None:
         self._memory.copy(self._pages[page], source)
+
+    def __str__(self) -> str:
+        return f"{format_bytes(self.nbytes)} in host memory"
 
 
 class DiskTier:
@@ -110,6 +122,10 @@ class DiskTier:
         self._memory, self._page_bytes, self._folder = memory, page_bytes, folder
         self._file: DirectFile | None = None
         self._staging = SimpleQueue[Tensor]()
+
+    @property
+    def nbytes(self) -> int:
+        return self._file.nbytes if self._file else 0
 
     def grow(self, pages: int) -> None:
         if self._file is None:
@@ -135,7 +151,7 @@ class DiskTier:
             self._staging.put(staging)
 
     def __str__(self) -> str:
-        return f"{self._folder}" + (f" ({self._file.why})" if self._file else "")
+        return f"{format_bytes(self.nbytes)} in {self._folder}" + (f" ({self._file.why})" if self._file else "")
 
     def _take(self) -> Tensor:
         """Host memory on the way to a device, one page for each worker."""

@@ -117,16 +117,25 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     )  # fmt: skip
     steps = config.train.steps or _steps_of(config, loader)
     observer.note(_plan_text(config, loader, steps))
-    optim = config.optim
-    groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     return Run(
         config=config, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded, model=model,
-        objective=objective, optimizer=AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits),
-        steps=steps,
+        objective=objective, optimizer=_make_optimizer(config, model, observer), steps=steps,
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
     )  # fmt: skip
+
+
+def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer) -> AdamW:
+    optim = config.optim
+    groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
+    optimizer = AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
+        offload_dir=config.memory.offload_dir or config.train.output,
+    )  # fmt: skip
+    if optim.paged:
+        observer.note(f"optimizer states: {optimizer.reserve()}")
+    return optimizer
 
 
 def _check_paths(config: RunConfig) -> None:
