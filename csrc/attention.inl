@@ -90,7 +90,7 @@ int attend(const hb_packed& packed, T* out, float* lse, int threads) {
     float* workspace = static_cast<float*>(hb_workspace_take((useful * scratch_floats + wave * head_floats) * 4));
     if (!workspace) return HB_NO_MEMORY;
     float* heads = workspace + useful * scratch_floats;
-    const int64_t eights = h.slots / 8, panels = h.cell(h.p.sequences, h.group, panel_width);
+    const int64_t eights = h.eights.count(), panels = h.panels.count();
     for (int64_t begin = 0; begin < h.p.kv_heads; begin += wave) {
         const int64_t count = at_most(wave, h.p.kv_heads - begin);
 #pragma omp parallel num_threads(useful)
@@ -98,9 +98,9 @@ int attend(const hb_packed& packed, T* out, float* lse, int threads) {
             float* scratch = workspace + thread_number() * scratch_floats;
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < count * eights; ++task) {
-                const int64_t head = task / eights, eight = task % eights, s = h.sequence_of(eight, 1, 8);
-                const int64_t key = (eight - h.cell(s, 1, 8)) * 8, k_head = h.p.heads + begin + head;
-                if (key >= h.length(s)) continue;
+                const int64_t head = task / eights, eight = task % eights, s = h.eights.sequence_of(eight);
+                const int64_t key = (eight - h.eights.first(s)) * 8, k_head = h.p.heads + begin + head;
+                if (key >= h.keys(s)) continue;
                 float* keys = heads + head * head_floats;
                 pack_keys<T>(h, s, key, k_head, forward_keys, keys, nullptr);
                 pack_keys<T>(h, s, key, k_head + h.p.kv_heads, forward_keys, nullptr, keys + keys_floats);
@@ -108,8 +108,7 @@ int attend(const hb_packed& packed, T* out, float* lse, int threads) {
 #pragma omp for schedule(dynamic, 2)
             for (int64_t task = 0; task < count * panels; ++task) {
                 const int64_t head = task / panels, panel = task % panels;
-                const int64_t s = h.sequence_of(panel, h.group, panel_width);
-                const int64_t first = (panel - h.cell(s, h.group, panel_width)) * panel_width;
+                const int64_t s = h.panels.sequence_of(panel), first = (panel - h.panels.first(s)) * panel_width;
                 if (first >= h.length(s) * h.group) continue;
                 const float* keys = heads + head * head_floats;
                 attend_panel(h, s, begin + head, first, keys + h.slot(s) * h.dim,

@@ -30,7 +30,7 @@ struct Scratch {                             // of one thread
     }
 };
 
-// One sequence's keys and values of one head, packed, and a task's sums.
+// The keys and values that one sequence sees of one head, packed, and a task's sums.
 struct Keys {
     const float *turned_k, *turned_v, *k;  // [dim][keys] in blocks, and [key][stride]
     float *dk, *dv;                        // [key][stride]
@@ -156,8 +156,8 @@ struct Split {
         most = at_least(at_most(most, fitting), 1);
     }
     static double scores_of(const Heads& h, int64_t s) {
-        const double n = double(h.length(s)), seen = h.p.window && h.p.window < n ? double(h.p.window) : n / 2;
-        return n * seen * double(h.group);
+        const double n = double(h.length(s)), before = double(h.offset(s)), window = double(h.p.window);
+        return n * double(h.group) * (window > 0 && window < before + n ? window : before + n / 2);
     }
     int64_t wanted(const Heads& h, int64_t s) const {
         const double mine = scores_of(h, s), share = mine * attention_tasks / (scores * double(h.p.kv_heads));
@@ -192,21 +192,26 @@ void part_gradients(const Heads& h, const Gradient<T>& t, int64_t s, int64_t kv_
         block_gradients(h, t, s, kv_head, first, keys, w);
 }
 
-// The sums of eight keys' parts -> their dk and dv.
+// dk and dv of a sequence's own among eight keys: the sums of its tasks, and of those of all that goes on from it.
 template <class T>
-void write_keys(const Heads& h, int64_t s, int64_t key, int64_t kv_head, int64_t parts, const HeadMemory& m, T* dqkv) {
-    for (int64_t j = key; j < at_most(key + 8, h.length(s)); ++j) {
-        const int64_t line = (h.slot(s) + j) * h.stride;
-        T* dk = dqkv + (h.start(s) + j) * h.row + (h.p.heads + kv_head) * h.dim;
-        T* dv = dk + h.p.kv_heads * h.dim;
-        for_lanes(h.dim, [=, &m](int64_t d, auto lanes) {
-            vec k = vzero(), v = vzero();
-            for (int64_t part = 0; part < parts; ++part) {
-                k = vadd(k, lanes.load(m.dk(part) + line + d));
-                v = vadd(v, lanes.load(m.dv(part) + line + d));
-            }
-            lanes.store(dk + d, k), lanes.store(dv + d, v);
-        });
+void write_keys(const Heads& h, const Split& split, int64_t s, int64_t key, int64_t kv_head, const HeadMemory& m,
+                T* dqkv) {
+    const int64_t first = at_least(key, h.offset(s)), count = at_most(key + 8, h.keys(s)) - first;
+    if (count <= 0) return;
+    const int64_t own = (h.slot(s) + first) * h.stride, end = h.end_of_family(s);
+    for (int64_t member = s; member < end; ++member) {
+        const int64_t line = (h.slot(member) + first) * h.stride, parts = split.tasks(h, member);
+        for (int64_t part = member == s; part < parts; ++part)
+            for_lanes(count * h.stride, [=, &m](int64_t i, auto lanes) {
+                float *dk = m.dk(0) + own + i, *dv = m.dv(0) + own + i;
+                lanes.store(dk, vadd(lanes.load(dk), lanes.load(m.dk(part) + line + i)));
+                lanes.store(dv, vadd(lanes.load(dv), lanes.load(m.dv(part) + line + i)));
+            });
+    }
+    for (int64_t j = first; j < first + count; ++j) {
+        T* dk = dqkv + h.token(s, j) * h.row + (h.p.heads + kv_head) * h.dim;
+        copy_row(m.dk(0) + (h.slot(s) + j) * h.stride, h.dim, 1.0f, dk);
+        copy_row(m.dv(0) + (h.slot(s) + j) * h.stride, h.dim, 1.0f, dk + h.p.kv_heads * h.dim);
     }
 }
 
@@ -220,7 +225,7 @@ int attention_gradients(const hb_packed& packed, const Gradient<T>& t, int threa
     float* workspace = static_cast<float*>(hb_workspace_take((useful * scratch_floats + wave * head_floats) * 4));
     if (!workspace) return HB_NO_MEMORY;
     float* heads = workspace + useful * scratch_floats;
-    const int64_t eights = h.slots / 8, parts = h.p.sequences * split.most;
+    const int64_t eights = h.eights.count(), parts = h.p.sequences * split.most;
     for (int64_t begin = 0; begin < h.p.kv_heads; begin += wave) {
         const int64_t count = at_most(wave, h.p.kv_heads - begin);
 #pragma omp parallel num_threads(useful)
@@ -228,10 +233,10 @@ int attention_gradients(const hb_packed& packed, const Gradient<T>& t, int threa
             const Scratch scratch(h, workspace + thread_number() * scratch_floats);
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < count * eights; ++task) {
-                const int64_t head = task / eights, eight = task % eights, s = h.sequence_of(eight, 1, 8);
-                const int64_t key = (eight - h.cell(s, 1, 8)) * 8, k_head = h.p.heads + begin + head;
+                const int64_t head = task / eights, eight = task % eights, s = h.eights.sequence_of(eight);
+                const int64_t key = (eight - h.eights.first(s)) * 8, k_head = h.p.heads + begin + head;
                 const HeadMemory m(h, heads + head * head_floats);
-                if (key >= h.length(s)) continue;
+                if (key >= h.keys(s)) continue;
                 pack_keys<T>(h, s, key, k_head, backward_keys, m.turned_k, m.k);
                 pack_keys<T>(h, s, key, k_head + h.p.kv_heads, backward_keys, m.turned_v, nullptr);
             }
@@ -244,9 +249,9 @@ int attention_gradients(const hb_packed& packed, const Gradient<T>& t, int threa
             }
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < count * eights; ++task) {
-                const int64_t head = task / eights, eight = task % eights, s = h.sequence_of(eight, 1, 8);
+                const int64_t head = task / eights, eight = task % eights, s = h.eights.sequence_of(eight);
                 const HeadMemory m(h, heads + head * head_floats);
-                write_keys(h, s, (eight - h.cell(s, 1, 8)) * 8, begin + head, split.tasks(h, s), m, t.dqkv);
+                write_keys(h, split, s, (eight - h.eights.first(s)) * 8, begin + head, m, t.dqkv);
             }
         }
     }

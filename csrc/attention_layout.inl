@@ -4,10 +4,29 @@
 // r % group of token r / group. Scores are kept turned, keys down and rows across: a vector holds one key's scores with
 // as many rows, and the softmax needs no sum across lanes.
 
+// Sequences of starts[s] .. starts[s + 1] things, `rows` rows each, over cells of `unit` rows. No cell holds two
+// sequences, and the last of a sequence may be empty.
+struct Cells {
+    const int32_t* starts;
+    int64_t sequences, rows, unit;
+
+    int64_t first(int64_t s) const { return starts[s] * rows / unit + s; }
+    int64_t count() const { return first(sequences); }
+    int64_t sequence_of(int64_t index) const {
+        int64_t low = 0, high = sequences;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (first(middle) <= index ? low : high) = middle;
+        }
+        return low;
+    }
+};
+
 struct Heads {  // one call's sizes
     const hb_packed& p;
     int64_t group, dim, row;  // query heads to a key head; numbers in a head, and in a token's row of qkv
     int64_t stride;           // of a packed row of a head: whole panels, and an odd number of cache lines
+    Cells eights, panels;     // of keys, and of rows
     int64_t slots;            // room for the keys of all sequences, each rounded up to 8
 
     explicit Heads(const hb_packed& packed)
@@ -16,42 +35,49 @@ struct Heads {  // one call's sizes
           dim(p.head_dim),
           row((p.heads + 2 * p.kv_heads) * dim),
           stride(divide_up(dim, 32) * 32 + 16),
-          slots(cell(p.sequences, 1, 8) * 8) {}
+          eights{p.key_starts, p.sequences, 1, 8},
+          panels{p.seq_starts, p.sequences, group, panel_width},
+          slots(eights.count() * 8) {}
 
     int64_t start(int64_t s) const { return p.seq_starts[s]; }
     int64_t length(int64_t s) const { return p.seq_starts[s + 1] - p.seq_starts[s]; }
+    int64_t keys(int64_t s) const { return p.key_starts[s + 1] - p.key_starts[s]; }
+    int64_t offset(int64_t s) const { return keys(s) - length(s); }  // the position of its first token
+    int64_t slot(int64_t s) const { return eights.first(s) * 8; }
+    int64_t padded(int64_t s) const { return divide_up(keys(s), 8) * 8; }
 
-    // Sequences of start .. stop tokens, `rows` rows each token, over cells of `unit` rows; no cell holds two sequences,
-    // those of s begin here, and the last may be empty.
-    int64_t cell(int64_t s, int64_t rows, int64_t unit) const { return p.seq_starts[s] * rows / unit + s; }
-    int64_t sequence_of(int64_t index, int64_t rows, int64_t unit) const {
-        int64_t low = 0, high = p.sequences;
-        while (high - low > 1) {
-            const int64_t middle = (low + high) / 2;
-            (cell(middle, rows, unit) <= index ? low : high) = middle;
-        }
-        return low;
+    int64_t token(int64_t s, int64_t key) const {
+        while (key < offset(s)) s = p.parents[s];
+        return start(s) + key - offset(s);
     }
-    int64_t slot(int64_t s) const { return cell(s, 1, 8) * 8; }
-    int64_t padded(int64_t s) const { return divide_up(length(s), 8) * 8; }
+    // The sequences [s, end) are s and all that go on from it.
+    int64_t end_of_family(int64_t s) const {
+        int64_t end = s + 1;
+        for (; end < p.sequences && offset(end); ++end) {
+            int64_t t = end;
+            while (t > s) t = offset(t) ? p.parents[t] : -1;
+            if (t != s) break;
+        }
+        return end;
+    }
 };
 
 // Rows [first, first + count) of a sequence, up to COUNT; positions from the last one on repeat its token.
 template <int64_t COUNT>
 struct Rows {
-    int64_t start, count;
-    int64_t token[COUNT], head[COUNT];
-    alignas(64) float at[COUNT];  // the token's position in its sequence
+    int64_t count;
+    int64_t position[COUNT], token[COUNT], head[COUNT];
+    alignas(64) float at[COUNT];  // the position again
 
     Rows(const Heads& h, int64_t s, int64_t kv_head, int64_t first)
-        : start(h.start(s)), count(at_most(COUNT, h.length(s) * h.group - first)) {
-        int64_t position = first / h.group, within = first % h.group;
+        : count(at_most(COUNT, h.length(s) * h.group - first)) {
+        int64_t own = first / h.group, within = first % h.group;
         for (int64_t i = 0; i < COUNT; ++i) {
-            token[i] = start + position, head[i] = kv_head * h.group + within, at[i] = float(position);
-            if (i + 1 < count && ++within == h.group) within = 0, ++position;
+            token[i] = h.start(s) + own, position[i] = h.offset(s) + own, at[i] = float(position[i]);
+            head[i] = kv_head * h.group + within;
+            if (i + 1 < count && ++within == h.group) within = 0, ++own;
         }
     }
-    int64_t position(int64_t i) const { return token[i] - start; }
 };
 
 // The keys that some of `rows` rows from i on sees: [low, high), whole eights.
@@ -62,7 +88,7 @@ struct Range {
 
 template <int64_t COUNT>
 Range keys_of(const Heads& h, const Rows<COUNT>& rows, int64_t i) {
-    const int64_t first = rows.position(i), last = rows.position(i + panel_width - 1);
+    const int64_t first = rows.position[i], last = rows.position[i + panel_width - 1];
     const int64_t low = h.p.window ? at_least(first - h.p.window + 1, 0) : 0;
     return {low / 8 * 8, divide_up(last + 1, 8) * 8};
 }
@@ -71,7 +97,7 @@ Range keys_of(const Heads& h, const Rows<COUNT>& rows, int64_t i) {
 template <int64_t COUNT>
 void hide(const Heads& h, const Rows<COUNT>& rows, int64_t i, int64_t low, int64_t high, float value, float* scores,
           int64_t stride) {
-    const int64_t first = rows.position(i), last = rows.position(i + panel_width - 1);
+    const int64_t first = rows.position[i], last = rows.position[i + panel_width - 1];
     if (high - 1 <= first && (!h.p.window || last - low < h.p.window)) return;
     const vec left = vload(rows.at + i), right = vload(rows.at + i + vec_width), hidden = vset(value);
     for (int64_t j = low; j < high; ++j, scores += stride) {
@@ -113,8 +139,8 @@ void turn_back(const Heads& h, const Rows<COUNT>& rows, int64_t first, const flo
     }
 }
 
-template <class T>
-void copy_row(const T* x, int64_t n, float factor, float* out) {
+template <class T, class Out>
+void copy_row(const T* x, int64_t n, float factor, Out* out) {
     const vec scale = vset(factor);
     for_lanes(n, [=](int64_t i, auto lanes) { lanes.store(out + i, vmul(lanes.load(x + i), scale)); });
 }
@@ -132,9 +158,9 @@ inline Turned turned(const Heads& h, int64_t padded, int64_t key, int64_t block)
 // are zeros.
 template <class T>
 void pack_keys(const Heads& h, int64_t s, int64_t key, int64_t index, int64_t block, float* columns, float* lines) {
-    const T* x = static_cast<const T*>(h.p.qkv) + h.start(s) * h.row + index * h.dim;
+    const T* x = static_cast<const T*>(h.p.qkv) + index * h.dim;
     const T* rows[8];
-    for (int64_t i = 0; i < 8; ++i) rows[i] = key + i < h.length(s) ? x + (key + i) * h.row : nullptr;
+    for (int64_t i = 0; i < 8; ++i) rows[i] = key + i < h.keys(s) ? x + h.token(s, key + i) * h.row : nullptr;
     if (columns) {
         const Turned to = turned(h, h.padded(s), key, block);
         turn_rows(rows, h.dim, 1.0f, columns + h.slot(s) * h.dim + to.offset, to.stride);

@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 2, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 3, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
 enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
@@ -61,10 +61,13 @@ struct hb_adamw_page {
     int64_t grad_dtype;
 };
 
-// Sequences laid end to end, and how their tokens attend to each other: causally, each sequence to itself.
+// Sequences laid end to end, and how their tokens attend to each other: causally, each sequence to itself and to those it
+// goes on from. A sequence directly follows its parent or what goes on from that.
 struct hb_packed {
     const void* qkv;            // (tokens, (heads + 2 kv_heads) * head_dim) of `dtype`: queries, keys, values
     const int32_t* seq_starts;  // [sequences + 1], rising from 0 to tokens
+    const int32_t* key_starts;  // [sequences + 1], likewise of their keys: a sequence's own, after those of its parent
+    const int32_t* parents;     // [sequences]: the sequence that each goes on from, or -1; not read where none does
     int64_t tokens;
     int64_t sequences;
     int64_t heads;     // a multiple of kv_heads

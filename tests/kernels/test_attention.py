@@ -27,19 +27,31 @@ def starts_of(*lengths: int) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def oracle(qkv: Tensor, heads: int, kv_heads: int, starts: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) in float64, with autograd of torch's own functions."""
+FAMILY = ([9, 20, 7, 0, 45, 70, 1, 33, 5], [-1, 0, 1, 1, 1, 0, -1, 6, -1])
+"""Lengths and parents: a tree of three levels with an empty sequence in it, a small one, and a lone sequence."""
+
+
+def int32(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def oracle(
+    qkv: Tensor, heads: int, kv_heads: int, starts: Tensor, scale: float, window: int, parents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64, with autograd of torch's own functions: every sequence with all that it goes on from."""
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
-    outs, lses = [], []
-    for start, stop in itertools.pairwise(starts.tolist()):
-        n = stop - start
-        q, k, v = qkv[start:stop].double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
+    outs, lses, tokens = [], [], {-1: list[int]()}
+    for s, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
+        tokens[s] = tokens[-1 if parents is None else int(parents[s])] + list(range(start, stop))
+        n = len(tokens[s])
+        q, k, v = qkv[tokens[s]].double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         i, j = torch.arange(n)[:, None], torch.arange(n)
         visible = (j <= i) & (j > i - (window or n))
         scores = (torch.einsum("ihd,jhd->hij", q, k) * scale).masked_fill(~visible, -torch.inf)
-        outs.append(torch.einsum("hij,jhd->ihd", F.softmax(scores, -1), v).flatten(1))
-        lses.append(scores.logsumexp(-1))
+        own = slice(n - (stop - start), n)
+        outs.append(torch.einsum("hij,jhd->ihd", F.softmax(scores, -1), v).flatten(1)[own])
+        lses.append(scores.logsumexp(-1)[:, own])
     return torch.cat(outs), torch.cat(lses, 1)
 
 
@@ -72,6 +84,15 @@ def test_equals_the_oracle(isa: str, dtype: torch.dtype, heads: int, kv_heads: i
     starts = starts_of(1, 7, 0, 33, 64, 130, 2)
     qkv = torch.randn(int(starts[-1]), (heads + 2 * kv_heads) * 16).to(dtype)
     check(qkv, heads, kv_heads, starts, 0.25, window)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("window", [0, 1, 7, 40])
+def test_sequences_that_go_on_from_others(isa: str, dtype: torch.dtype, window: int) -> None:
+    torch.manual_seed(window)
+    starts = starts_of(*FAMILY[0])
+    qkv = torch.randn(int(starts[-1]), 10 * 16).to(dtype)
+    check(qkv, 6, 2, starts, 0.25, window, int32(FAMILY[1]))
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 80, 96, 128, 256, 264, 20])
@@ -112,11 +133,12 @@ def test_nothing_crosses_a_boundary(isa: str) -> None:
     assert out_after[113:].isnan().all()
 
 
+@pytest.mark.parametrize("family", [False, True])
 @pytest.mark.parametrize("dtype", EPS)
-def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, family: bool) -> None:
     torch.manual_seed(0)
     starts = starts_of(5, 800, 90, 64)  # the backward of 800 tokens is split into several tasks
-    case = (6, 2, starts, 0.2, 0)
+    case = (6, 2, starts, 0.2, 0, int32([-1, 0, 0, 2]) if family else None)
     qkv, g = torch.randn(959, 10 * 16).to(dtype), torch.randn(959, 6 * 16).to(dtype)
     results = []
     before = torch.get_num_threads()
@@ -150,16 +172,18 @@ def test_more_keys_than_are_packed_at_once(isa: str) -> None:
 def test_default_has_the_right_gradients() -> None:
     starts = starts_of(1, 4, 6)
     qkv = torch.randn(11, 4 * 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: attention(x, 2, 1, starts, 0.6, 3)[0], qkv)
+    for parents in (None, int32([-1, 0, 0])):
+        assert torch.autograd.gradcheck(lambda x, p=parents: attention(x, 2, 1, starts, 0.6, 3, p)[0], qkv)
 
 
 def test_opcheck() -> None:
     starts = starts_of(3, 9)
     qkv = torch.randn(12, 8 * 8, requires_grad=True)
-    case = (4, 2, starts, 0.3, 0)
-    torch.library.opcheck(attention, (qkv, *case))
-    out, lse = (x.detach() for x in attention(qkv, *case))
-    torch.library.opcheck(backward, (torch.randn_like(out), qkv.detach(), out, lse, *case))
+    for parents in (None, int32([-1, 0])):
+        case = (4, 2, starts, 0.3, 0, parents)
+        torch.library.opcheck(attention, (qkv, *case))
+        out, lse = (x.detach() for x in attention(qkv, *case))
+        torch.library.opcheck(backward, (torch.randn_like(out), qkv.detach(), out, lse, *case))
 
 
 def test_no_tokens() -> None:
@@ -181,6 +205,11 @@ def test_no_tokens() -> None:
         ({"seq_starts": starts_of(5, 6, -1, 2)}, "rise"),
         ({"seq_starts": starts_of(4, 8) - 1}, "rise"),
         ({"seq_starts": starts_of(12).long()}, "int32"),
+        ({"parents": int32([0])}, "sequence 0 does not follow its parent 0"),
+        ({"parents": int32([-2])}, "sequence 0 does not follow its parent -2"),
+        ({"seq_starts": starts_of(3, 3, 6), "parents": int32([-1, -1, 0])}, "sequence 2 does not follow its parent 0"),
+        ({"parents": int32([-1, -1])}, "parents is not"),
+        ({"parents": torch.tensor([-1])}, "parents is not"),
         ({"qkv": torch.zeros(12, 64, dtype=torch.int32)}, "qkv is"),
         ({"qkv": torch.zeros(12, 8, 8)}, "qkv is"),
     ],

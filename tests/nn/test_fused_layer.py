@@ -221,3 +221,23 @@ def test_an_adapter_that_is_not_float32_and_a_trained_bias_are_not_fused() -> No
     biased = adapted("llama with biases")
     biased.get_base_model().base_model.layers[1].self_attn.o_proj.base_layer.bias.requires_grad_(True)
     assert fuse_layers(biased) == 1
+
+
+def test_micro_batches_whose_sequences_go_on_from_others() -> None:
+    """Each goes through the layer as in a call of its own."""
+    model = adapted("llama")
+    fuse_layers(model)
+    base = model.get_base_model().base_model
+    layer, rotary = base.layers[0], base.rotary_emb
+    x = torch.randn(1, 23, 64)
+    positions = torch.tensor([[*range(4), *range(4, 9), *range(4, 7), *range(6), *range(2), *range(2, 5)]])
+    angles = rotary(x, positions)
+    together = layer(
+        x, position_embeddings=angles, seq_starts=[0, 4, 9, 12, 18, 20, 23], parents=[-1, 0, 0, -1, -1, 4],
+        micro_batches=[0, 12, 23],
+    )  # fmt: skip
+    cases = ((0, 12, [0, 4, 9, 12], [-1, 0, 0]), (12, 23, [0, 6, 8, 11], [-1, -1, 1]))
+    for start, stop, starts, parents in cases:
+        cos, sin = (angle[:, start:stop] for angle in angles)
+        alone = layer(x[:, start:stop], position_embeddings=(cos, sin), seq_starts=starts, parents=parents)
+        assert torch.equal(alone, together[:, start:stop])

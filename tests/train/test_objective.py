@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ SIZES: dict[str, Any] = {
 GROUPED = SIZES | {"num_key_value_heads": 2}
 WINDOW = GROUPED | {"head_dim": 8, "sliding_window": 4}
 CALM = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
 CASES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], str, bool]] = {
     # name: (config, layout, whether the loss is taken in chunks)
@@ -185,3 +189,66 @@ def test_layers_are_fused_only_where_that_gives_the_same(name: str, said: str) -
 
 def test_unquantized_layers_are_not_fused() -> None:
     assert "know no such modules" in Objective(tiny("llama")).decisions[2]
+
+
+def quantized(config: hf.PreTrainedConfig, **lora: Any) -> peft.PeftModel:
+    """A tiny model in 4 bits with adapters that do something, in training mode."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            model.set_submodule(path, Linear4bit.from_weight(module.weight.data, module.bias))
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False} | lora
+    return peft.get_peft_model(model, peft.LoraConfig(**settings)).train()
+
+
+def chat_batch(lengths: list[int], shared: int) -> Batch:
+    """Samples of which the first `shared` tokens are alike and the last few but one are targets."""
+    batch = batch_of(lengths)
+    for start, stop in itertools.pairwise(batch.seq_starts.tolist()):
+        batch.input_ids[0, start : start + shared] = torch.arange(3, 3 + shared)
+        batch.labels[0, start:stop] = -100
+        batch.labels[0, max(start + shared + 1, stop - 4) : stop - 1] = 5
+    return replace(batch, num_targets=int((batch.labels != -100).sum()))
+
+
+def gradients_of(model: peft.PeftModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "phi3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_samples_that_share_their_beginning(name: str, checkpointing: bool) -> None:
+    """Loss and every gradient are those of each sample alone, sliding windows of 4 tokens included.
+
+    Measured: at most 8e-8 of the loss and 1.5e-6 of a gradient's norm, fusing included.
+    """
+    model = quantized(CASES[name][0]())
+    base = model.get_base_model()
+    batch = chat_batch([20, 14, 17, 13, 30], shared=11)
+    expected = loss_of_each_alone(base, batch)
+    expected_gradients = gradients_of(model, expected)
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+    objective = Objective(base)
+    assert "computed once" in objective.decisions[3]
+    with objective.ready():
+        loss = objective.loss_sum(batch)
+        gradients = gradients_of(model, loss)
+        with torch.no_grad():
+            assert torch.equal(objective.loss_sum(batch), loss)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    far = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected_gradients.items()}
+    assert max(far.values()) < 5e-6, max(far, key=far.__getitem__)
+
+
+def test_samples_share_nothing_where_dropout_would_be_shared_too() -> None:
+    """Layer 1 has no adapter and is fused; layer 0 has dropout and is not."""
+    for dropout, said in ((0.1, "only fused layers"), (0.0, "computed once")):
+        model = quantized(CASES["llama"][0](), lora_dropout=dropout, target_modules=["layers.0.mlp.up_proj"])
+        objective = Objective(model.get_base_model())
+        assert "run as one function" in objective.decisions[2]
+        assert said in objective.decisions[3]

@@ -1,5 +1,6 @@
 """Text -> batches."""
 
+from halfbyte.data.compact import compact
 from halfbyte.data.loader import (
     Batch,
     BatchLoader,
@@ -28,6 +29,7 @@ __all__ = [
     "RecordReader",
     "Rendered",
     "TokenizedData",
+    "compact",
     "count_overlap",
     "eval_batches",
     "join_batches",

@@ -33,11 +33,14 @@ class Batch:
     labels: Tensor
     """(1, T) int64: -100 where not a target, and at the first token of every sequence (the loss shifts)."""
     position_ids: Tensor
-    """(1, T) int64: from 0 in every sequence."""
+    """(1, T) int64: from 0 in every sequence, or from where its parent ends."""
     seq_starts: Tensor
     """(sequences + 1,) int32: cumulative lengths, 0 to T."""
     num_targets: int
     num_tokens: int
+    """Tokens of the samples, however many of them stand here."""
+    parents: Tensor | None = None
+    """(sequences,) int32: the sequence that each goes on from, or -1; None if none does. See `compact`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +157,20 @@ def make_batch(data: TokenizedData, samples: Sequence[int]) -> Batch:
 
 def join_batches(batches: Sequence[Batch]) -> tuple[Batch, list[int]]:
     """All of `batches` as one, end to end, and where each begins and the last ends."""
-    bounds = np.cumsum([0, *(batch.num_tokens for batch in batches)]).tolist()
+    bounds = np.cumsum([0, *(batch.input_ids.shape[1] for batch in batches)]).tolist()
     starts = [batch.seq_starts[:-1] + offset for batch, offset in zip(batches, bounds, strict=False)]
+    parents: list[int] = []
+    for batch in batches:
+        above = [-1] * (len(batch.seq_starts) - 1) if batch.parents is None else batch.parents.tolist()
+        parents += [parent if parent < 0 else parent + len(parents) for parent in above]
     joined = Batch(
         input_ids=torch.cat([batch.input_ids for batch in batches], dim=1),
         labels=torch.cat([batch.labels for batch in batches], dim=1),
         position_ids=torch.cat([batch.position_ids for batch in batches], dim=1),
         seq_starts=torch.cat([*starts, torch.tensor(bounds[-1:], dtype=torch.int32)]),
-        num_targets=sum(batch.num_targets for batch in batches), num_tokens=bounds[-1],
+        num_targets=sum(batch.num_targets for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        parents=None if max(parents) < 0 else torch.tensor(parents, dtype=torch.int32),
     )  # fmt: skip
     return joined, bounds
 

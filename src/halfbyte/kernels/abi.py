@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512")
@@ -72,6 +72,8 @@ class Packed(ct.Structure):
     _fields_ = (
         ("qkv", ct.c_void_p),
         ("seq_starts", ct.c_void_p),
+        ("key_starts", ct.c_void_p),
+        ("parents", ct.c_void_p),
         ("tokens", ct.c_int64),
         ("sequences", ct.c_int64),
         ("heads", ct.c_int64),

@@ -65,6 +65,7 @@ class DecoderCall:
     cos: Tensor
     sin: Tensor
     seq_starts: Tensor
+    parents: Tensor | None
     checkpoint: bool
     backward_follows: bool
     streamed: StreamedLayer | None
@@ -78,9 +79,14 @@ class DecoderCall:
 
     def part(self, start: int, stop: int) -> DecoderCall:
         """This call for the rows from `start` to `stop`, both of which begin a sequence or end the last."""
-        inside = (self.seq_starts >= start) & (self.seq_starts <= stop)
-        rows = slice(start, stop)
-        return replace(self, cos=self.cos[rows], sin=self.sin[rows], seq_starts=self.seq_starts[inside] - start)
+        first, last = torch.searchsorted(self.seq_starts, torch.tensor([start, stop], dtype=torch.int32)).tolist()
+        parents = self.parents
+        if parents is not None:
+            parents = (parents[first:last] - first).clamp(min=-1)
+        return replace(
+            self, cos=self.cos[start:stop], sin=self.sin[start:stop], parents=parents,
+            seq_starts=self.seq_starts[first : last + 1] - start,
+        )  # fmt: skip
 
     @property
     def adapters(self) -> list[Tensor]:
@@ -89,7 +95,7 @@ class DecoderCall:
     @property
     def attention_args(self) -> tuple[Any, ...]:
         spec = self.spec
-        return spec.num_heads, spec.num_kv_heads, self.seq_starts, spec.scale, spec.sliding_window
+        return spec.num_heads, spec.num_kv_heads, self.seq_starts, spec.scale, spec.sliding_window, self.parents
 
 
 class _Saved(NamedTuple):

@@ -57,6 +57,7 @@ class FusedLayer(nn.Module):
 
         Args:
             seq_starts: cumulative lengths of the sequences packed into one row, from 0.
+            parents: the sequence that each goes on from, or -1; None if none does.
             micro_batches: cumulative numbers of tokens; what lies between two of them goes through the layer by
                 itself, with the activations and the gradients, to the bit, of a call of its own.
         """
@@ -97,7 +98,7 @@ class FusedLayer(nn.Module):
     def _call(
         self, x: Tensor, *, attention_mask: Tensor | None = None, past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None, seq_starts: list[int] | None = None,
-        output_attentions: bool = False, **_: Any,
+        parents: list[int] | None = None, output_attentions: bool = False, **_: Any,
     ) -> DecoderCall | None:  # fmt: skip
         """This use of the layer, or None where it is not one that the fused function covers."""
         if attention_mask is not None or position_embeddings is None or output_attentions:
@@ -119,6 +120,7 @@ class FusedLayer(nn.Module):
         cos, sin = (t.expand(batch, -1, -1).reshape(batch * length, -1) for t in position_embeddings)
         return DecoderCall(
             self.spec, qkv, o, gate_up, down, cos, sin, torch.tensor(starts, dtype=torch.int32),
+            None if parents is None else torch.tensor(parents, dtype=torch.int32),
             checkpoint=self.training and bool(getattr(self.plain, "gradient_checkpointing", False)),
             backward_follows=torch.is_grad_enabled(), streamed=getattr(self.plain, "streamed", None),
         )  # fmt: skip

@@ -23,14 +23,15 @@ NAME = "halfbyte_packed"
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    seq_starts: list[int], scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    **kwargs: Any,
+    seq_starts: list[int], parents: list[int] | None = None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention of every sequence on itself.
+    """Causal attention of every sequence on itself, and on what it goes on from.
 
     Args:
         query: (1, heads, T, head_dim); key and value may have fewer heads.
         seq_starts: cumulative lengths of the sequences, from 0 to T.
+        parents: the sequence that each goes on from, or -1; None if none does.
         sliding_window: keys a token sees, itself included; None for all before it.
 
     Returns:
@@ -40,11 +41,14 @@ def packed_attention(
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         qkv = torch.cat([tensor.transpose(1, 2) for tensor in (query, key, value)], dim=2)
         starts = torch.tensor(seq_starts, dtype=torch.int32)
+        before = None if parents is None else torch.tensor(parents, dtype=torch.int32)
         scale = head_dim**-0.5 if scaling is None else scaling
         out, _ = torch.ops.halfbyte.packed_attention(
-            qkv[0].flatten(1), heads, kv_heads, starts, scale, sliding_window or 0
+            qkv[0].flatten(1), heads, kv_heads, starts, scale, sliding_window or 0, before
         )
         return out.view(1, -1, heads, head_dim), None
+    if parents is not None:
+        raise ValueError("sequences that go on from others need attention over equal heads on a CPU, without dropout")
     return _one_by_one(query, key, value, seq_starts, scaling, dropout, sliding_window), None
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.data import Batch, TokenizedData, join_batches, to_padded
+from halfbyte.data import Batch, TokenizedData, compact, join_batches, to_padded
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.model.fuse import same_rows
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
@@ -27,6 +27,8 @@ _SAID = {
 }
 _FIRST, _SECOND = 5, 9
 """Tokens of the two sequences of the trial."""
+_ALIKE = 4
+"""Tokens with which both begin where it is tried whether what samples share can stand once."""
 
 
 class Objective:
@@ -42,12 +44,13 @@ class Objective:
         self._decoder = model.base_model
         self._head = model.get_output_embeddings()
         self._vocab_size = int(self._head.weight.shape[0])
-        self._fuse, self._num_fused = False, 0
+        self._fuse, self._num_fused, self._compact = False, 0, False
         was_training = model.training
         model.eval()  # dropout, the adapter's too, would make two passes differ
         self._try_out()
         model.train(was_training)
         self.decisions = [_SAID[self.layout], self._head_decision(), self._fusion_decision()]
+        self.decisions.append(self._compact_decision())
 
     @torch.no_grad()
     def _try_out(self) -> None:
@@ -86,6 +89,26 @@ class Objective:
         self._fuse = True
         fused = self._hidden(batch)
         self._fuse = self._num_fused > 0 and same_rows(fused, hidden)
+        layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
+        if self._fuse and self._num_fused == layers:  # others may have dropout, which would be shared too
+            self._try_compact(batch, hidden)
+
+    def _try_compact(self, batch: Batch, hidden: Tensor) -> None:
+        """Whether a sequence that goes on from a piece of another one has the hidden states it had in `batch`."""
+        first, second = batch.input_ids.split([_FIRST, _SECOND], dim=1)
+        ids = torch.cat([second[:, :_ALIKE], first, second[:, _ALIKE:]], dim=1)
+        ends = _ALIKE + _FIRST, _FIRST + _SECOND
+        pieces = Batch(
+            input_ids=ids, labels=ids, num_targets=0, num_tokens=ends[1],
+            position_ids=torch.cat([torch.arange(ends[0]), torch.arange(_ALIKE, _SECOND)]).unsqueeze(0),
+            seq_starts=torch.tensor([0, _ALIKE, *ends]), parents=torch.tensor([-1, 0, 0]),
+        )  # fmt: skip
+        try:
+            found = self._hidden(pieces)
+        except (TypeError, ValueError, RuntimeError):
+            return
+        own = slice(_ALIKE - _SECOND, None)
+        self._compact = same_rows(found[:, own], hidden[:, own])
 
     def _hidden(self, batch: Batch) -> Tensor:
         with self.ready():
@@ -121,6 +144,11 @@ class Objective:
                 why=self._fusion_decision(), fix="Set memory.weights to mmap or resident",
             )  # fmt: skip
 
+    def _compact_decision(self) -> str:
+        if self._compact:
+            return "tokens: what samples begin with alike is computed once, what follows the last target not at all"
+        return "tokens: all of every sample, because only fused layers let samples share their beginnings"
+
     def check_tokens(self, data: TokenizedData) -> None:
         """See that the model knows every token of `data`.
 
@@ -147,7 +175,7 @@ class Objective:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the batch's supervised tokens, a float32 scalar."""
-        inputs, labels = self._inputs(batch)
+        inputs, labels = self._inputs(self._needed(batch))
         if self._chunks:
             hidden = self._decoder(**inputs, use_cache=False).last_hidden_state
             return chunked_cross_entropy(hidden, labels, self._head, self._vocab_size)[0]
@@ -160,14 +188,18 @@ class Objective:
         """`loss_sum` of each batch, computed together: every layer takes all of them before the next layer begins."""
         if len(batches) == 1 or not (self._fuse and self._chunks):
             return [self.loss_sum(batch) for batch in batches]
+        batches = [self._needed(batch) for batch in batches]
         joined, bounds = join_batches(batches)
         inputs, _ = self._inputs(joined)
         hidden = self._decoder(**inputs, micro_batches=bounds, use_cache=False).last_hidden_state
-        parts = hidden.split([batch.num_tokens for batch in batches], dim=1)
+        parts = hidden.split([batch.input_ids.shape[1] for batch in batches], dim=1)
         return [
             chunked_cross_entropy(part, batch.labels, self._head, self._vocab_size)[0]
             for part, batch in zip(parts, batches, strict=True)
         ]
+
+    def _needed(self, batch: Batch) -> Batch:
+        return compact(batch) if self._compact else batch
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         if self.layout == PADDED:
@@ -176,4 +208,5 @@ class Objective:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if self.layout == PACKED:
             inputs["seq_starts"] = batch.seq_starts.tolist()
+            inputs["parents"] = None if batch.parents is None else batch.parents.tolist()
         return inputs, batch.labels
