@@ -83,6 +83,7 @@ void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t d
     for (int64_t r = 0; r < depth; ++r) {
         const int64_t start = (r0 + r) * w.cols + column;
         const uint8_t* codes = w.codes + start / 2;
+        fetch_columns(w, r0 + r + rows_ahead, column, columns);
         __m512 table = _mm512_setzero_ps();
         int64_t block = -1;
         for (int64_t c = 0; c < columns; c += 32) {

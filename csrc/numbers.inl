@@ -76,6 +76,14 @@ inline float decode_one(const hb_weight& w, int64_t i, float scale) {
     return w.codebook[i & 1 ? byte & 15 : byte >> 4] * scale;
 }
 
+// Columns of W are a few bytes of each of its rows, too far apart for the CPU to foresee: whoever reads row r of them
+// asks for that of r + rows_ahead.
+constexpr int64_t rows_ahead = 24;
+inline void fetch_columns(const hb_weight& w, int64_t row, int64_t column, int64_t columns) {
+    const uint8_t* codes = w.codes + (at_most(row, w.rows - 1) * w.cols + column) / 2;
+    for (int64_t i = 0; i < columns / 2; i += 64) __builtin_prefetch(codes + i);
+}
+
 inline uint8_t encode_one(float x, const float* bounds, const uint8_t* order) {
     int interval = 0;
     for (int i = 0; i < 15; ++i) interval += x > bounds[i];
