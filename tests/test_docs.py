@@ -84,7 +84,7 @@ def test_command_lines_parse(page: Path) -> None:
 
 
 def test_the_parser_of_this_file_finds_mistakes() -> None:
-    for line in ("train --modle x", "plan --model x", "train --steps many"):
+    for line in ("train --modle x", "plna --model x", "train --steps many"):
         with pytest.raises(typer.exceptions.TyperException):
             parse(line.split())
     assert parse(["data", "preview", "--samples", "2"])["samples"] == 2

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.model.source import load_tokenizer
     from halfbyte.nn import Linear4bit
     from halfbyte.optim import AdamW
+    from halfbyte.plan import Plan, plan
     from halfbyte.quant import QuantizedWeight, quantize
     from halfbyte.train import TrainResult, train
 
@@ -23,6 +24,7 @@ _HOMES = {
     "HalfbyteConfig": "halfbyte.model.hf_config",
     "HalfbyteError": "halfbyte.errors",
     "Linear4bit": "halfbyte.nn",
+    "Plan": "halfbyte.plan",
     "QuantizedWeight": "halfbyte.quant",
     "RunConfig": "halfbyte.config",
     "TrainResult": "halfbyte.train",
@@ -30,6 +32,7 @@ _HOMES = {
     "load_config": "halfbyte.config",
     "load_model": "halfbyte.model.load",
     "load_tokenizer": "halfbyte.model.source",
+    "plan": "halfbyte.plan",
     "prequantized_config": "halfbyte.model.hf_config",
     "quantize": "halfbyte.quant",
     "quantize_model": "halfbyte.model.quantize",
@@ -37,9 +40,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "AdamW", "HalfbyteConfig", "HalfbyteError", "Linear4bit", "QuantizedWeight", "RunConfig", "TrainResult",
-    "fuse", "load_config", "load_model", "load_tokenizer", "prequantized_config", "quantize", "quantize_model",
-    "train",
+    "AdamW", "HalfbyteConfig", "HalfbyteError", "Linear4bit", "Plan", "QuantizedWeight", "RunConfig", "TrainResult",
+    "fuse", "load_config", "load_model", "load_tokenizer", "plan", "prequantized_config", "quantize",
+    "quantize_model", "train",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from halfbyte.config import RunConfig
     from halfbyte.model import LoadedModel
+    from halfbyte.plan import Machine
 
 Model = Annotated[str | None, typer.Option("--model", help="A local folder, a .gguf file, or a hub id.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, such as train leaves.")]
@@ -22,8 +24,28 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over all others; repeatable."),
 ]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Most resident memory, 8GB; default: the container's.")
+]
+HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", metavar="SIZE", help="The same for the host's RAM, beside a GPU.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def known_machine() -> Machine:
+    """This machine, with what earlier commands measured on it; without importing torch."""
+    from halfbyte.plan import this_machine
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return this_machine(calibration_file(), threads=int(threads) if threads.isdecimal() and int(threads) else None)
+
+
+def calibration_file() -> Path:
+    """Where measurements of this machine are kept."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "halfbyte" / "machine.json"
 
 
 def console() -> Console:

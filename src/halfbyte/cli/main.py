@@ -16,6 +16,7 @@ from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
+from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.train import train
 from halfbyte.errors import HalfbyteError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, console, emit, known_machine
 
 if TYPE_CHECKING:
     from halfbyte.train import TrainResult
@@ -29,6 +29,8 @@ def train(
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="auto|never|DIR", help="Go on from the newest checkpoint.")
     ] = None,
+    memory: Memory = None,
+    host_memory: HostMemory = None,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -45,12 +47,13 @@ def train(
     run = load_config(
         config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
         train__output=text(output), train__steps=steps, train__epochs=epochs, train__resume=resume,
+        memory__budget=memory, memory__host_budget=host_memory,
     )  # fmt: skip
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
     from halfbyte.train import train as run_training
 
     with TrainProgress(console()) as progress:
-        result = run_training(run, observer=progress)
+        result = run_training(run, observer=progress, machine=known_machine())
     emit(result.to_dict(), as_json, summary(result))
 
 

@@ -4,6 +4,7 @@ from halfbyte.config.load import config_from_dict, field_help, load_config
 from halfbyte.config.schema import (
     DataConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     OptimConfig,
     QuantConfig,
@@ -13,6 +14,6 @@ from halfbyte.config.schema import (
 )
 
 __all__ = [
-    "DataConfig", "LoraConfig", "ModelConfig", "OptimConfig", "QuantConfig", "RunConfig", "TrainConfig",
-    "config_from_dict", "field_help", "load_config", "to_dict",
+    "DataConfig", "LoraConfig", "MemoryConfig", "ModelConfig", "OptimConfig", "QuantConfig", "RunConfig",
+    "TrainConfig", "config_from_dict", "field_help", "load_config", "to_dict",
 ]  # fmt: skip

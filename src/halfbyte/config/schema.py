@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from halfbyte.dtypes import COMPUTE_DTYPES
+from halfbyte.dtypes import COMPUTE_DTYPES, parse_bytes
 from halfbyte.errors import ConfigError
 
 QuantType = Literal["nf4", "fp4"]
@@ -194,8 +194,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """[memory]: where things live."""
+    """[memory]: what a run may take, and where things live."""
 
+    budget: str = ""
+    """Most resident memory, from load to the last answer: "8GB", "7.5GiB", bytes; default: the container's limit."""
+    host_budget: str = ""
+    """The same for the host's RAM; on a machine without a GPU both mean its RAM, and the smaller one holds."""
     weights: Weights = "resident"
     """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
     offload_dir: str = ""
@@ -203,6 +207,12 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require_choice("memory.weights", self.weights, get_args(Weights))
+        for key, value in (("memory.budget", self.budget), ("memory.host_budget", self.host_budget)):
+            try:
+                size = parse_bytes(value) if value else 1
+            except ValueError as error:
+                raise ConfigError(str(error), where=key) from None
+            _require(size > 0, key, value, "more than 0 bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

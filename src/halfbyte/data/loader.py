@@ -55,6 +55,17 @@ class PaddedBatch:
     """(sequences, longest) int64: 1 for a token, 0 for padding"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """The most tokens, and the most supervised ones, in a batch; tokens of the longest sample."""
+
+    tokens: int
+    targets: int
+    longest: int
+    samples: tuple[int, ...]
+    """Of the first batch with the most tokens."""
+
+
 class BatchLoader:
     """Shuffled batches for training.
 
@@ -114,6 +125,24 @@ class BatchLoader:
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Batches of one epoch; with packing it may differ a little from epoch to epoch."""
         return -(-len(self._groups(epoch)) // self.micro_batch_size)
+
+    def worst(self, batches: int) -> Worst:
+        """The most that any of the first `batches` batches holds."""
+        lengths, targets = self.data.lengths, self.data.targets
+        most = Worst(tokens=0, targets=0, longest=int(lengths.max()), samples=())
+        epoch = 0
+        while batches > 0:
+            groups = self._groups(epoch)
+            for start in range(0, len(groups), self.micro_batch_size)[:batches]:
+                samples = [sample for group in groups[start : start + self.micro_batch_size] for sample in group]
+                tokens, learned = int(lengths[samples].sum()), int(targets[samples].sum())
+                if tokens > most.tokens:
+                    most = replace(most, tokens=tokens, samples=tuple(samples))
+                if learned > most.targets:
+                    most = replace(most, targets=learned)
+            batches -= -(-len(groups) // self.micro_batch_size)
+            epoch += 1
+        return most
 
     def _groups(self, epoch: int) -> list[list[int]]:
         """The epoch's packs, or its samples as lists of one."""

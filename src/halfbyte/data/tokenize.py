@@ -96,6 +96,11 @@ class TokenizedData:
         """(samples,) int64: tokens of each sample."""
         return np.diff(self.offsets)
 
+    @property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """(samples,) int64: supervised tokens of each sample."""
+        return np.add.reduceat(self.is_target, self.offsets[:-1], dtype=np.int64)
+
     def fingerprints(self) -> list[bytes]:
         """A hash of each sample's tokens and targets."""
         parts = (slice(a, b) for a, b in itertools.pairwise(self.offsets))

@@ -31,6 +31,7 @@ from halfbyte.kernels import keep_to
 from halfbyte.model.adapt import adapter_state, load_adapter_state
 from halfbyte.model.memory import peak_memory, resident_memory
 from halfbyte.optim import clip_grad_norm, learning_rate
+from halfbyte.plan import Machine, this_machine
 from halfbyte.train.answers import Answer, answer_samples, page
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.first_step import FirstStepCheck
@@ -56,8 +57,8 @@ class TrainResult:
     seconds: float
     """Of this process, loading and evaluation included."""
     peak_memory: int
-    predicted_peak_memory: int | None
-    """None: there is no planner yet."""
+    predicted_peak_memory: int
+    """By the plan that was made before the base was loaded."""
     adapter: str
     curves: str
     answers: list[Answer]
@@ -68,15 +69,19 @@ class TrainResult:
         return asdict(self)
 
 
-def train(config: RunConfig, *, observer: Observer | None = None) -> TrainResult:
+def train(config: RunConfig, *, observer: Observer | None = None, machine: Machine | None = None) -> TrainResult:
     """Fine-tune as `config` says; leaves an adapter folder that PEFT loads under ``train.output``.
+
+    Args:
+        machine: what was measured of this machine, for the plan's time; default: nothing.
 
     Raises:
         HalfbyteError: what is wrong, and what to do about it; the last checkpoint stays good.
     """
     started = time.perf_counter()
     observer = observer or Observer()
-    run = prepare(config, observer)
+    run = prepare(config, observer, machine or this_machine())
+    config = run.config
     output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)
     metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
@@ -205,7 +210,7 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainRe
         supervised_tokens_per_s=supervised_tokens_per_s,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        predicted_peak_memory=None,
+        predicted_peak_memory=run.plan.peak_memory,
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),
         answers=answers,

@@ -24,8 +24,10 @@ from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer
 from halfbyte.optim import AdamW, lora_param_groups
+from halfbyte.plan import Machine, Plan
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
+from halfbyte.train.planning import make_loader, plan_run, plan_text, steps_of
 
 FEW_STEPS = 20
 
@@ -35,12 +37,14 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        config: with the plan's choices.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
         hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
     """
 
     config: RunConfig
+    plan: Plan
     tokenizer: PreTrainedTokenizerBase
     data: TokenizedData
     eval_data: TokenizedData | None
@@ -71,8 +75,8 @@ class Run:
         }
 
 
-def prepare(config: RunConfig, observer: Observer) -> Run:
-    """Read data, load the base in 4 bits, attach the adapter.
+def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
+    """Read data, plan, load the base in 4 bits, attach the adapter.
 
     Raises:
         HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
@@ -84,6 +88,8 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
+    config, plan = plan_run(config, data, machine)
+    observer.note(plan_text(plan))
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
     observer.note(panel_rule().explain(compute_dtype))
@@ -111,15 +117,12 @@ def prepare(config: RunConfig, observer: Observer) -> Run:
         observer.note(decision)
     if config.train.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loader = BatchLoader(
-        data, micro_batch_size=config.train.micro_batch_size, packing=config.data.packing,
-        max_seq_len=config.data.max_seq_len, seed=config.train.seed,
-    )  # fmt: skip
-    steps = config.train.steps or _steps_of(config, loader)
-    observer.note(_plan_text(config, loader, steps))
+    loader = make_loader(config, data)
+    steps = steps_of(config, loader)
+    observer.note(_steps_text(config, loader, steps))
     return Run(
-        config=config, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded, model=model,
-        objective=objective, optimizer=_make_optimizer(config, model, observer), steps=steps,
+        config=config, plan=plan, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
+        model=model, objective=objective, optimizer=_make_optimizer(config, model, observer), steps=steps,
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
@@ -157,15 +160,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((text + "\0" + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
-def _steps_of(config: RunConfig, loader: BatchLoader) -> int:
-    """Optimizer steps of ``train.epochs`` passes; a fraction counts of the epoch it falls in."""
-    whole = int(config.train.epochs)
-    batches: float = sum(loader.batches_per_epoch(epoch) for epoch in range(whole))
-    batches += (config.train.epochs - whole) * loader.batches_per_epoch(whole)
-    return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
-
-
-def _plan_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
+def _steps_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
     unit = "packs" if config.data.packing else "samples"
     few = "; few steps teach little: raise train.epochs or lower data.max_seq_len" if steps < FEW_STEPS else ""
     return (

@@ -1,0 +1,71 @@
+"""``halfbyte plan``: memory and time of a run before it starts; neither torch nor weights are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, emit, known_machine
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Plan
+
+
+def plan(
+    model: Model = None,
+    data: Annotated[Path | None, typer.Option("--data", help="As in train; it is not read.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="As in train; nothing is written.")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="As in train: evaluation is planned.")] = None,
+    config: Config = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will need, phase by phase and term by term, whether it fits, and what would.
+
+    MODEL may be a folder with no more than a config.json. Exit code 0 also where it does not fit: see "fits".
+    """
+    from halfbyte.config import load_config
+    from halfbyte.errors import ConfigError
+    from halfbyte.plan import plan as make_plan
+
+    def text(path: Path | None) -> str | None:
+        return None if path is None else str(path)
+
+    run = load_config(
+        config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
+        train__output=text(output), train__steps=steps, memory__budget=memory, memory__host_budget=host_memory,
+    )  # fmt: skip
+    if not run.model.path:
+        raise ConfigError("is not set", where="model.path", fix="Give --model")
+    made = make_plan(run, machine=known_machine())
+    emit(made.to_dict(), as_json, describe(made))
+
+
+def describe(made: Plan) -> str:
+    """The plan for people."""
+    from halfbyte.dtypes import format_bytes
+
+    lines = [f"{format_bytes(size):>10}  {name.replace('_', ' ')}" for name, size in _sorted(made.terms)]
+    lines.append(f"{format_bytes(made.peak_memory):>10}  at most, in {made.fullest}")
+    lines.append("phases: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in made.phases.items()))
+    lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in made.choices.items()))
+    lines += [f"changed to fit: {change}" for change in made.changes]
+    if made.budget is not None:
+        verdict = "fits" if made.fits else "does not fit"
+        lines.append(f"{verdict} into {format_bytes(made.budget)} ({made.budget_source})")
+    lines.append(f"smallest that would do: {format_bytes(made.smallest_memory)}")
+    if made.largest:
+        lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
+    seconds = made.seconds_per_step
+    lines.append(f"{seconds:,.1f} s a step" if seconds else "time: not measured here yet; run halfbyte doctor once")
+    return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
+
+
+def _sorted(terms: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(terms.items(), key=lambda item: -item[1])

@@ -1,0 +1,162 @@
+"""The base's bytes in memory: 4-bit layers with their scales, embeddings, head, norms; and while it loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.config import QuantConfig
+from halfbyte.dtypes import ITEMSIZE
+from halfbyte.plan.architecture import Architecture, architecture, read_config
+from halfbyte.plan.files import StoredTensor, locate, read_gguf, safetensors_tensors
+
+NESTED_BLOCKSIZE = 256
+SLICE_ELEMENTS = 8 * 2**20
+"""As model/load.py reads a weight that is to be quantized."""
+TOKENIZER_FILE = "tokenizer.json"
+_SCALES = (".absmax", ".nested_absmax")
+_TABLES = (".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+_EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in"), ("lm_head", "embed_out", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model and what it takes, in bytes unless said otherwise.
+
+    Attributes:
+        linears: 4-bit weights with their scales.
+        linear_weights: how many weights these are.
+        nested: of `linears`, what stays in memory when layers are streamed: the scales of scales.
+        embeddings, head: in the dtype of the file; head is 0 where it is the embedding.
+        other: what stays unquantized beside them, and norms and biases in the compute dtype.
+        load_extra: most that loading one tensor takes beside the result.
+        tokenizer_file: bytes of tokenizer.json; None where there is none to look at.
+        exact: sizes are those of the files, not of the config alone.
+    """
+
+    architecture: Architecture
+    linears: int
+    linear_weights: int
+    nested: int
+    embeddings: int
+    head: int
+    other: int
+    load_extra: int
+    embedding_dtype: str
+    tokenizer_file: int | None
+    exact: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.linears + self.embeddings + self.head + self.other
+
+
+def four_bit_bytes(weights: int, blocksize: int, double_quant: bool) -> int:
+    """codes ceil(n/2); scales: a byte a block and 4 bytes for 256 of them, or 4 bytes a block."""
+    blocks = -(-weights // blocksize)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if double_quant else 4 * blocks
+    return -(-weights // 2) + scales
+
+
+def load_extra(weights: int, itemsize: int, blocksize: int) -> int:
+    """A slice as it is stored, and the codes (n/2) and float32 scales (4 n/b) in parts, before they are joined."""
+    in_parts = -(-weights // 2) if weights > SLICE_ELEMENTS else 0
+    return min(weights, SLICE_ELEMENTS) * itemsize + in_parts + 3 * 4 * -(-weights // blocksize)
+
+
+def read_base(path: str, quant: QuantConfig, compute_dtype: str) -> Base:
+    """The base model called `path`: from its files' headers where there are files, else from its config.json.
+
+    Raises:
+        ModelError: no such model, or its config or a header cannot be read.
+    """
+    local = locate(path)
+    if local.is_file():
+        fields, tensors = read_gguf(local)
+        arch = architecture(_gguf_config(fields, tensors), path)
+        return _base(arch, tensors, quant, compute_dtype, tokenizer_file=None, exact=True)
+    config = read_config(local / "config.json")
+    arch = architecture(config, path)
+    tensors = safetensors_tensors(local)
+    tokenizer = local / TOKENIZER_FILE
+    return _base(
+        arch, tensors or expected_tensors(arch), quant, compute_dtype, exact=bool(tensors),
+        tokenizer_file=tokenizer.stat().st_size if tokenizer.exists() else None,
+    )  # fmt: skip
+
+
+def expected_tensors(arch: Architecture) -> dict[str, StoredTensor]:
+    """The tensors of a model of which there is only a config."""
+    h, dtype = arch.hidden, arch.dtype
+    tensors = {"model.embed_tokens.weight": StoredTensor((arch.vocab, h), dtype)}
+    if not arch.tied:
+        tensors["lm_head.weight"] = StoredTensor((arch.vocab, h), dtype)
+    for layer in range(arch.layers):
+        place = f"model.layers.{layer}"
+        for name, shape in arch.linears.items():
+            if arch.experts and name in ("gate_proj", "up_proj", "down_proj"):
+                tensors[f"{place}.mlp.experts.{name}"] = StoredTensor((arch.experts, *shape), dtype)
+                continue
+            tensors[f"{place}.{name}.weight"] = StoredTensor(shape, dtype)
+            if arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
+                tensors[f"{place}.{name}.bias"] = StoredTensor(shape[:1], dtype)
+        norms = (4 if arch.four_norms else 2) * h + (2 * arch.head_dim if arch.head_norms else 0)
+        tensors[f"{place}.norms"] = StoredTensor((norms,), dtype)
+    tensors["model.norm.weight"] = StoredTensor((h,), dtype)
+    return tensors
+
+
+def _base(
+    arch: Architecture, tensors: dict[str, StoredTensor], quant: QuantConfig, compute_dtype: str, *,
+    tokenizer_file: int | None, exact: bool,
+) -> Base:  # fmt: skip
+    linears = weights = nested = embeddings = head = other = extra = 0
+    embedding_dtype = arch.dtype
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        if name.endswith(_TABLES) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name.endswith(_SCALES):
+            linears += tensor.nbytes
+            nested += tensor.nbytes if name.endswith(".nested_absmax") else 0
+        elif len(tensor.shape) < 2:
+            other += tensor.elements * ITEMSIZE[compute_dtype]
+        elif last in _EMBEDDINGS:
+            embeddings, embedding_dtype = embeddings + tensor.nbytes, tensor.dtype
+        elif last in _HEADS and "." not in module:
+            head += 0 if arch.tied else tensor.nbytes
+        elif tensor.dtype == "uint8":  # bitsandbytes' codes
+            linears, weights = linears + tensor.nbytes, weights + 2 * tensor.nbytes
+        elif leaf != "weight" or len(tensor.shape) > 2 or _skipped(module, quant):
+            other += tensor.nbytes
+        else:
+            linears += four_bit_bytes(tensor.elements, quant.blocksize, quant.double_quant)
+            weights += tensor.elements
+            extra = max(extra, load_extra(tensor.elements, ITEMSIZE[tensor.dtype], quant.blocksize))
+    return Base(
+        architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
+        other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
+    )  # fmt: skip
+
+
+def _skipped(module: str, quant: QuantConfig) -> bool:
+    return any(module == name or module.endswith("." + name) for name in quant.skip_modules)
+
+
+def _gguf_config(fields: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    """llama.cpp's header as transformers' config."""
+    family = str(fields.get("general.architecture", ""))
+
+    def field(name: str) -> Any:
+        return fields.get(f"{family}.{name}")
+
+    embedding = tensors.get("token_embd.weight")
+    return {
+        "model_type": family, "hidden_size": field("embedding_length"), "num_hidden_layers": field("block_count"),
+        "intermediate_size": field("feed_forward_length"), "num_attention_heads": field("attention.head_count"),
+        "num_key_value_heads": field("attention.head_count_kv"), "head_dim": field("attention.key_length"),
+        "vocab_size": embedding.shape[0] if embedding else field("vocab_size"),
+        "tie_word_embeddings": "output.weight" not in tensors, "dtype": embedding.dtype if embedding else "bfloat16",
+        "max_position_embeddings": field("context_length"),
+    }  # fmt: skip

@@ -1,0 +1,221 @@
+"""A fused decoder layer's tensors, forward and backward, in the order in which nn/decoder_layer.py makes them.
+
+Read the two side by side: a block taken in here is a tensor made there, under the same name. Per token and in bytes:
+h, q, k, f elements of e bytes; r ranks and one number a norm or head in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from halfbyte.plan.architecture import Architecture
+from halfbyte.plan.ledger import Ledger
+
+SAVED, TEMPORARY, GRADIENTS = "activations_saved", "activations_temporary", "gradients"
+GROUPS = {
+    "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",),
+}  # fmt: skip
+"""Linear layers over one input."""
+PANEL_ELEMENTS = 1 << 21
+"""Decoded weights that a bfloat16 product holds at once (kernels/panel.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """One pass over a layer.
+
+    Attributes:
+        tokens: of the micro-batch.
+        itemsize: of the compute dtype.
+        rank: of the adapters.
+        adapted: last names of the linear layers that have one.
+        checkpoint: only x and what the down projection's backward needs is kept.
+        panels: products run in decoded panels of bfloat16 (CPUs with AVX512-BF16).
+    """
+
+    arch: Architecture
+    tokens: int
+    itemsize: int
+    rank: int
+    adapted: frozenset[str]
+    checkpoint: bool
+    panels: bool
+
+    def rows(self, features: float) -> int:
+        """Bytes of (tokens, features) in the compute dtype."""
+        return int(self.tokens * features * self.itemsize)
+
+    def floats(self, features: float) -> int:
+        """Bytes of (tokens, features) in float32."""
+        return int(self.tokens * features * 4)
+
+    def members(self, group: str) -> list[tuple[str, int, int]]:
+        """(name, out_features, in_features) of the linear layers of a group."""
+        return [(name, *self.arch.linears[name]) for name in GROUPS[group] if name in self.arch.linears]
+
+    def ranks(self, group: str) -> int:
+        """Of the group's adapters together: the columns of u."""
+        return sum(self.rank for name, _, _ in self.members(group) if name in self.adapted)
+
+    def adapter_bytes(self, group: str) -> int:
+        """A (r, in) and B (out, r) in float32."""
+        return sum(4 * self.rank * (out + into) for name, out, into in self.members(group) if name in self.adapted)
+
+
+@contextmanager
+def _briefly(led: Ledger, **blocks: float) -> Iterator[None]:
+    """Blocks of an operator's own, gone when it returns."""
+    led.hold(TEMPORARY, **blocks)
+    yield
+    led.drop(*blocks)
+
+
+def _product(led: Ledger, s: Sizes, group: str) -> None:
+    """What a group's forward product makes beside y and u, where it runs in panels: each member's y, and y plus its
+    adapter's part; then all side by side, which is y."""
+    if not s.panels:
+        return
+    members = s.members(group)
+    outs, into = [out for _, out, _ in members], members[0][2]
+    panel = 2 * min(PANEL_ELEMENTS, max(outs) * into)
+    together = sum(outs) if len(outs) > 1 else 0  # what is joined lies there twice; y itself is counted by the caller
+    last = outs[-1] if s.ranks(group) else 0
+    with _briefly(led, panel=panel, members=s.rows(max(together, last)), u16=s.rows(s.rank)):
+        pass
+
+
+def _gradient_product(led: Ledger, s: Sizes, group: str) -> None:
+    """What a group's backward product makes beside dx, dA and dB: v in float32; in panels the columns of g that belong
+    to a member, copied, its part of dx in float32 and in bfloat16, and x or g again for the adapter's products."""
+    if not s.panels:
+        with _briefly(led, v=s.floats(s.ranks(group))):
+            pass
+        return
+    members = s.members(group)
+    largest, into = max(out for _, out, _ in members), members[0][2]
+    copied = largest if len(members) > 1 else 0
+    sums = s.floats(into) + s.rows(2 * into)
+    with _briefly(led, columns=s.rows(copied), sums=sums, panel=2 * min(PANEL_ELEMENTS, largest * into)):
+        pass
+
+
+def until_down(led: Ledger, s: Sizes, p: str) -> None:
+    """`_until_down`: leaves what `_Saved` names, and `rotated` where heads are normed."""
+    a = s.arch
+    led.hold(TEMPORARY, normed=s.rows(a.hidden))
+    led.hold(SAVED, **{p + "rstd": s.floats(1)})
+    _product(led, s, "qkv")
+    led.hold(SAVED, **{p + "qkv": s.rows(a.qkv), p + "u_qkv": s.floats(s.ranks("qkv"))})
+    if a.head_norms:
+        led.hold(TEMPORARY, rotated=s.rows(a.qkv))
+        led.hold(SAVED, **{p + "head_rstd": s.floats(a.heads + a.kv_heads)})
+    led.hold(SAVED, **{p + "attention": s.rows(a.query), p + "lse": s.floats(a.heads)})
+    led.drop("normed")
+    _product(led, s, "o")
+    led.hold(TEMPORARY, o=s.rows(a.hidden))
+    led.hold(SAVED, **{p + "u_o": s.floats(s.ranks("o"))})
+    if a.four_norms:
+        led.move("o", p + "o_before", SAVED)
+        led.hold(TEMPORARY, o=s.rows(a.hidden))
+        led.hold(SAVED, **{p + "o_rstd": s.floats(1)})
+    led.hold(SAVED, **{p + "h": s.rows(a.hidden), p + "h_rstd": s.floats(1)})
+    led.hold(TEMPORARY, normed=s.rows(a.hidden))
+    _product(led, s, "gate_up")
+    led.hold(SAVED, **{p + "gate_up": s.rows(2 * a.intermediate), p + "u_gate_up": s.floats(s.ranks("gate_up"))})
+    led.drop("normed", "o")
+
+
+def saved_names(s: Sizes, p: str) -> list[str]:
+    """The blocks that `until_down` leaves for the backward."""
+    names = ["rstd", "qkv", "u_qkv", "attention", "lse", "u_o", "h", "h_rstd", "gate_up", "u_gate_up"]
+    names += ["head_rstd"] if s.arch.head_norms else []
+    names += ["o_before", "o_rstd"] if s.arch.four_norms else []
+    return [p + name for name in names]
+
+
+def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True) -> None:
+    """`DecoderLayer.forward` of layer `number`: the output "x{number}" becomes the next layer's "x{number + 1}"."""
+    a, p = s.arch, f"{number}."
+    until_down(led, s, p)
+    led.hold(TEMPORARY, product=s.rows(a.intermediate))
+    _product(led, s, "down")
+    led.hold(SAVED, **{f"x{number + 1}": s.rows(a.hidden), p + "u_down": s.floats(s.ranks("down"))})
+    led.drop("product")
+    if a.four_norms:
+        led.move(f"x{number + 1}", p + "down")
+        led.hold(SAVED, **{f"x{number + 1}": s.rows(a.hidden), p + "down_rstd": s.floats(1)})
+    if a.head_norms:
+        led.drop("rotated")
+    if s.checkpoint or not backward_follows:
+        led.drop(*saved_names(s, p))
+    if not backward_follows:
+        led.drop(f"x{number}", p + "u_down", *([p + "down", p + "down_rstd"] if a.four_norms else []))
+
+
+def backward(led: Ledger, s: Sizes, number: int, *, accumulate: bool) -> None:
+    """`DecoderLayer.backward` of layer `number`: "g", the gradient at its output, becomes that at its input.
+
+    Args:
+        accumulate: gradients are there already, and what is made is added to them.
+    """
+    p = f"{number}."
+    if s.checkpoint:
+        until_down(led, s, p)
+        if s.arch.head_norms:
+            led.drop("rotated")
+    _mlp_backward(led, s, p)
+    _attention_backward(led, s, p, need_dx=number > 0)
+    led.drop(*saved_names(s, p), p + "u_down", f"x{number}", "g")
+    if s.arch.four_norms:
+        led.drop(p + "down", p + "down_rstd")
+    if number:
+        led.move("dx", "g")
+    if accumulate:
+        led.drop(*(f"{p}d_{group}" for group in GROUPS))
+
+
+def _gradients(led: Ledger, s: Sizes, p: str, group: str) -> None:
+    led.hold(GRADIENTS, **{f"{p}d_{group}": s.adapter_bytes(group)})
+    _gradient_product(led, s, group)
+
+
+def _mlp_backward(led: Ledger, s: Sizes, p: str) -> None:
+    """Leaves "g_h", the gradient at h, and "g_down" is gone."""
+    a = s.arch
+    if a.four_norms:
+        led.hold(TEMPORARY, g_down=s.rows(a.hidden))
+    led.hold(TEMPORARY, product=s.rows(a.intermediate))
+    led.hold(TEMPORARY, g_product=s.rows(a.intermediate))
+    _gradients(led, s, p, "down")
+    led.drop("product")
+    led.hold(TEMPORARY, g_gate_up=s.rows(2 * a.intermediate), product_again=s.rows(a.intermediate))
+    led.hold(TEMPORARY, normed=s.rows(a.hidden))
+    led.drop("product_again")
+    led.hold(TEMPORARY, g_normed=s.rows(a.hidden))
+    _gradients(led, s, p, "gate_up")
+    led.hold(TEMPORARY, g_h=s.rows(a.hidden))
+    led.drop("g_product", "g_gate_up", "normed", "g_normed", *(["g_down"] if a.four_norms else []))
+
+
+def _attention_backward(led: Ledger, s: Sizes, p: str, *, need_dx: bool) -> None:
+    """Leaves "dx", the gradient at x."""
+    a = s.arch
+    if a.four_norms:
+        led.hold(TEMPORARY, g_o=s.rows(a.hidden))
+    led.hold(TEMPORARY, g_attention=s.rows(a.query))
+    _gradients(led, s, p, "o")
+    if a.head_norms:
+        led.hold(TEMPORARY, rotated=s.rows(a.qkv))
+    led.hold(TEMPORARY, g_qkv=s.rows(a.qkv))
+    led.drop("g_attention", *(["rotated"] if a.head_norms else []))
+    led.hold(TEMPORARY, normed=s.rows(a.hidden))
+    if need_dx:
+        led.hold(TEMPORARY, g_normed=s.rows(a.hidden))
+    _gradients(led, s, p, "qkv")
+    if need_dx:
+        led.hold(TEMPORARY, dx=s.rows(a.hidden))
+        led.drop("g_normed")
+    led.drop("g_qkv", "normed", "g_h", *(["g_o"] if a.four_norms else []))

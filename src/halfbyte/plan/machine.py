@@ -1,0 +1,96 @@
+"""What the plan must know of the machine: processor features, threads, what Python and the libraries take, speeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RUNTIME = 430_000_000
+"""Resident bytes of Python, torch, transformers and PEFT in a training process, beside every tensor counted elsewhere.
+Measured here on Linux x86-64 (torch 2.13 for CPUs, transformers 5.23, PEFT 0.21, Python 3.11)."""
+BITSANDBYTES = 120_000_000
+"""More where bitsandbytes is installed: PEFT imports it."""
+TOKENIZER = 6.0
+"""Resident bytes for each byte of tokenizer.json."""
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "halfbyte")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine that a run is planned for.
+
+    Attributes:
+        threads: of matrix products.
+        bf16_units: the CPU multiplies bfloat16 natively.
+        runtime: resident bytes beside tensors, measured in a process of these versions; None: the constants above.
+        gflops: measured floating-point operations of a training step, 1e9/s, by compute dtype.
+    """
+
+    threads: int = 1
+    bf16_units: bool = False
+    runtime: int | None = None
+    gflops: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compute_dtype(self) -> str:
+        """What quant.compute_dtype = "auto" becomes (model/compute_dtype.py)."""
+        return "bfloat16" if self.bf16_units else "float32"
+
+
+def this_machine(calibration: Path | None = None, threads: int | None = None) -> Machine:
+    """This machine, with what an earlier command measured on it and left in the file `calibration`."""
+    machine = Machine(threads=threads or len(os.sched_getaffinity(0)), bf16_units=_has_bf16_units())
+    measured = _read(calibration).get(calibration_key()) if calibration else None
+    return replace(machine, **measured) if measured else machine
+
+
+def calibration_key() -> str:
+    """The versions that measurements hold for."""
+    return ", ".join([f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in _PACKAGES)])
+
+
+def default_runtime() -> int:
+    """Where nothing was measured."""
+    return RUNTIME + (BITSANDBYTES if _version("bitsandbytes") else 0)
+
+
+def write_calibration(path: Path, *, runtime: int | None = None, gflops: dict[str, float] | None = None) -> None:
+    """Keep measurements for later plans; what is None stays as it was."""
+    known = _read(path)
+    entry = known.setdefault(calibration_key(), {})
+    if runtime is not None:
+        entry["runtime"] = runtime
+    entry.setdefault("gflops", {}).update(gflops or {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    beside.replace(path)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut short: nothing was measured
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _has_bf16_units() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return False
+    words = next((line for line in flags.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))

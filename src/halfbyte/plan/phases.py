@@ -1,0 +1,169 @@
+"""The phases of a run, each with its fullest moment: load, train, evaluate, save, generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from halfbyte.config import RunConfig
+from halfbyte.dtypes import ITEMSIZE
+from halfbyte.plan import step, workspace
+from halfbyte.plan.base import Base
+from halfbyte.plan.layer import GROUPS, Sizes
+from halfbyte.plan.ledger import Ledger, Moment
+from halfbyte.plan.machine import TOKENIZER, Machine, default_runtime
+
+RING = 3
+"""Buffers of a layer each (store/layers.py)."""
+MIN_EVAL_TOKENS = 2048
+"""Of an evaluation batch, as train/loop.py takes them."""
+LEAST_8BIT, STATE_BLOCK = 4096, 256
+ANSWER_TOKENS, CACHE_STEP = 64, 256
+LINEAR_NAMES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The most that goes through the model at once.
+
+    Attributes:
+        tokens: of a micro-batch.
+        targets: supervised tokens among them.
+        longest: tokens of the longest sample.
+        runtime: resident bytes beside tensors; None: of `machine`.
+    """
+
+    tokens: int
+    targets: int
+    longest: int
+    runtime: int | None = None
+
+
+def worst_case(config: RunConfig) -> Work:
+    """Where the data is not known: full packs, every token supervised."""
+    tokens = config.train.micro_batch_size * config.data.max_seq_len
+    if config.memory.weights == "stream":  # every micro-batch of a step passes a layer before the next one is read
+        tokens *= config.train.gradient_accumulation_steps
+    return Work(tokens=tokens, targets=tokens, longest=config.data.max_seq_len)
+
+
+def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes:
+    """A layer's pass over `tokens` tokens."""
+    dtype = compute_dtype(config, machine)
+    wanted = config.lora.target_modules
+    adapted = LINEAR_NAMES if wanted == "all-linear" else tuple(name.rpartition(".")[2] for name in wanted)
+    return Sizes(
+        arch=base.architecture, tokens=tokens, itemsize=ITEMSIZE[dtype], rank=config.lora.r,
+        adapted=frozenset(adapted), checkpoint=config.train.gradient_checkpointing,
+        panels=dtype == "bfloat16" and machine.bf16_units,
+    )  # fmt: skip
+
+
+def compute_dtype(config: RunConfig, machine: Machine) -> str:
+    """What products run in."""
+    return machine.compute_dtype if config.quant.compute_dtype == "auto" else config.quant.compute_dtype
+
+
+def adapter_parameters(s: Sizes) -> int:
+    """r (in + out) of every adapted layer."""
+    return s.arch.layers * sum(s.adapter_bytes(group) for group in GROUPS) // 4
+
+
+def state_bytes(s: Sizes, bits: int) -> int:
+    """Two moments a parameter: 4 bytes each, or 1 and a float32 scale for 256; small tensors stay in 32 bits."""
+    total = 0
+    for group in GROUPS:
+        for name, out, into in s.members(group):
+            for count in (s.rank * into, out * s.rank) if name in s.adapted else ():
+                eight = bits == 8 and count >= LEAST_8BIT
+                total += 2 * (count + 4 * -(-count // STATE_BLOCK) if eight else 4 * count)
+    return s.arch.layers * total
+
+
+def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, history: bool = False) -> dict[str, Ledger]:
+    """A ledger for each phase, in the order in which they come."""
+    s = sizes(config, base, machine, work.tokens)
+    found = {"load": _static(config, base, machine, work)}
+    found["load"].where = "load"
+    found["load"].hold("load_slice", slice=base.load_extra)
+
+    def with_adapter(tokens: int, *, backward: bool, keep_history: bool = False) -> tuple[Ledger, Sizes]:
+        led = _static(config, base, machine, work)
+        own = replace(s, tokens=tokens)
+        led.keep_history = keep_history
+        led.hold("adapters", adapters=4 * adapter_parameters(own))
+        rows = max(step.CHUNK_BYTES // (4 * own.arch.vocab), 16)
+        head_in_torch = own.itemsize == 2 and own.panels
+        led.hold("workspace", workspace=workspace.largest(
+            own, min(rows, tokens), machine.threads, backward=backward, head_in_torch=head_in_torch
+        ))  # fmt: skip
+        return led, own
+
+    accumulates = config.train.gradient_accumulation_steps > 1
+    led, own = with_adapter(work.tokens, backward=True, keep_history=history)
+    led.hold("optimizer_states", states=state_bytes(own, config.optim.bits))
+    if accumulates:
+        led.hold("gradients", gradients=4 * adapter_parameters(own))
+    targets = max(work.targets, 1)
+    step.train(led, step.Pass(base=base, sizes=own, targets=targets, accumulate=accumulates))
+    found["train"] = led
+    after_step = state_bytes(own, config.optim.bits)
+    if config.data.eval:
+        tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS, work.longest)
+        led, own = with_adapter(tokens, backward=False)
+        led.hold("optimizer_states", states=after_step)
+        step.evaluate(led, step.Pass(base=base, sizes=own, targets=tokens))
+        found["evaluate"] = led
+    led, own = with_adapter(1, backward=False)
+    led.where = "save"
+    led.hold("optimizer_states", states=after_step)
+    found["save"] = led
+    if config.data.eval:
+        found["generate"] = _generate(with_adapter(work.longest, backward=False), base, work, after_step)
+    return found
+
+
+def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
+    led = Ledger()
+    runtime = work.runtime
+    if runtime is None:
+        runtime = machine.runtime or default_runtime()
+        runtime += int(TOKENIZER * (base.tokenizer_file or 0))
+    led.hold("runtime", runtime=runtime)
+    if config.memory.weights == "stream":
+        led.hold("linears_4bit", linears=base.nested)
+        led.hold("stream_ring", ring=RING * (base.linears - base.nested) // base.architecture.layers)
+    else:
+        led.hold("linears_4bit", linears=base.linears)
+    led.hold("embeddings", embeddings=base.embeddings)
+    led.hold("head", head=base.head)
+    led.hold("norms_and_other", other=base.other)
+    return led
+
+
+def _generate(started: tuple[Ledger, Sizes], base: Base, work: Work, states: int) -> Ledger:
+    """A prompt through the layers, its keys and values in transformers' cache and in ours, with room to grow."""
+    led, s = started
+    led.where = "answers"
+    led.hold("optimizer_states", states=states)
+    arch = base.architecture
+    room = -(-(work.longest + ANSWER_TOKENS) // CACHE_STEP) * CACHE_STEP
+    cache = 2 * arch.layers * arch.key * s.itemsize
+    led.hold("kv_cache", prompt=cache * work.longest, room=cache * int(1.5 * room), turns=8 * arch.head_dim * room)
+    step.evaluate(led, step.Pass(base=base, sizes=s, targets=1))
+    return led
+
+
+def fullest(found: dict[str, Ledger]) -> tuple[str, Moment]:
+    """The phase that takes most, and its moment."""
+    name = max(found, key=lambda phase: found[phase].peak.total)
+    return name, found[name].peak

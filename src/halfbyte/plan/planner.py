@@ -1,0 +1,190 @@
+"""Does a run fit, with which settings, and what is the most that would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from halfbyte.config import RunConfig
+from halfbyte.plan.base import Base, read_base
+from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.machine import Machine, this_machine
+from halfbyte.plan.phases import Work, compute_dtype, fullest, phases, worst_case
+from halfbyte.plan.time import seconds_per_step
+
+MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20, "r": 4096}
+"""Where the search for the largest ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take; sizes in bytes.
+
+    Attributes:
+        fits: whether `peak_memory` is within the budget; True where there is none.
+        peak_memory: at most resident at any time, from load to the last answer.
+        terms: what is held at that moment, by what it is for; they sum to `peak_memory`.
+        phases: the peak of each phase.
+        fullest: the phase and the moment of the peak.
+        choices: the settings the plan holds for: yours, or changed ones to fit.
+        changes: which of them are not what you set, and why, a sentence each.
+        smallest_memory: the smallest budget that would work, with every choice made for memory.
+        largest: the most tokens, sequences or rank that fit with these choices, each alone; None without a budget.
+        seconds_per_step: None where nothing was measured on this machine.
+        notes: what the plan does not know.
+    """
+
+    fits: bool
+    budget: int | None
+    budget_source: str
+    peak_memory: int
+    terms: dict[str, int]
+    phases: dict[str, int]
+    fullest: str
+    choices: dict[str, Any]
+    changes: tuple[str, ...]
+    smallest_memory: int
+    largest: dict[str, int] | None
+    seconds_per_step: float | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "changes": list(self.changes), "notes": list(self.notes)}
+
+
+def plan(
+    config: RunConfig, *, machine: Machine | None = None, work: Work | None = None, base: Base | None = None
+) -> Plan:
+    """Plan the run: memory of every phase, the cheapest settings that fit the budget, time.
+
+    Neither torch nor weights are needed: sizes come from config.json and the headers of the files.
+
+    Args:
+        machine: default: this one, without measurements.
+        work: what the data is known to be; default: full packs of which every token is supervised.
+        base: as `read_base` gave it, to plan again without reading.
+
+    Raises:
+        ModelError: the model cannot be found, or its config cannot be read.
+    """
+    machine = machine or this_machine()
+    base = base or read_base(config.model.path, config.quant, compute_dtype(config, machine))
+    budget = budget_of(config)
+
+    def peak(candidate: RunConfig) -> int:
+        return fullest(phases(candidate, base, machine, _work(candidate, config, work)))[1].total
+
+    candidates = list(_cheapest_first(config))
+    chosen = config
+    if budget is not None:
+        chosen = next((each for each in candidates if peak(each) <= budget.bytes), candidates[-1])
+    found = phases(chosen, base, machine, _work(chosen, config, work))
+    phase, moment = fullest(found)
+    fits = budget is None or moment.total <= budget.bytes
+    return Plan(
+        fits=fits, budget=budget.bytes if budget else None, budget_source=budget.source if budget else "",
+        peak_memory=moment.total, terms={name: size for name, size in moment.terms.items() if size},
+        phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
+        choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
+        largest=_largest(chosen, peak, budget) if budget and fits and work is None else None,
+        seconds_per_step=seconds_per_step(chosen, base, machine, _work(chosen, config, work)),
+        notes=_notes(base, work),
+    )  # fmt: skip
+
+
+def apply_choices(config: RunConfig, made: Plan) -> RunConfig:
+    """`config` with the plan's choices."""
+    names = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    return replace(config, train=replace(config.train, **{name: made.choices[name] for name in names}))
+
+
+def _cheapest_first(config: RunConfig) -> Iterator[RunConfig]:
+    """The run as it is set, then with ever less memory: smaller micro-batches, more of them; then those again with
+    gradient checkpointing, which takes time."""
+    batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
+    smaller = [size for size in range(batch, 0, -1) if batch % size == 0]
+    for checkpointing in (False, True) if not config.train.gradient_checkpointing else (True,):
+        for size in smaller:
+            yield replace(config, train=replace(
+                config.train, micro_batch_size=size, gradient_checkpointing=checkpointing,
+                gradient_accumulation_steps=accumulation * (batch // size),
+            ))  # fmt: skip
+
+
+def _work(candidate: RunConfig, config: RunConfig, work: Work | None) -> Work:
+    """`work` is of the micro-batch in `config`; a smaller one has its share, rounded up to whole packs."""
+    if work is None:
+        return worst_case(candidate)
+    size = candidate.train.micro_batch_size
+    if size == config.train.micro_batch_size:
+        return work
+    tokens = min(work.tokens, size * candidate.data.max_seq_len)
+    return replace(work, tokens=tokens, targets=min(work.targets, tokens))
+
+
+def _choices(config: RunConfig) -> dict[str, Any]:
+    return {
+        "micro_batch_size": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
+        "weights": config.memory.weights,
+    }
+
+
+def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tuple[str, ...]:
+    if budget is None or chosen == config:
+        return ()
+    changes = []
+    if chosen.train.micro_batch_size != config.train.micro_batch_size:
+        changes.append(
+            f"train.micro_batch_size {config.train.micro_batch_size} -> {chosen.train.micro_batch_size}, "
+            f"train.gradient_accumulation_steps {config.train.gradient_accumulation_steps} -> "
+            f"{chosen.train.gradient_accumulation_steps}: the same step in smaller parts"
+        )
+    if chosen.train.gradient_checkpointing != config.train.gradient_checkpointing:
+        changes.append("train.gradient_checkpointing false -> true: the same numbers, about a third more time")
+    return tuple(changes)
+
+
+def _largest(config: RunConfig, peak: Callable[[RunConfig], int], budget: Budget) -> dict[str, int]:
+    """Each alone, everything else as in `config`."""
+
+    def with_value(name: str, value: int) -> RunConfig:
+        if name == "micro_batch_size":
+            return replace(config, train=replace(config.train, micro_batch_size=value))
+        if name == "max_seq_len":
+            return replace(config, data=replace(config.data, max_seq_len=value))
+        return replace(config, lora=replace(config.lora, r=value))
+
+    now = {"micro_batch_size": config.train.micro_batch_size, "max_seq_len": config.data.max_seq_len,
+           "r": config.lora.r}  # fmt: skip
+    found = {}
+    for name, least in now.items():
+        low, high = least, MOST[name] + 1  # low fits
+        while high - low > max(low // 64, 1) if name == "max_seq_len" else high - low > 1:
+            middle = min((low + high) // 2, low * 2)
+            if peak(with_value(name, middle)) <= budget.bytes:
+                low = middle
+            else:
+                high = middle
+        found[name] = low
+    return found
+
+
+def _notes(base: Base, work: Work | None) -> tuple[str, ...]:
+    notes = []
+    arch = base.architecture
+    if not arch.fused:
+        notes.append(
+            f"{arch.family or 'this architecture'} runs as transformers wrote it: what its layers keep is estimated, "
+            "cautiously, from Llama's"
+        )
+    if arch.experts:
+        notes.append(f"{arch.experts} experts a layer are not held in 4 bits")
+    if not base.exact:
+        notes.append(f"sizes are from config.json alone, weights taken to be stored in {arch.dtype}")
+    if work is None:
+        notes.append("the data is not looked at: full packs of which every token is learned")
+    return tuple(notes)

@@ -1,0 +1,100 @@
+"""The native library's kept buffer (csrc/workspace.cpp): one, as large as the largest request so far.
+
+The formulas are those of csrc/linear.inl, frozen.inl, attention.inl and attention_backward.inl; sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.plan.layer import GROUPS, Sizes
+
+PACKED_BYTES, MIN_PACKED_ROWS, PANEL_ROWS = 16 << 20, 192, 14
+TILE_FLOATS = 640 * 128 + 8 * 5 * 16
+SLAB_ROWS, SLAB_DEPTH = 1024, 2048
+ATTENTION_BYTES, FORWARD_KEYS, BACKWARD_KEYS, QUERY_ROWS = 32 << 20, 112, 48, 64
+ATTENTION_TASKS, TASK_SCORES, PANEL_WIDTH = 16, 1 << 18, 32
+
+
+def _padded_rows(tokens: int, depth: int) -> int:
+    rows = max(PACKED_BYTES // 4 // max(depth, 1), MIN_PACKED_ROWS)
+    return min(rows, tokens) + PANEL_ROWS
+
+
+def linear(tokens: int, into: int, out: int, rank: int, threads: int, *, wide: bool) -> int:
+    """Forward: x (part, in) and u (part, r) packed, and the sums (part, out) where y is not float32 itself."""
+    part = _padded_rows(tokens, into if wide else max(into, out))
+    return 4 * (threads * TILE_FLOATS + part * (into + rank + (0 if wide else out)) + out)
+
+
+def linear_backward(tokens: int, into: int, out: int, rank: int, threads: int, *, wide: bool) -> int:
+    """g (part, out) and v (part, r) packed; for the adapters u and v whole, and sums of a tile a thread."""
+    part = _padded_rows(tokens, out if wide else max(into, out))
+    adapters = threads * (TILE_FLOATS + rank * 128) + 2 * tokens * rank
+    return 4 * max(threads * TILE_FLOATS + part * (out + rank + (0 if wide else into)), adapters)
+
+
+def frozen_backward(rows: int, into: int, out: int, threads: int, *, wide: bool) -> int:
+    """A slab of g, and the sums (part, in) where dx is not float32 itself."""
+    part = min(rows, SLAB_ROWS)
+    return 4 * (threads * TILE_FLOATS + (part + PANEL_ROWS) * min(out, SLAB_DEPTH) + (0 if wide else part * into))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """One sequence of all tokens: the most that packing can give."""
+
+    tokens: int
+    group: int
+    kv_heads: int
+    dim: int
+    threads: int
+
+    @property
+    def stride(self) -> int:
+        return -(-self.dim // 32) * 32 + 16
+
+    @property
+    def slots(self) -> int:
+        return (self.tokens // 8 + 1) * 8
+
+    def at_once(self, floats: int) -> int:
+        return min(max(ATTENTION_BYTES // 4 // max(floats, 1), self.threads), self.kv_heads)
+
+
+def attention(tokens: int, heads: int, kv_heads: int, dim: int, threads: int) -> int:
+    """Packed keys and values of some heads at a time, and a panel of queries a thread."""
+    h = _Heads(tokens, heads // kv_heads, kv_heads, dim, threads)
+    floats = h.slots * (dim + h.stride)
+    return 4 * (threads * (2 * dim + FORWARD_KEYS) * PANEL_WIDTH + h.at_once(floats) * floats)
+
+
+def attention_backward(tokens: int, heads: int, kv_heads: int, dim: int, threads: int) -> int:
+    """Keys and values packed both ways, and the tasks' sums of dk and dv."""
+    h = _Heads(tokens, heads // kv_heads, kv_heads, dim, threads)
+    fixed, sums = h.slots * (2 * dim + h.stride), 2 * h.slots * h.stride
+    scores = tokens * tokens / 2 * h.group
+    wanted = 1 + int(min(ATTENTION_TASKS / kv_heads, scores / TASK_SCORES))
+    most = max(min(wanted, (ATTENTION_BYTES // 4 - fixed) // sums), 1)
+    floats = fixed + most * sums
+    scratch = QUERY_ROWS * (2 * h.stride + 3 * dim + 2) + 2 * BACKWARD_KEYS * (QUERY_ROWS + 16)
+    return 4 * (threads * scratch + h.at_once(floats) * floats)
+
+
+def largest(s: Sizes, loss_rows: int, threads: int, *, backward: bool, head_in_torch: bool) -> int:
+    """Of all calls of a pass over `s.tokens` tokens, `loss_rows` of them through the head at a time."""
+    a, wide = s.arch, s.itemsize == 4
+    calls = [attention(s.tokens, a.heads, a.kv_heads, a.head_dim, threads)]
+    if backward:
+        calls.append(attention_backward(s.tokens, a.heads, a.kv_heads, a.head_dim, threads))
+    for group in () if s.panels else GROUPS:
+        members = s.members(group)
+        out, into = sum(out for _, out, _ in members), members[0][2]
+        calls.append(linear(s.tokens, into, out, s.ranks(group), threads, wide=wide))
+        if backward:
+            calls.append(linear_backward(s.tokens, into, out, s.ranks(group), threads, wide=wide))
+    if not head_in_torch:
+        calls.append(linear(loss_rows, a.hidden, a.vocab, 0, threads, wide=wide))
+        if backward:
+            calls.append(frozen_backward(loss_rows, a.hidden, a.vocab, threads, wide=wide))
+    return max(calls)

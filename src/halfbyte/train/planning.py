@@ -1,0 +1,81 @@
+"""The plan of a run whose data is known: made before the base is loaded, said, and kept to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from halfbyte.config import RunConfig
+from halfbyte.data import BatchLoader, TokenizedData
+from halfbyte.dtypes import format_bytes
+from halfbyte.errors import ResourceError
+from halfbyte.model.memory import resident_memory
+from halfbyte.plan import Machine, Plan, Work, apply_choices, plan
+
+GROWTH = 60_000_000
+"""Resident bytes that Python and the libraries still take after the data is read: the model's modules, code that is
+touched for the first time, thread stacks. Measured on runs of 135M and 1B."""
+
+
+def make_loader(config: RunConfig, data: TokenizedData) -> BatchLoader:
+    """The loader of `config`'s micro-batches."""
+    return BatchLoader(
+        data, micro_batch_size=config.train.micro_batch_size, packing=config.data.packing,
+        max_seq_len=config.data.max_seq_len, seed=config.train.seed,
+    )  # fmt: skip
+
+
+def steps_of(config: RunConfig, loader: BatchLoader) -> int:
+    """``train.steps``, or the optimizer steps of ``train.epochs`` passes; a fraction is of the epoch it falls in."""
+    if config.train.steps:
+        return config.train.steps
+    whole = int(config.train.epochs)
+    batches: float = sum(loader.batches_per_epoch(epoch) for epoch in range(whole))
+    batches += (config.train.epochs - whole) * loader.batches_per_epoch(whole)
+    return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
+
+
+def plan_run(config: RunConfig, data: TokenizedData, machine: Machine) -> tuple[RunConfig, Plan]:
+    """`config` with the choices that keep it within its budget, and the plan.
+
+    Raises:
+        ResourceError: nothing fits; says the smallest budget that would, and what to change.
+    """
+    loader = make_loader(config, data)
+    worst = loader.worst(steps_of(config, loader) * config.train.gradient_accumulation_steps)
+    work = Work(
+        tokens=worst.tokens, targets=worst.targets, longest=worst.longest, runtime=resident_memory() + GROWTH
+    )  # fmt: skip
+    made = plan(config, machine=replace(machine, threads=torch.get_num_threads()), work=work)
+    if not made.fits:
+        raise refused(made)
+    return apply_choices(config, made), made
+
+
+def refused(made: Plan) -> ResourceError:
+    """The error of a plan that does not fit."""
+    assert made.budget is not None
+    return ResourceError(
+        f"{format_bytes(made.smallest_memory)} are needed at least, {format_bytes(made.budget)} are allowed",
+        where=made.budget_source, why=f"most is held in {made.fullest}, {_largest_terms(made)}",
+        fix=f"Give --memory {-(-made.smallest_memory // 10**6)}MB, or lower data.max_seq_len or lora.r",
+    )  # fmt: skip
+
+
+def _largest_terms(made: Plan) -> str:
+    terms = sorted(made.terms.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{format_bytes(size)} {name.replace('_', ' ')}" for name, size in terms)
+
+
+def plan_text(made: Plan) -> str:
+    """The plan as a short table."""
+    width = max(map(len, made.terms), default=0)
+    budget = f" of {format_bytes(made.budget)} ({made.budget_source})" if made.budget else ""
+    lines = [f"plan: at most {format_bytes(made.peak_memory)}{budget}, in {made.fullest}"]
+    rows = sorted(made.terms.items(), key=lambda item: -item[1])
+    lines += [f"  {name.replace('_', ' '):<{width}} {format_bytes(size):>9}" for name, size in rows]
+    lines += [f"  to fit: {change}" for change in made.changes]
+    if made.seconds_per_step is not None:
+        lines.append(f"  {made.seconds_per_step:,.1f} s a step")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""The plan against what is loaded, its answers to a budget, and that it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.config import RunConfig, load_config
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.plan import Machine, Work, apply_choices, plan
+from halfbyte.plan.base import read_base
+from halfbyte.plan.budget import container_limit
+
+MACHINE = Machine(threads=1, bf16_units=False, runtime=400_000_000)
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": {"vocab_size": 152064}, "qwen3": {"head_dim": 128},
+    "gemma3_text": {"head_dim": 256}, "phi3": {}, "unheard_of": {}, "gemma2": {"attn_logit_softcapping": 50.0},
+    "mixtral": {"num_local_experts": 8},
+}  # fmt: skip
+
+
+def folder_of(path: Path, **changes: object) -> str:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(LLAMA_8B | changes))
+    return str(path)
+
+
+def config_of(path: str, **settings: object) -> RunConfig:
+    return load_config(model__path=path, quant__compute_dtype="float32", **settings)
+
+
+def test_the_base_is_counted_to_the_byte(tiny_llama: Path) -> None:
+    """Against the inventory of the model as it is loaded, scales and all."""
+    import torch
+
+    from halfbyte.model import load_model
+
+    config = config_of(str(tiny_llama))
+    base = read_base(config.model.path, config.quant, "float32")
+    inventory = load_model(str(tiny_llama), config.quant, compute_dtype=torch.float32).inventory
+    by_group: dict[str, int] = {}
+    for row in inventory.rows:
+        by_group[row.group] = by_group.get(row.group, 0) + row.bytes
+    assert base.exact
+    assert base.linears == by_group["4-bit linears"]
+    assert base.embeddings == by_group["embeddings"]
+    assert base.head == by_group.get("head", 0)
+    assert base.other == by_group["norms and biases"]
+
+
+def test_a_config_alone_gives_the_same_sizes(tiny_llama: Path, tmp_path: Path) -> None:
+    stored = json.loads((tiny_llama / "config.json").read_text())
+    alone = folder_of(tmp_path / "alone", **stored)
+    config = config_of(str(tiny_llama))
+    whole, guessed = (read_base(path, config.quant, "float32") for path in (config.model.path, alone))
+    assert (guessed.linears, guessed.embeddings, guessed.head) == (whole.linears, whole.embeddings, whole.head)
+    assert not guessed.exact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_a_plan_that_grows_with_the_work(family: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / family, model_type=family, **FAMILIES[family])
+    peaks = [
+        plan(config_of(path, data__max_seq_len=length), machine=MACHINE).peak_memory for length in (128, 512, 2048)
+    ]
+    assert peaks == sorted(peaks)
+    made = plan(config_of(path, data__eval="held_out.jsonl"), machine=MACHINE)
+    assert sum(made.terms.values()) == made.peak_memory == max(made.phases.values())
+    assert list(made.phases) == ["load", "train", "evaluate", "save", "generate"]
+    assert any("estimated" in note for note in made.notes) == (family in ("unheard_of", "gemma2", "mixtral"))
+
+
+def test_a_budget_is_met_with_the_cheapest_choices_first(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    settings = {"train__micro_batch_size": 4, "data__max_seq_len": 512}
+    free = plan(config_of(path, **settings), machine=MACHINE)
+    assert free.changes == ()
+    smaller = plan(config_of(path, **settings, memory__budget=str(int(free.peak_memory * 0.8))), machine=MACHINE)
+    assert smaller.fits
+    assert smaller.choices["micro_batch_size"] * smaller.choices["gradient_accumulation_steps"] == 4
+    assert not smaller.choices["gradient_checkpointing"]
+    assert smaller.largest is not None
+    assert smaller.largest["micro_batch_size"] == smaller.choices["micro_batch_size"] or smaller.largest["r"] > 16
+    least = plan(config_of(path, **settings, memory__budget=str(free.smallest_memory)), machine=MACHINE)
+    assert least.fits
+    assert least.choices["gradient_checkpointing"]
+    assert apply_choices(config_of(path, **settings), least).train.gradient_checkpointing
+    refused = plan(config_of(path, **settings, memory__budget=str(free.smallest_memory - 1)), machine=MACHINE)
+    assert not refused.fits
+    assert refused.smallest_memory == free.smallest_memory
+
+
+def test_what_is_said_to_be_largest_fits_and_more_does_not(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    made = plan(config_of(path, memory__budget="12GB"), machine=MACHINE)
+    assert made.largest is not None
+    for setting, key in (("train__micro_batch_size", "micro_batch_size"), ("lora__r", "r")):
+        chosen = {"train__gradient_checkpointing": made.choices["gradient_checkpointing"]}
+        peaks = [
+            plan(config_of(path, **chosen, **{setting: made.largest[key] + more}), machine=MACHINE).peak_memory
+            for more in (0, 1)
+        ]
+        assert peaks[0] <= 12e9 < peaks[1], key
+
+
+def test_known_data_takes_less_than_the_worst_case(tmp_path: Path) -> None:
+    config = config_of(folder_of(tmp_path / "model"), data__max_seq_len=1024)
+    worst = plan(config, machine=MACHINE).peak_memory
+    assert plan(config, machine=MACHINE, work=Work(tokens=1024, targets=1024, longest=1024)).peak_memory == worst
+    assert plan(config, machine=MACHINE, work=Work(tokens=700, targets=90, longest=300)).peak_memory < worst
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    code = (
+        "import sys; from halfbyte.cli.main import main; "
+        f"assert main(['plan', '--model', {path!r}, '--json']) == 0; "
+        "print({'torch', 'transformers', 'numpy', 'peft'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *_, result, loaded = done.stdout.strip().splitlines()
+    assert loaded == "set()"
+    fields = {"fits", "peak_memory", "terms", "choices", "seconds_per_step", "smallest_memory", "phases"}
+    assert fields <= set(json.loads(result))
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model"):
+        plan(config_of(str(tmp_path / "nothing")))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="hidden_size"):
+        plan(config_of(str(tmp_path)))
+    with pytest.raises(ConfigError, match="is not a size"):
+        config_of(str(tmp_path), memory__budget="much")
+
+
+def test_the_container_limit_is_the_least_on_the_way_up(tmp_path: Path) -> None:
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    proc.mkdir()
+    inner = root / "memory" / "docker" / "abc"
+    inner.mkdir(parents=True)
+    (root / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (root / "memory" / "docker" / "memory.limit_in_bytes").write_text("4000000000\n")
+    (inner / "memory.limit_in_bytes").write_text("5000000000\n")
+    (proc / "cgroup").write_text("5:devices:/\n4:memory:/docker/abc\n0::/\n")
+    found = container_limit(proc, root)
+    assert found is not None
+    assert found.bytes == 4_000_000_000
+    (root / "user.slice").mkdir()
+    (root / "user.slice" / "memory.max").write_text("3000000000\n")
+    (proc / "cgroup").write_text("0::/user.slice/scope\n")
+    found = container_limit(proc, root)
+    assert found is not None
+    assert found.bytes == 3_000_000_000
+    (root / "user.slice" / "memory.max").write_text("max\n")
+    assert container_limit(proc, root) is None
