@@ -41,7 +41,7 @@ def outcome(config: RunConfig) -> tuple[list[Any], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_streamed_and_mapped_runs_are_the_resident_one(
+def test_where_things_live_changes_nothing(
     folder: Path, make_run: Callable[..., RunConfig], eval_file: Path, checkpointing: bool
 ) -> None:
     """With three micro-batches a step, which streamed layers take together and resident ones one by one."""
@@ -51,8 +51,9 @@ def test_streamed_and_mapped_runs_are_the_resident_one(
     }  # fmt: skip
     numbers, adapter = outcome(make_run("resident", **settings))
     assert len({loss for _, _, loss, _ in numbers}) > 6
-    for weights in ("stream", "mmap"):
-        found, other = outcome(make_run(weights, memory__weights=weights, **settings))
+    for where in ({"weights": "stream"}, {"weights": "mmap"}, {"activations": "disk"}):
+        memory = {f"memory__{key}": value for key, value in where.items()}
+        found, other = outcome(make_run("-".join(where.values()), **memory, **settings))
         assert found == numbers
         assert all(torch.equal(other[name], tensor) for name, tensor in adapter.items())
         assert other.keys() == adapter.keys()

@@ -17,6 +17,7 @@ from halfbyte.errors import ConfigError
 QuantType = Literal["nf4", "fp4"]
 Schedule = Literal["constant", "linear", "cosine"]
 Weights = Literal["resident", "mmap", "stream"]
+Activations = Literal["resident", "disk"]
 DataFormat = Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "text"]
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -202,6 +203,8 @@ class MemoryConfig:
     """The same for the host's RAM; on a machine without a GPU both mean its RAM, and the smaller one holds."""
     weights: Weights = "resident"
     """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
+    activations: Activations = "resident"
+    """What the backward pass needs: resident (in memory) or disk (in memory.offload_dir until it is needed)."""
     offload_dir: str = ""
     """Folder for what does not fit into memory; a file without a name, gone with the process. Else train.output."""
 
@@ -213,6 +216,7 @@ class MemoryConfig:
             except ValueError as error:
                 raise ConfigError(str(error), where=key) from None
             _require(size > 0, key, value, "more than 0 bytes")
+        _require_choice("memory.activations", self.activations, get_args(Activations))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from halfbyte.model.fuse import same_rows
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
 from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention, supports_packed_attention
+from halfbyte.store import ActivationStore
 
 PACKED, MASKED, PADDED = "packed", "masked", "padded"
 _SAID = {
@@ -34,13 +35,16 @@ _ALIKE = 4
 class Objective:
     """How this model's loss is computed: what it cannot take is noticed once, here, and said in `decisions`.
 
+    Args:
+        activations: keeps what is saved for the backward pass; None for memory.
+
     Attributes:
         layout: how sequences are laid out: "packed", "masked" or "padded".
         decisions: one sentence for each automatic choice.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, activations: ActivationStore | None = None) -> None:
+        self._model, self._activations = model, activations
         self._decoder = model.base_model
         self._head = model.get_output_embeddings()
         self._vocab_size = int(self._head.weight.shape[0])
@@ -177,9 +181,11 @@ class Objective:
         """Cross-entropy summed over the batch's supervised tokens, a float32 scalar."""
         inputs, labels = self._inputs(self._needed(batch))
         if self._chunks:
-            hidden = self._decoder(**inputs, use_cache=False).last_hidden_state
+            with self._saved_elsewhere():
+                hidden = self._decoder(**inputs, use_cache=False).last_hidden_state
             return chunked_cross_entropy(hidden, labels, self._head, self._vocab_size)[0]
-        logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
+        with self._saved_elsewhere():
+            logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
@@ -191,7 +197,8 @@ class Objective:
         batches = [self._needed(batch) for batch in batches]
         joined, bounds = join_batches(batches)
         inputs, _ = self._inputs(joined)
-        hidden = self._decoder(**inputs, micro_batches=bounds, use_cache=False).last_hidden_state
+        with self._saved_elsewhere():
+            hidden = self._decoder(**inputs, micro_batches=bounds, use_cache=False).last_hidden_state
         parts = hidden.split([batch.input_ids.shape[1] for batch in batches], dim=1)
         return [
             chunked_cross_entropy(part, batch.labels, self._head, self._vocab_size)[0]
@@ -200,6 +207,10 @@ class Objective:
 
     def _needed(self, batch: Batch) -> Batch:
         return compact(batch) if self._compact else batch
+
+    def _saved_elsewhere(self) -> AbstractContextManager[Any]:
+        """Inside the block, what the backward pass needs goes to where it is kept."""
+        return nullcontext() if self._activations is None else self._activations.hooks()
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         if self.layout == PADDED:

@@ -25,6 +25,7 @@ from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan
+from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 from halfbyte.train.planning import make_loader, plan_run, plan_text, steps_of
@@ -107,7 +108,8 @@ def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
         f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
         f"scaling {config.lora.scaling:g}"
     )
-    objective = Objective(loaded.model)
+    on_disk = config.memory.activations == "disk"
+    objective = Objective(loaded.model, ActivationStore(_offload_dir(config)) if on_disk else None)
     if loaded.store is not None:
         objective.require_fused_layers()
     for part in (data, eval_data):
@@ -134,7 +136,7 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     optimizer = AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
-        offload_dir=config.memory.offload_dir or config.train.output,
+        offload_dir=_offload_dir(config),
     )  # fmt: skip
     if optim.paged:
         observer.note(f"optimizer states: {optimizer.reserve()}")
@@ -151,6 +153,10 @@ def _check_paths(config: RunConfig) -> None:
     with disk_errors(output):
         make_folder(output)
     check_target(output / "adapter")
+
+
+def _offload_dir(config: RunConfig) -> str:
+    return config.memory.offload_dir or config.train.output
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
