@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from halfbyte.checkpoint.shard_writer import Pieces
 from halfbyte.errors import ResourceError
 from halfbyte.optim import AdamW
 from halfbyte.store import Memory
@@ -107,6 +108,32 @@ def test_they_resume_each_other(from_paged: bool, bits: int, tmp_path: Path) -> 
         assert all(
             torch.equal(value, kept["state"][number][name]) for name, value in part.items() if name != "step"
         ), "what was loaded is a copy"
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_streamed_state_is_the_state(bits: int, tmp_path: Path) -> None:
+    """One tensor after the other, a page in memory at a time; training goes on after it."""
+    params = parameters()
+    optimizer = AdamW(groups(params), bits=bits, paged=True, budget=LEAST, offload_dir=tmp_path)
+    train(params, optimizer, 1, 3)
+    whole, streamed = optimizer.state_dict(), optimizer.streamed_state_dict()
+    assert streamed["param_groups"] == whole["param_groups"]
+    assert list(streamed["state"]) == list(whole["state"])
+    for number, state in streamed["state"].items():
+        assert list(state) == list(whole["state"][number])
+        for name, value in state.items():
+            if name == "step":
+                assert value == whole["state"][number]["step"]
+                continue
+            assert isinstance(value, Pieces)
+            expected = whole["state"][number][name]
+            assert (value.dtype, value.shape) == (expected.dtype, expected.shape)
+            parts = [part.clone() for part in value.parts]
+            assert max((part.nbytes for part in parts), default=0) <= 4096
+            assert torch.equal(torch.cat([expected.new_empty(0), *parts]), expected.view(-1))
+    assert all(list(state) == ["step"] for state in optimizer.state.values())
+    plain = AdamW(groups(params))
+    assert plain.streamed_state_dict() == plain.state_dict()
 
 
 def test_room_is_taken_before_the_first_step(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from halfbyte.checkpoint.adapter import CONFIG, INFO, WEIGHTS, check_adapter, read_tensors, versions, write_adapter
 from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
+from halfbyte.checkpoint.shard_writer import Pieces, write_one
 from halfbyte.errors import FileError
 from halfbyte.kernels import panel_rule
 from halfbyte.kernels.registry import cpu_choice
@@ -76,7 +77,7 @@ def save_checkpoint(
         output: the run's folder.
         step: optimizer steps done.
         adapter, adapter_config, info: as `save_adapter`.
-        optimizer: `Optimizer.state_dict()`; states are tensors or numbers.
+        optimizer: `Optimizer.state_dict()`; states are tensors, tensors in pieces, or numbers.
         rng: `capture_rng()`.
         cursor: where the data is, plain JSON.
         config: `to_dict(RunConfig)`.
@@ -93,10 +94,11 @@ def save_checkpoint(
         "step": step, "cursor": dict(cursor), "config": dict(config), "hashes": dict(hashes),
         "environment": environment(), "param_groups": optimizer["param_groups"], "scalars": scalars,
     }  # fmt: skip
-    expected = sum(tensor.nbytes for part in (adapter, tensors, rng) for tensor in part.values())
+    parts: tuple[Mapping[str, Tensor | Pieces], ...] = adapter, tensors, rng
+    expected = sum(tensor.nbytes for part in parts for tensor in part.values())
     with write_folder(path, expected_bytes=expected, set_aside=True) as writer:
         write_adapter(writer, adapter, adapter_config, info)
-        writer.write_tensors(OPTIMIZER, tensors)
+        write_one(writer.path / OPTIMIZER, tensors)
         writer.write_tensors(RNG, rng)
         writer.write_json(RUN_STATE, state)
     return path
@@ -208,12 +210,12 @@ def _is_good(path: Path) -> bool:
     return True
 
 
-def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    tensors: dict[str, Tensor] = {}
+def _flatten(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor | Pieces], dict[str, float]]:
+    tensors: dict[str, Tensor | Pieces] = {}
     scalars: dict[str, float] = {}
     for number, entries in state.items():
         for name, value in entries.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Pieces):
                 tensors[f"{number}.{name}"] = value
             else:
                 assert isinstance(value, int | float), f"optimizer state {name} is a {type(value).__name__}"

@@ -8,8 +8,8 @@ a multiple of 64 bytes goes to disk at once, the others (scales, JSON) wait for 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -105,8 +105,17 @@ class _Shard:
         }
         for part in tensor.parts:
             if part.numel():
-                self._position += self._file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+                self._position += self._file.write(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         assert self._position == end, f"{name}: the parts are not of the size announced"
+
+
+def write_one(path: Path, tensors: Mapping[str, Tensor | Pieces]) -> None:
+    """Write `tensors`, of any device, as one new file, with one piece in memory. Durability is the caller's."""
+    shard = _Shard(path, 64 + sum(ENTRY_BYTES + len(name.encode()) for name in tensors))
+    with closing(shard):
+        for name, given in tensors.items():
+            shard.add(name, Pieces.of(given) if isinstance(given, Tensor) else given)
+        shard.finish()
 
 
 def write_shards(

@@ -158,15 +158,23 @@ class AdamW(Optimizer):
         finally:
             self.state = kept
 
+    def streamed_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, but a paged one's moments are `Pieces`, to be read before the next step."""
+        packed = super().state_dict()
+        if self._pages is not None:
+            for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
+                for number, param in zip(saved["params"], group["params"], strict=True):
+                    if number in packed["state"]:
+                        packed["state"][number] = packed["state"][number] | self._pages.pieces(param)
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that states keep their dtype beside 16-bit parameters, and are copies.
 
         Raises:
             ValueError: the state is not one of these parameters, or not AdamW's.
         """
-        super().load_state_dict(
-            state_dict | {"state": {}}
-        )  # its casts would make moments of 16 bits, or of four times 8
+        super().load_state_dict(state_dict | {"state": {}})  # it would cast moments to the parameters' dtype
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         states = {param: state_dict["state"].get(number) for number, param in zip(numbers, params, strict=True)}

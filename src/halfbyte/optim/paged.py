@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.shard_writer import Pieces
 from halfbyte.dtypes import format_bytes
 from halfbyte.kernels.adamw import BLOCKSIZE
-from halfbyte.optim.moments import MOMENTS, Run
+from halfbyte.optim.moments import MOMENTS, Run, zero_moments
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.store import ALIGNMENT, DiskTier, HostTier, PagePool, memory_of
 
@@ -111,6 +112,18 @@ class PagedMoments:
         pages = sorted({page for param in wanted for page in self._pages.get(param, ())})
         for page, memory in self._pool.sweep(pages, write=write):
             yield [(place.run, place.moments(memory)) for place in self._places[page] if place.run.param in wanted]
+
+    def pieces(self, param: Tensor) -> dict[str, Pieces]:
+        """The moments of a parameter that was placed, page by page."""
+        wanted = zero_moments(param, self._bits[param], "meta")
+        return {
+            name: Pieces(like.dtype, tuple(like.shape), self._parts(param, number))
+            for number, (name, like) in enumerate(wanted.items())
+        }
+
+    def _parts(self, param: Tensor, number: int) -> Iterator[Tensor]:
+        for runs in self.sweep([param], write=False):
+            yield from (moments[number] for _, moments in runs)
 
     def __str__(self) -> str:
         total, fast = (format_bytes(n) for n in (self._pool.pages * self._pool.page_bytes, self._pool.resident_bytes))

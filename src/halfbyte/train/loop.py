@@ -185,8 +185,8 @@ def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, C
 def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
     path = save_checkpoint(
         output, step, adapter=adapter_state(run.model), adapter_config=run.peft_config, info=run.adapter_info(),
-        optimizer=run.optimizer.state_dict(), rng=capture_rng(), cursor=asdict(cursor), config=to_dict(run.config),
-        hashes=run.hashes,
+        optimizer=run.optimizer.streamed_state_dict(), rng=capture_rng(), cursor=asdict(cursor),
+        config=to_dict(run.config), hashes=run.hashes,
     )  # fmt: skip
     prune_checkpoints(output, run.config.train.keep, step=step)
     return path
