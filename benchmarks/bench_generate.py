@@ -1,10 +1,11 @@
 """Generation at batch 1: halfbyte against transformers fp32, bitsandbytes NF4 and llama.cpp Q4_0, on one model.
 
-usage: bench_generate.py [--llama-python PYTHON] [--threads N] [--rounds N] [--model smollm2|llama-1b] [--output FILE]
+usage: bench_generate.py [--threads N] [--rounds N] [--model smollm2|llama-1b] [--output FILE]
 
 Each stack runs in a process of its own (generate_peer.py), in turn, round after round; figures are medians over the
 rounds. A run reads a prompt of 512 tokens (prompt tokens/s), then writes 64 tokens after a prompt of 32 (tokens/s),
-greedily and past any end token. PYTHON has the package xllamacpp; without it llama.cpp is left out.
+greedily and past any end token. llama.cpp takes part where `benchmarks/peers.py` has made its environment, or another
+Python that has xllamacpp is given. `llama-1b` has the shape of Llama-3.2-1B and random weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import generate_models
 from common import last_json, write_result
+from peers import peer_python
 
 PEER = Path(__file__).parent / "generate_peer.py"
 LLAMA = Path(__file__).parent / "generate_llama.py"
@@ -26,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--llama-python", default="")
+    parser.add_argument("--llama-python", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=generate_models.MODELS, default="smollm2")
@@ -39,9 +41,10 @@ def main() -> None:
         stack: [sys.executable, str(PEER), stack, str(folder), str(args.threads)]
         for stack in args.stacks.split(",") if stack != "llama.cpp"
     }  # fmt: skip
-    if args.llama_python and "llama.cpp" in args.stacks:
+    llama_python = args.llama_python or peer_python(args.work)
+    if llama_python and "llama.cpp" in args.stacks:
         gguf = generate_models.q4_0(folder, args.work / f"{args.model}-q4_0.gguf")
-        commands["llama.cpp"] = [args.llama_python, str(LLAMA), str(gguf), str(args.threads)]
+        commands["llama.cpp"] = [str(llama_python), str(LLAMA), str(gguf), str(args.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     rounds: dict[str, list[dict[str, Any]]] = {stack: [] for stack in commands}
     for number in range(args.rounds):

@@ -1,58 +1,23 @@
 """Loading a 16-bit model into 4 bits in memory, and a folder that is in 4 bits already: seconds and peak memory.
 
-    python benchmarks/bench_load.py [--work DIR] [--rounds 3]
+usage: bench_load.py [--work DIR] [--rounds 3]
 
-halfbyte and transformers + bitsandbytes take turns, each load in a process of its own, on the 2 GB model of random
-weights that bench_quantize.py makes (run that first). "read" is how long this machine takes to read the 16-bit files
-through the page cache: the floor. Seconds are of the load alone, imports left out.
+halfbyte and transformers + bitsandbytes on 2 GB of random bf16 weights, beside reading the files and nothing else (the
+floor). Each load in a process of its own (disk_stack.py), in turn; once with the files in the page cache and once from
+the disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from common import last_json, write_result
+from common import disk_turns, random_2gb_folder, write_result
 
+from halfbyte.config import QuantConfig
+from halfbyte.model.quantize import quantize_model
 
-def read(folder: str) -> None:
-    """Every byte of the folder's tensors, once."""
-    for path in Path(folder).glob("*.safetensors"):
-        with path.open("rb", buffering=0) as file:
-            buffer = bytearray(16 << 20)
-            while file.readinto(buffer):
-                pass
-
-
-def halfbyte(folder: str) -> None:
-    """Our loader."""
-    import torch
-
-    from halfbyte import load_model
-    from halfbyte.config import QuantConfig
-
-    load_model(folder, QuantConfig(), compute_dtype=torch.float32)
-
-
-def bitsandbytes(folder: str) -> None:
-    """The usual one."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
-
-
-STACKS = {"read": read, "halfbyte": halfbyte, "bitsandbytes": bitsandbytes}
+STACKS = ("plain", "bitsandbytes", "halfbyte")
 
 
 def main() -> None:
@@ -60,34 +25,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "load.json")
     options = parser.parse_args()
-    if options.child:
-        stack, folder = options.child
-        if stack != "read":  # imports are not what is measured
-            import bitsandbytes as _bnb  # noqa: F401
-            import transformers as _hf  # noqa: F401
-
-            import halfbyte.model as _model  # noqa: F401
-        started = time.perf_counter()
-        STACKS[stack](folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": time.perf_counter() - started, "peak_memory": peak}))
-        return
-    folders = {"16 bit": options.work / "random-2gb", "4 bit": options.work / "random-2gb-4bit"}
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(options.rounds + 1):
-        for kind, folder in folders.items():
-            for stack in STACKS:
-                command = [sys.executable, "-W", "ignore", __file__, "--child", stack, str(folder)]
-                runs.setdefault(f"{stack}, {kind}", []).append(last_json(command))
+    whole = random_2gb_folder(options.work / "random-2gb")
+    stored = options.work / "random-2gb-4bit"
+    if not stored.exists():
+        quantize_model(str(whole), stored, QuantConfig())
     figures = {
-        name: {key: statistics.median(r[key] for r in results[1:]) for key in ("seconds", "peak_memory")}
-        for name, results in runs.items()
-    }  # fmt: skip
-    for name, row in figures.items():
-        print(f"{name:24} {row['seconds']:6.2f} s  peak {row['peak_memory'] / 1e9:.2f} GB")
-    write_result(Path(__file__).parent / "results" / "load.json", {"rounds": options.rounds, "loads": figures})
+        f"{kind}, {'from the disk' if cold else 'from the page cache'}": disk_turns(
+            "load", STACKS, options.rounds, folder, options.work / "empty", cold=cold
+        )
+        for kind, folder in (("16 bit", whole), ("4 bit", stored))
+        for cold in (False, True)
+    }
+    for setting, stacks in figures.items():
+        for stack, row in stacks.items():
+            print(f"{setting:28} {stack:13} {row['seconds']:6.2f} s  peak {row['peak_memory'] / 1e9:.2f} GB")
+    write_result(options.output, {"rounds": options.rounds, "loads": figures})
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halfbyte.checkpoint import versions, write_folder
@@ -17,6 +22,8 @@ from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
 from halfbyte.cli.demo_data import write_docstring_qa
 from halfbyte.model.source import load_tokenizer, open_source
+
+Figures = dict[str, dict[str, float]]
 
 
 def smollm2_folder(folder: Path) -> Path:
@@ -49,6 +56,61 @@ def llama_1b_folder(folder: Path) -> Path:
     return folder
 
 
+def random_2gb_folder(folder: Path) -> Path:
+    """2 GB of random bf16 weights in Llama's shape, made a tensor at a time: for speed and memory of disk work."""
+    if not (folder / "config.json").exists():
+        with write_folder(folder) as writer:
+            write_shards(writer.path, _random_weights(RANDOM_2GB))
+            RANDOM_2GB.save_pretrained(writer.path)
+            load_tokenizer(smollm2_path()).save_pretrained(writer.path)
+    return folder
+
+
+RANDOM_2GB = LlamaConfig(
+    vocab_size=49152, hidden_size=2048, intermediate_size=6144, num_hidden_layers=18, num_attention_heads=32,
+    num_key_value_heads=8, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+
+
+def _random_weights(config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    h, f, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + f"self_attn.{n}_proj.weight": (o, h) for n, o in (("q", h), ("k", kv), ("v", kv), ("o", h))}
+        shapes |= {layer + f"mlp.{n}_proj.weight": s for n, s in (("gate", (f, h)), ("up", (f, h)), ("down", (h, f)))}
+        shapes |= {layer + f"{n}_layernorm.weight": (h,) for n in ("input", "post_attention")}
+    for name, shape in shapes.items():
+        yield name, (torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.02).bfloat16()
+
+
+def uncache(folder: Path) -> None:
+    """Have the system forget what it holds of the folder's files, so that they come from the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_turns(task: str, stacks: Iterable[str], rounds: int, folder: Path, output: Path, *, cold: bool) -> Figures:
+    """Medians of disk_stack.py's figures by stack, which take turns; warm, the first round is thrown away."""
+    runs: dict[str, list[dict[str, float]]] = {stack: [] for stack in stacks}
+    for _ in range(rounds + (not cold)):
+        for stack, results in runs.items():
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir(parents=True)
+            if cold:
+                uncache(folder)
+            script = str(Path(__file__).with_name("disk_stack.py"))
+            results.append(last_json([sys.executable, "-W", "ignore", script, task, stack, str(folder), str(output)]))
+    return {
+        stack: {key: statistics.median(r[key] for r in results[not cold :]) for key in ("seconds", "peak_memory")}
+        for stack, results in runs.items()
+    }
+
+
 def docstring_data(folder: Path, num_train: int = 1500, num_held_out: int = 120) -> tuple[Path, Path]:
     """The demo's question-and-answer files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,14 +132,14 @@ def halfbyte(*arguments: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Hardware, versions and commit, to be stored beside every figure."""
+    """Hardware, versions, commit, and how busy the machine was at the end, to be stored beside every figure."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     features = [
         name for name, on in torch.cpu.get_capabilities().items() if on is True and name.startswith(("avx", "amx"))
     ]
     return {
         "commit": commit, "machine": platform.machine(), "cpu_features": features,
-        "threads": torch.get_num_threads(), "versions": versions(),
+        "threads": torch.get_num_threads(), "versions": versions(), "load_average": os.getloadavg(),
     }  # fmt: skip
 
 

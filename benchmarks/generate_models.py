@@ -7,32 +7,20 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from common import smollm2_folder
+from common import llama_1b_folder, smollm2_folder
 from gguf import GGMLQuantizationType as Type
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.cli.demo import smollm2_path
 
 MODELS = ("smollm2", "llama-1b")
-LLAMA_1B = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}  # fmt: skip
-"""The shape of Llama-3.2-1B."""
 
 
 def folder(name: str, work: Path) -> Path:
     """A bf16 safetensors folder of SmolLM2-135M, or of random weights in the shape of Llama-3.2-1B."""
     if name == "smollm2":
         return smollm2_folder(work / name)
-    path = work / name
-    if not (path / "config.json").exists():
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(LlamaConfig(**LLAMA_1B)).save_pretrained(path)
-        torch.set_default_dtype(torch.float32)
-    return path
+    return llama_1b_folder(work / name)
 
 
 def q4_0(source: Path, path: Path) -> Path:

@@ -2,9 +2,10 @@
 
 usage: step.py STACK MODEL_DIR BATCH TOKENS STEPS
 
-STACK: halfbyte | peft (LoRA on unquantized weights) | bitsandbytes, then -fp32 or -bf16 for the compute dtype, then
--checkpoint for gradient checkpointing. Sequences of one length, every token supervised, r=16 on all linear layers,
-AdamW; the first step is not counted. Every stack sees the same random tokens.
+STACK: halfbyte | peft (LoRA on unquantized weights) | bitsandbytes | fork (bitsandbytes-cpu-fork) | torchao (its
+NF4Tensor), then -fp32 or -bf16 for the compute dtype, then -checkpoint for gradient checkpointing. Sequences of one
+length, every token supervised, r=16 on all linear layers, AdamW; the first step is not counted. Every stack sees the
+same random tokens.
 """
 
 from __future__ import annotations
@@ -50,19 +51,29 @@ def halfbyte_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoin
     return model, lambda: objective.loss_sum(batch) / batch.num_targets
 
 
-def peer_step(
-    path: str, dtype: torch.dtype, ids: torch.Tensor, *, quantized: bool, checkpoint: bool
-) -> tuple[Any, Step]:
-    """transformers + PEFT, with bitsandbytes underneath or not, as their documentation has it."""
+def to_nf4tensors(model: Any) -> None:
+    """Every linear layer but the head in torchao's NF4. Blocks of 64 scales: 256 do not divide SmolLM2's shapes."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    for layer_name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and layer_name != "lm_head":
+            module.weight = torch.nn.Parameter(to_nf4(module.weight.detach(), 64, 64), requires_grad=False)
+
+
+def peer_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, name: str, checkpoint: bool) -> tuple[Any, Step]:
+    """transformers + PEFT, with a quantizer underneath or not, as their documentation has it."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings: dict[str, Any] = {}
+    quantized = name in ("bitsandbytes", "fork")  # one name to import; the interpreter says which it is
     if quantized:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **settings)
+    if name == "torchao":
+        to_nf4tensors(model)
     if quantized:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoint)
     elif checkpoint:
@@ -85,7 +96,7 @@ def main() -> None:
     if name == "halfbyte":
         model, loss_of = halfbyte_step(path, dtype, ids, checkpoint=checkpoint)
     else:
-        model, loss_of = peer_step(path, dtype, ids, quantized=name == "bitsandbytes", checkpoint=checkpoint)
+        model, loss_of = peer_step(path, dtype, ids, name=name, checkpoint=checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     seconds, losses = [], []
