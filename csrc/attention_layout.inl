@@ -110,12 +110,12 @@ void hide(const Heads& h, const Rows<COUNT>& rows, int64_t i, int64_t low, int64
 // Eight rows -> out[depth][8], times `factor`; zeros where there is no row.
 template <class T>
 void turn_rows(const T* const* rows, int64_t depth, float factor, float* out, int64_t stride) {
-    const __m256 scale = _mm256_set1_ps(factor);
+    const eight scale = set8(factor);
     for (int64_t k = 0; k < depth; k += 8) {
-        __m256 v[8];
-        for (int i = 0; i < 8; ++i) v[i] = rows[i] ? _mm256_mul_ps(load8(rows[i] + k), scale) : _mm256_setzero_ps();
+        eight v[8];
+        for (int i = 0; i < 8; ++i) v[i] = rows[i] ? mul8(load8(rows[i] + k), scale) : zero8();
         transpose8(v);
-        for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (k + i) * stride, v[i]);
+        for (int i = 0; i < 8; ++i) store8(out + (k + i) * stride, v[i]);
     }
 }
 
@@ -128,11 +128,10 @@ void turn_back(const Heads& h, const Rows<COUNT>& rows, int64_t first, const flo
         T* to[8];
         for (int64_t r = 0; r < count; ++r)
             to[r] = out + rows.token[first + i + r] * row + rows.head[first + i + r] * h.dim;
-        const __m256 factor = _mm256_loadu_ps(factors + i);
+        const eight factor = load8(factors + i);
         for (int64_t k = 0; k < h.dim; k += 8) {
-            __m256 v[8];
-            for (int j = 0; j < 8; ++j)
-                v[j] = _mm256_mul_ps(_mm256_loadu_ps(panel + (k + j) * panel_width + i), factor);
+            eight v[8];
+            for (int j = 0; j < 8; ++j) v[j] = mul8(load8(panel + (k + j) * panel_width + i), factor);
             transpose8(v);
             for (int64_t r = 0; r < count; ++r) store8(to[r] + k, v[r]);
         }

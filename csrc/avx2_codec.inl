@@ -77,9 +77,11 @@ struct Decoder {
     }
 };
 
+typedef __m256i codes32;
+
 // 32 codes in bytes. Lane 0 holds quads 0 2 4 6 of the 32 weights and lane 1 quads 1 3 5 7, so that after two levels
 // of unpacking each register is eight weights in their order.
-inline __m256i spread32(const uint8_t* codes) {
+inline codes32 spread32(const uint8_t* codes) {
     const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     const __m256i twice =
         _mm256_shuffle_epi8(packed, _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
@@ -90,7 +92,7 @@ inline __m256i spread32(const uint8_t* codes) {
 }
 
 // 32 codes -> 4 x 8 values, not yet scaled, in the order of spread32.
-inline void lookup32(__m256i code, const __m256i* plane, __m256* out) {
+inline void lookup32(codes32 code, const __m256i* plane, __m256* out) {
     const __m256i p0 = _mm256_shuffle_epi8(plane[0], code), p1 = _mm256_shuffle_epi8(plane[1], code);
     const __m256i p2 = _mm256_shuffle_epi8(plane[2], code), p3 = _mm256_shuffle_epi8(plane[3], code);
     const __m256i low0 = _mm256_unpacklo_epi8(p0, p1), low1 = _mm256_unpackhi_epi8(p0, p1);
@@ -101,13 +103,12 @@ inline void lookup32(__m256i code, const __m256i* plane, __m256* out) {
     out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
 }
 
-inline void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d, float* out) {
-    const __m256 s = _mm256_set1_ps(scale);
-    for (int64_t i = 0; i < n; i += 32) {
-        __m256 v[4];
-        lookup32(spread32(codes + i / 2), d.plane, v);
-        for (int j = 0; j < 4; ++j) _mm256_storeu_ps(out + i + 8 * j, _mm256_mul_ps(v[j], s));
-    }
+// 64 codes, the high nibbles and the low ones; the second half as zeros when there are only 32.
+inline void nibbles_of(const uint8_t* codes, bool whole, codes32* high, codes32* low) {
+    const __m256i bytes = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
+                                : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    *high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+    *low = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
 }
 
 // T is bf16 or fp16.

@@ -1,4 +1,10 @@
-// Eight numbers at a time between memory formats and fp32.
+// x86's eight floats, between memory formats and fp32, and what every ISA's shared kernels do with them.
+
+typedef __m256 eight;
+
+inline eight zero8() { return _mm256_setzero_ps(); }
+inline eight set8(float x) { return _mm256_set1_ps(x); }
+inline eight mul8(eight a, eight b) { return _mm256_mul_ps(a, b); }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline __m256 load8(const bf16* p) {
@@ -23,17 +29,30 @@ inline void store8(bf16* p, __m256 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
-// T is bf16 or fp16.
-template <class T>
-void narrow_row(const float* x, int64_t n, T* out) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) store8(out + i, _mm256_loadu_ps(x + i));
-    for (; i < n; ++i) narrow(x[i], out + i);
-}
-inline void narrow_row(const float*, int64_t, float*) {}  // never called: fp32 sums are the result
-
 inline float sum_of(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Eight rows of eight -> their transpose, in place.
+inline void transpose8(eight* r) {
+    __m256 a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
 }

@@ -6,6 +6,13 @@ constexpr int64_t vec_width = 8;
 inline vec vzero() { return _mm256_setzero_ps(); }
 inline vec vset(float x) { return _mm256_set1_ps(x); }
 inline vec vbroadcast(const float* p) { return _mm256_broadcast_ss(p); }
+// x with another number in its high half.
+inline vec with_high(vec x, float high) { return _mm256_insertf128_ps(x, _mm_set1_ps(high), 1); }
+// Element I * STEP in all lanes, where A is packed and elements up to ROWS * STEP are used.
+template <int I, int ROWS, int64_t STEP>
+inline vec vspread(const float* a) {
+    return vbroadcast(a + I * STEP);
+}
 template <class T>
 inline vec vload(const T* p) {
     return load8(p);
@@ -44,4 +51,14 @@ inline vec vscale(vec x, vec n) {
     const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
     const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
     return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
+
+// a and b, each four pairs -> the pairs' first numbers, a's four and then b's, and their second ones; and back.
+inline void separate(vec a, vec b, vec* even, vec* odd) {
+    const __m256 p = _mm256_permute2f128_ps(a, b, 0x20), q = _mm256_permute2f128_ps(a, b, 0x31);
+    *even = _mm256_shuffle_ps(p, q, 0x88), *odd = _mm256_shuffle_ps(p, q, 0xdd);
+}
+inline void interleave(vec even, vec odd, vec* a, vec* b) {
+    const __m256 p = _mm256_unpacklo_ps(even, odd), q = _mm256_unpackhi_ps(even, odd);
+    *a = _mm256_permute2f128_ps(p, q, 0x20), *b = _mm256_permute2f128_ps(p, q, 0x31);
 }

@@ -6,6 +6,11 @@ constexpr int64_t vec_width = 16;
 inline vec vzero() { return _mm512_setzero_ps(); }
 inline vec vset(float x) { return _mm512_set1_ps(x); }
 inline vec vbroadcast(const float* p) { return _mm512_set1_ps(*p); }
+// Element I * STEP in all lanes, where A is packed and elements up to ROWS * STEP are used.
+template <int I, int ROWS, int64_t STEP>
+inline vec vspread(const float* a) {
+    return vbroadcast(a + I * STEP);
+}
 
 inline vec vload(const float* p) { return _mm512_loadu_ps(p); }
 inline vec vload(const bf16* p) {

@@ -1,6 +1,14 @@
 // A barrier for the threads of one parallel region, hundreds of times a token: libgomp's own goes to the kernel at once
 // under OMP_WAIT_POLICY=passive. This one spins for some tens of microseconds, then lets others have the core.
 
+inline void wait_briefly() {
+#if defined(HB_X86)
+    _mm_pause();
+#else
+    asm volatile("isb");  // ARM's own hint, yield, does nothing on most cores
+#endif
+}
+
 struct Barrier {
     int arrived = 0;
     int phase = 0;
@@ -16,7 +24,7 @@ inline void wait_for_all(Barrier& barrier, int threads) {
     }
     for (int spins = 0; __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
         if (spins < 1000)
-            _mm_pause();
+            wait_briefly();
         else
             hb_yield();
     }

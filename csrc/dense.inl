@@ -13,7 +13,7 @@ struct Dense {
 
     // Rows [row, row + rows), columns [k0, k0 + depth), transposed: tile[panel][depth][panel_width].
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
-        const __m256 scale = _mm256_set1_ps(factor);
+        const eight scale = set8(factor);
         for (int64_t r = 0; r < divide_up(rows, panel_width) * panel_width; r += 8) {
             const S* from = data + (row + r) * stride + k0;
             float* out = tile + r / panel_width * panel_stride(depth) + r % panel_width;
@@ -21,11 +21,11 @@ struct Dense {
             for (; k + 8 <= depth; k += 8) {
                 if (k * int64_t(sizeof(S)) % 64 == 0)
                     for (int64_t i = 8; i < 16; ++i) __builtin_prefetch(from + i * stride + k);
-                __m256 v[8];
+                eight v[8];
                 for (int64_t i = 0; i < 8; ++i)
-                    v[i] = r + i < rows ? _mm256_mul_ps(load8(from + i * stride + k), scale) : _mm256_setzero_ps();
+                    v[i] = r + i < rows ? mul8(load8(from + i * stride + k), scale) : zero8();
                 transpose8(v);
-                for (int64_t j = 0; j < 8; ++j) _mm256_storeu_ps(out + (k + j) * panel_width, v[j]);
+                for (int64_t j = 0; j < 8; ++j) store8(out + (k + j) * panel_width, v[j]);
             }
             for (; k < depth; ++k)
                 for (int64_t i = 0; i < 8; ++i)

@@ -9,6 +9,8 @@ const hb_table* table_of(int isa) {
 #if defined(HB_X86)
         case HB_AVX2: return &hb_table_avx2;
         case HB_AVX512: return &hb_table_avx512;
+#elif defined(HB_ARM64)
+        case HB_NEON: return &hb_table_neon;
 #endif
         default: return nullptr;
     }
@@ -23,12 +25,14 @@ bool cpu_runs(int isa) {
     if (isa == HB_AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(HB_ARM64)
+    if (isa == HB_NEON) return true;  // a part of the architecture
 #endif
     return false;
 }
 
 int best_isa() {
-    int isa = HB_AVX512;
+    int isa = HB_NEON;
     while (!table_of(isa) || !cpu_runs(isa)) --isa;
     return isa;
 }

@@ -14,7 +14,7 @@
 
 enum { HB_ABI_VERSION = 3, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
-enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2 };
+enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_NEON = 3 };
 enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
 enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
 

@@ -64,7 +64,11 @@ inline int64_t rows_of_part(int64_t m, int64_t depth) {
 template <class T>
 void narrow_rows(const float* sums, int64_t m, int64_t width, T* y) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; ++r) narrow_row(sums + r * width, width, y + r * width);
+    for (int64_t r = 0; r < m; ++r)
+        for_lanes(width, [=](int64_t i, auto lanes) {
+            const int64_t at = r * width + i;
+            lanes.store(y + at, lanes.load(sums + at));
+        });
 }
 
 inline Product empty_product(const Panels& panels, int64_t stride) {

@@ -5,15 +5,18 @@ float multiply_add(int64_t iterations, int threads) {
     float total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
-        // As many chains as the inner kernel has, so that the latency of one hides behind the others; they start
-        // differently, or the compiler would see that they are one.
-        vec a = vset(0.0f), b = vset(1.0f), c = vset(2.0f), d = vset(3.0f), e = vset(4.0f), f = vset(5.0f);
-        vec g = vset(6.0f), h = vset(7.0f), i = vset(8.0f), j = vset(9.0f), k = vset(10.0f), l = vset(11.0f);
-        const vec x = vset(0.5f), y = vset(1.0f);
+        // As many chains as the inner kernel has, so that the latency of one hides behind the others. Every lane starts
+        // differently, or the compiler would see that some are one; each chain is the addend, as NEON's instruction has it.
+        float starts[12 * vec_width];
+        for (int64_t n = 0; n < 12 * vec_width; ++n) starts[n] = float(n);
+        const auto start = [&starts](int64_t chain) { return vload(starts + chain * vec_width); };
+        vec a = start(0), b = start(1), c = start(2), d = start(3), e = start(4), f = start(5);
+        vec g = start(6), h = start(7), i = start(8), j = start(9), k = start(10), l = start(11);
+        const vec x = vset(0.5f), y = vset(0.25f);
         for (int64_t n = 0; n < iterations; ++n) {
-            a = vfma(a, x, y), b = vfma(b, x, y), c = vfma(c, x, y), d = vfma(d, x, y);
-            e = vfma(e, x, y), f = vfma(f, x, y), g = vfma(g, x, y), h = vfma(h, x, y);
-            i = vfma(i, x, y), j = vfma(j, x, y), k = vfma(k, x, y), l = vfma(l, x, y);
+            a = vfma(x, y, a), b = vfma(x, y, b), c = vfma(x, y, c), d = vfma(x, y, d);
+            e = vfma(x, y, e), f = vfma(x, y, f), g = vfma(x, y, g), h = vfma(x, y, h);
+            i = vfma(x, y, i), j = vfma(x, y, j), k = vfma(x, y, k), l = vfma(x, y, l);
         }
         const vec sum = vadd(vadd(vadd(a, b), vadd(c, d)), vadd(vadd(e, f), vadd(g, h)));
         total += vsum(vadd(sum, vadd(vadd(i, j), vadd(k, l))));

@@ -14,11 +14,11 @@ inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_st
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
         const vec left = vload(b), right = vload(b + vec_width);
-#define HB_MULTIPLY(i)                              \
-    if constexpr (i < ROWS) {                       \
-        const vec x = vbroadcast(a + i * ROW_STEP); \
-        l##i = vfma(x, left, l##i);                 \
-        r##i = vfma(x, right, r##i);                \
+#define HB_MULTIPLY(i)                                \
+    if constexpr (i < ROWS) {                         \
+        const auto x = vspread<i, ROWS, ROW_STEP>(a); \
+        l##i = vfma(x, left, l##i);                   \
+        r##i = vfma(x, right, r##i);                  \
     }
         HB_EACH_ROW(HB_MULTIPLY)
         a += a_step;

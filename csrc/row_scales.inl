@@ -16,7 +16,9 @@ inline void scales_of_row(const hb_weight& w, int64_t first, int64_t count, floa
         const float scale = w.nested_absmax[nested];
         for (; block < end; ++block) {
             float value = w.dynamic_map[codes[block]];
+#if defined(HB_X86)
             asm("" : "+x"(value));  // keeps gcc from gathering, which takes twice as long on Zen
+#endif
             *scales++ = value * scale + w.nested_offset;
         }
     }

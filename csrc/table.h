@@ -1,5 +1,7 @@
 // What one ISA offers. Each isa_*.cpp fills one table; dispatch.cpp picks one at run time.
 #pragma once
+#include <stddef.h>
+
 #include "halfbyte.h"
 
 #if defined(_OPENMP)
@@ -44,6 +46,8 @@ extern const hb_table hb_table_baseline;
 #if defined(HB_X86)
 extern const hb_table hb_table_avx2;
 extern const hb_table hb_table_avx512;
+#elif defined(HB_ARM64)
+extern const hb_table hb_table_neon;
 #endif
 
 // A kept, grown-on-demand buffer (64-byte aligned). hb_workspace_take returns NULL when memory is out.

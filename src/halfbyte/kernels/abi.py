@@ -10,7 +10,7 @@ import torch
 ABI_VERSION = 3
 MAX_MEMBERS = 8
 """Layers of a group at most."""
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "neon")
 """Instruction sets in the library's numbering."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

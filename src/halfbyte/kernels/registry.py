@@ -3,7 +3,7 @@
 The native library is loaded at the first use of an operator on the CPU. Where it is missing or broken, or the
 environment says so, the plain-torch reference serves; the reason is kept for `halfbyte doctor`.
 
-``HALFBYTE_ISA`` = baseline, avx2, avx512 or reference overrides the choice (tests run every path on one machine);
+``HALFBYTE_ISA`` = baseline, avx2, avx512, neon or reference overrides the choice (tests run every path on a machine);
 ``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU. ``HALFBYTE_PANEL_ROWS`` takes the place
 of what `crossover` measures, which is kept in the user's cache folder.
 """

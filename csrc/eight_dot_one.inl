@@ -1,4 +1,4 @@
-// AVX2: rows of W times one x, the product that generation is made of.
+// Vectors of eight: rows of W times one x, the product that generation is made of.
 
 inline void order_one(const float* x, int64_t cols, float* out) { order_row(x, cols, out); }
 
@@ -10,24 +10,24 @@ HB_NOINLINE void dot_one_64(const hb_weight& w, const Decoder& d, int64_t first,
     for (int64_t row = first; row < last; ++row) {
         scales_of_row(w, row * blocks, blocks, scales);
         const uint8_t* codes = w.codes + row * (w.cols / 2);
-        __m256 total = _mm256_setzero_ps();
+        vec total = vzero();
         for (int64_t b = 0; b < blocks; ++b) {
-            __m256i nibbles[2];
+            codes32 nibbles[2];
             nibbles_of(codes + b * 32, true, nibbles, nibbles + 1);
-            __m256 sums[4];
+            vec sums[4];
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) {
-                __m256 v[4];
+                vec v[4];
                 lookup32(nibbles[h], d.plane, v);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {
-                    const __m256 from = _mm256_loadu_ps(x + b * 64 + 32 * h + 8 * j);
-                    sums[j] = h ? _mm256_fmadd_ps(v[j], from, sums[j]) : _mm256_mul_ps(v[j], from);
+                    const vec from = vload(x + b * 64 + 32 * h + 8 * j);
+                    sums[j] = h ? vfma(v[j], from, sums[j]) : vmul(v[j], from);
                 }
             }
-            const __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
-            total = _mm256_fmadd_ps(sum, _mm256_broadcast_ss(scales + b), total);
+            const vec sum = vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3]));
+            total = vfma(sum, vbroadcast(scales + b), total);
         }
-        y[row] = sum_of(total);
+        y[row] = vsum(total);
     }
 }

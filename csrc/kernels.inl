@@ -1,0 +1,43 @@
+// Everything that is written once for all instruction sets with vectors, in the order of its dependencies, and the table of
+// it. Included inside an ISA's namespace, after its own pieces.
+
+#include "quantize.inl"
+#include "dequantize.inl"
+#include "adamw.inl"
+
+#include "lanes.inl"
+#include "exp.inl"
+#include "measure.inl"
+
+#include "pack.inl"
+#include "micro.inl"
+#include "workspace.inl"
+#include "dense.inl"
+#include "product.inl"
+#include "linear.inl"
+#include "adapter_gradients.inl"
+#include "small.inl"
+#include "group.inl"
+#include "frozen.inl"
+#include "cross_entropy.inl"
+
+#include "norm.inl"
+#include "rope.inl"
+#include "gated.inl"
+
+#include "attention_layout.inl"
+#include "attention.inl"
+#include "attention_backward.inl"
+
+#include "dot_one.inl"
+#include "barrier.inl"
+#include "attend_one.inl"
+#include "token_step.inl"
+
+constexpr hb_table all_kernels = {
+    quantize,     count_nonfinite,   dequantize,     quantize_8bit,           adamw,
+    linear,       linear_backward,   linear_frozen,  linear_frozen_dx,        softmax_cross_entropy,
+    rms_norm,     rms_norm_backward, rms_norm_heads, rms_norm_heads_backward, rope,
+    gated,        gated_backward,    attention,      attention_backward,      token_step,
+    multiply_add, read_all,          vec_width,
+};
