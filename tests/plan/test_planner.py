@@ -164,3 +164,67 @@ def test_the_container_limit_is_the_least_on_the_way_up(tmp_path: Path) -> None:
     assert found.bytes == 3_000_000_000
     (root / "user.slice" / "memory.max").write_text("max\n")
     assert container_limit(proc, root) is None
+
+
+def stored_in_4_bits(path: Path) -> str:
+    """The header of a large model in 4 bits: a file with holes in the place of its bytes."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 64}))
+    entries: dict[str, object] = {}
+    position = 0
+    shapes = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+              "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+              "mlp.down_proj": (4096, 14336)}  # fmt: skip
+    tensors: dict[str, tuple[str, list[int], int]] = {
+        f"{name}.weight": ("BF16", [128256, 4096], 128256 * 4096 * 2) for name in ("model.embed_tokens", "lm_head")
+    }
+    for layer in range(64):
+        for name, (out, into) in shapes.items():
+            count = out * into
+            place = f"model.layers.{layer}.{name}.weight"
+            tensors[place] = ("U8", [count // 2, 1], count // 2)
+            tensors[f"{place}.absmax"] = ("U8", [count // 64], count // 64)
+            tensors[f"{place}.nested_absmax"] = ("F32", [count // 64 // 256], count // 64 // 64)
+            tensors[f"{place}.quant_map"] = ("F32", [16], 64)
+    for name, (dtype, shape, size) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    header = json.dumps(entries).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + position)
+    return str(path)
+
+
+def test_what_is_larger_than_the_budget_is_streamed(tmp_path: Path) -> None:
+    """14 billion weights in 4 bits are 7.2 GB; 5 GB are enough, with as many layers in memory as there is room for."""
+    path = stored_in_4_bits(tmp_path / "large")
+    config = config_of(path, data__max_seq_len=512, memory__budget="5GB")
+    made = plan(config, machine=MACHINE)
+    chosen = apply_choices(config, made)
+    assert made.fits
+    assert made.peak_memory <= 5e9
+    assert chosen.memory.weights == "stream"
+    assert 0 < chosen.memory.resident_layers < 61
+    one_more = load_config(**{
+        "model__path": path, "quant__compute_dtype": "float32", "data__max_seq_len": 512, "optim__paged": True,
+        "train__gradient_checkpointing": True, "memory__weights": "stream", "memory__activations": "disk",
+        "memory__optimizer_budget": chosen.memory.optimizer_budget,
+        "memory__resident_layers": chosen.memory.resident_layers + 1,
+    })  # fmt: skip
+    assert plan(one_more, machine=MACHINE).peak_memory > 5e9
+    resident = plan(config_of(path, data__max_seq_len=512), machine=MACHINE)
+    assert resident.peak_memory > 9e9
+    assert apply_choices(config, resident).memory.weights == "resident"
+
+
+def test_more_micro_batches_of_streamed_layers_keep_more_inputs(tmp_path: Path) -> None:
+    """They pass a layer together: every layer's input of every micro-batch waits for the backward pass."""
+    path = stored_in_4_bits(tmp_path / "large")
+    settings = {"memory__weights": "stream", "train__gradient_checkpointing": True, "data__max_seq_len": 256}
+    one, four = (
+        plan(config_of(path, train__gradient_accumulation_steps=count, **settings), machine=MACHINE)
+        for count in (1, 4)
+    )
+    inputs = 64 * 256 * 4096 * 4
+    assert four.terms["activations_saved"] - one.terms["activations_saved"] >= 3 * inputs

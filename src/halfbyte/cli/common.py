@@ -93,7 +93,7 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
     dtype, reason = choose_compute_dtype(quant.compute_dtype)
     notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
-        placement = Placement(weights=run.memory.weights)
+        placement = Placement(weights=run.memory.weights, resident_layers=run.memory.resident_layers)
         loaded = load_model(model, quant, compute_dtype=dtype, placement=placement, on_progress=bar.update)
     notes += [text for text in (loaded.origin, loaded.stream_text) if text]
     if saved is None:

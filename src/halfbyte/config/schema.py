@@ -134,7 +134,7 @@ class OptimConfig:
     bits: Literal[32, 8] = 32
     """Of each moment that AdamW keeps: 32 (8 bytes a parameter) or 8 (2 bytes, blocks of 256; other numbers)."""
     paged: bool = False
-    """Keep the moments in pages, beyond 1 GB of them on disk, in memory.offload_dir; the same result to the bit."""
+    """Keep the moments in pages, beyond memory.optimizer_budget on disk; the same result to the bit."""
     schedule: Schedule = "constant"
     """constant, linear or cosine (both fall towards 0, which the step after the last would have), after warm-up."""
     warmup_steps: int = 0
@@ -203,14 +203,20 @@ class MemoryConfig:
     """The same for the host's RAM; on a machine without a GPU both mean its RAM, and the smaller one holds."""
     weights: Weights = "resident"
     """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
+    resident_layers: int = 0
+    """Of streamed weights: decoder layers that stay in memory all the same."""
     activations: Activations = "resident"
     """What the backward pass needs: resident (in memory) or disk (in memory.offload_dir until it is needed)."""
+    optimizer_budget: str = "1GB"
+    """What stays in memory of paged moments (optim.paged)."""
     offload_dir: str = ""
     """Folder for what does not fit into memory; a file without a name, gone with the process. Else train.output."""
 
     def __post_init__(self) -> None:
         _require_choice("memory.weights", self.weights, get_args(Weights))
-        for key, value in (("memory.budget", self.budget), ("memory.host_budget", self.host_budget)):
+        _require(self.resident_layers >= 0, "memory.resident_layers", self.resident_layers, "at least 0")
+        for name in ("budget", "host_budget", "optimizer_budget"):
+            key, value = f"memory.{name}", getattr(self, name)
             try:
                 size = parse_bytes(value) if value else 1
             except ValueError as error:

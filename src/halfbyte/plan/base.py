@@ -32,6 +32,7 @@ class Base:
         load_extra: most that loading one tensor takes beside the result.
         tokenizer_file: bytes of tokenizer.json; None where there is none to look at.
         exact: sizes are those of the files, not of the config alone.
+        in_4_bits: the files hold the 4-bit bytes themselves, so layers can be read from them at any time.
     """
 
     architecture: Architecture
@@ -45,6 +46,7 @@ class Base:
     embedding_dtype: str
     tokenizer_file: int | None
     exact: bool
+    in_4_bits: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +139,7 @@ def _base(
     return Base(
         architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
         other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
+        in_4_bits=any(name.endswith(_TABLES) for name in tensors),
     )  # fmt: skip
 
 

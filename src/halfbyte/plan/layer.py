@@ -34,6 +34,8 @@ class Sizes:
         adapted: last names of the linear layers that have one.
         checkpoint: only x and what the down projection's backward needs is kept.
         panels: products run in decoded panels of bfloat16 (CPUs with AVX512-BF16).
+        together: micro-batches that pass a layer one after the other before the next layer's turn.
+        offloaded: what is saved for the backward pass goes to disk.
     """
 
     arch: Architecture
@@ -43,6 +45,12 @@ class Sizes:
     adapted: frozenset[str]
     checkpoint: bool
     panels: bool
+    together: int = 1
+    offloaded: bool = False
+
+    def kept(self, features: float, itemsize: int | None = None) -> int:
+        """Bytes of (tokens, features), in the compute dtype or of `itemsize`, that wait for the backward pass."""
+        return 0 if self.offloaded else int(self.together * self.tokens * features * (itemsize or self.itemsize))
 
     def rows(self, features: float) -> int:
         """Bytes of (tokens, features) in the compute dtype."""
@@ -142,11 +150,11 @@ def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True
     until_down(led, s, p)
     led.hold(TEMPORARY, product=s.rows(a.intermediate))
     _product(led, s, "down")
-    led.hold(SAVED, **{f"x{number + 1}": s.rows(a.hidden), p + "u_down": s.floats(s.ranks("down"))})
+    led.hold(SAVED, **{f"x{number + 1}": s.kept(a.hidden), p + "u_down": s.kept(s.ranks("down"), 4)})
     led.drop("product")
     if a.four_norms:
         led.move(f"x{number + 1}", p + "down")
-        led.hold(SAVED, **{f"x{number + 1}": s.rows(a.hidden), p + "down_rstd": s.floats(1)})
+        led.hold(SAVED, **{f"x{number + 1}": s.kept(a.hidden), p + "down_rstd": s.kept(1, 4)})
     if a.head_norms:
         led.drop("rotated")
     if s.checkpoint or not backward_follows:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from halfbyte.config import RunConfig
-from halfbyte.dtypes import ITEMSIZE
+from halfbyte.dtypes import ITEMSIZE, parse_bytes
 from halfbyte.plan import step, workspace
 from halfbyte.plan.base import Base
 from halfbyte.plan.layer import GROUPS, Sizes
 from halfbyte.plan.ledger import Ledger, Moment
 from halfbyte.plan.machine import TOKENIZER, Machine, default_runtime
 
+BLOCK_ENDS = 2**21
+"""What a layer's buffer holds beside its bytes: gaps that are read over, ends of blocks, a huge page's end."""
 RING = 3
 """Buffers of a layer each (store/layers.py)."""
 MIN_EVAL_TOKENS = 2048
@@ -51,20 +53,23 @@ class Work:
 def worst_case(config: RunConfig) -> Work:
     """Where the data is not known: full packs, every token supervised."""
     tokens = config.train.micro_batch_size * config.data.max_seq_len
-    if config.memory.weights == "stream":  # every micro-batch of a step passes a layer before the next one is read
-        tokens *= config.train.gradient_accumulation_steps
     return Work(tokens=tokens, targets=tokens, longest=config.data.max_seq_len)
 
 
 def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes:
     """A layer's pass over `tokens` tokens."""
     dtype = compute_dtype(config, machine)
+    # All micro-batches of a step pass a streamed layer before the next one is read.
+    together = config.train.gradient_accumulation_steps if config.memory.weights == "stream" else 1
+    if not config.train.gradient_checkpointing:  # then a micro-batch keeps all that it computes
+        tokens, together = tokens * together, 1
     wanted = config.lora.target_modules
     adapted = LINEAR_NAMES if wanted == "all-linear" else tuple(name.rpartition(".")[2] for name in wanted)
     return Sizes(
         arch=base.architecture, tokens=tokens, itemsize=ITEMSIZE[dtype], rank=config.lora.r,
         adapted=frozenset(adapted), checkpoint=config.train.gradient_checkpointing,
-        panels=dtype == "bfloat16" and machine.bf16_units,
+        panels=dtype == "bfloat16" and machine.bf16_units, together=together,
+        offloaded=config.memory.activations == "disk",
     )  # fmt: skip
 
 
@@ -76,6 +81,12 @@ def compute_dtype(config: RunConfig, machine: Machine) -> str:
 def adapter_parameters(s: Sizes) -> int:
     """r (in + out) of every adapted layer."""
     return s.arch.layers * sum(s.adapter_bytes(group) for group in GROUPS) // 4
+
+
+def states_in_memory(config: RunConfig, s: Sizes) -> int:
+    """All of the optimizer's states, or of paged ones their budget."""
+    states = state_bytes(s, config.optim.bits)
+    return min(states, parse_bytes(config.memory.optimizer_budget)) if config.optim.paged else states
 
 
 def state_bytes(s: Sizes, bits: int) -> int:
@@ -110,13 +121,13 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
 
     accumulates = config.train.gradient_accumulation_steps > 1
     led, own = with_adapter(work.tokens, backward=True, keep_history=history)
-    led.hold("optimizer_states", states=state_bytes(own, config.optim.bits))
+    led.hold("optimizer_states", states=states_in_memory(config, own))
     if accumulates:
         led.hold("gradients", gradients=4 * adapter_parameters(own))
     targets = max(work.targets, 1)
     step.train(led, step.Pass(base=base, sizes=own, targets=targets, accumulate=accumulates))
     found["train"] = led
-    after_step = state_bytes(own, config.optim.bits)
+    after_step = states_in_memory(config, own)
     if config.data.eval:
         tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS, work.longest)
         led, own = with_adapter(tokens, backward=False)
@@ -127,9 +138,14 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
     led.where = "save"
     led.hold("optimizer_states", states=after_step)
     found["save"] = led
-    if config.data.eval:
+    if config.data.eval and config.memory.weights != "stream":
         found["generate"] = _generate(with_adapter(work.longest, backward=False), base, work, after_step)
     return found
+
+
+def layer_bytes(base: Base) -> int:
+    """What a streamed layer takes in a buffer: codes and scales, read in whole blocks of the disk."""
+    return -(-(base.linears - base.nested) // base.architecture.layers) + BLOCK_ENDS
 
 
 def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
@@ -140,8 +156,9 @@ def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledg
         runtime += int(TOKENIZER * (base.tokenizer_file or 0))
     led.hold("runtime", runtime=runtime)
     if config.memory.weights == "stream":
-        led.hold("linears_4bit", linears=base.nested)
-        led.hold("stream_ring", ring=RING * (base.linears - base.nested) // base.architecture.layers)
+        layer = layer_bytes(base)
+        led.hold("linears_4bit", linears=base.nested + config.memory.resident_layers * layer)
+        led.hold("stream_ring", ring=RING * layer)
     else:
         led.hold("linears_4bit", linears=base.linears)
     led.hold("embeddings", embeddings=base.embeddings)

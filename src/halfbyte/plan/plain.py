@@ -33,10 +33,10 @@ def temporary_bytes(s: Sizes) -> int:
 def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True) -> None:
     """As `layer.forward`."""
     kept = backward_follows and not s.checkpoint
-    led.hold(SAVED, **{f"{number}.saved": saved_bytes(s) if kept else 0})
+    led.hold(SAVED, **{f"{number}.saved": saved_bytes(s) if kept and not s.offloaded else 0})
     led.hold(TEMPORARY, layer=temporary_bytes(s) + (0 if kept else s.rows(2 * s.arch.intermediate)))
     led.drop("layer")
-    led.hold(SAVED, **{f"x{number + 1}": s.rows(s.arch.hidden)})
+    led.hold(SAVED, **{f"x{number + 1}": s.kept(s.arch.hidden)})
     if not backward_follows:
         led.drop(f"x{number}", f"{number}.saved")
 

@@ -7,12 +7,30 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halfbyte.config import RunConfig
+from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.budget import Budget, budget_of
 from halfbyte.plan.machine import Machine, this_machine
-from halfbyte.plan.phases import Work, compute_dtype, fullest, phases, worst_case
+from halfbyte.plan.phases import (
+    RING,
+    Work,
+    compute_dtype,
+    fullest,
+    layer_bytes,
+    phases,
+    sizes,
+    state_bytes,
+    worst_case,
+)
 from halfbyte.plan.time import seconds_per_step
 
+CHOSEN = {
+    "train": ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"), "optim": ("paged",),
+    "memory": ("weights", "resident_layers", "activations", "optimizer_budget"),
+}  # fmt: skip
+"""Settings that a plan may change: none of them alters a result."""
+PAGED_SHARE, LEAST_PAGED = 10, 2**24
+"""Of the optimizer's states, what stays in memory where they have to be paged, and the least it is worth to page."""
 MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20, "r": 4096}
 """Where the search for the largest ends."""
 
@@ -76,10 +94,11 @@ def plan(
     def peak(candidate: RunConfig) -> int:
         return fullest(phases(candidate, base, machine, _work(candidate, config, work)))[1].total
 
-    candidates = list(_cheapest_first(config))
+    candidates = list(_cheapest_first(config, base, machine))
     chosen = config
     if budget is not None:
         chosen = next((each for each in candidates if peak(each) <= budget.bytes), candidates[-1])
+        chosen = _keep_what_fits(chosen, base, budget.bytes - peak(chosen))
     found = phases(chosen, base, machine, _work(chosen, config, work))
     phase, moment = fullest(found)
     fits = budget is None or moment.total <= budget.bytes
@@ -96,13 +115,41 @@ def plan(
 
 def apply_choices(config: RunConfig, made: Plan) -> RunConfig:
     """`config` with the plan's choices."""
-    names = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-    return replace(config, train=replace(config.train, **{name: made.choices[name] for name in names}))
+    return replace(config, **{
+        section: replace(getattr(config, section), **{name: made.choices[name] for name in names})
+        for section, names in CHOSEN.items()
+    })  # fmt: skip
 
 
-def _cheapest_first(config: RunConfig) -> Iterator[RunConfig]:
-    """The run as it is set, then with ever less memory: smaller micro-batches, more of them; then those again with
-    gradient checkpointing, which takes time."""
+def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator[RunConfig]:
+    """The run as it is set, then with ever less memory, each step on top of those before it."""
+    least = config
+    for least in _smaller_batches(config):
+        yield least
+    states = state_bytes(sizes(least, base, machine, 1), config.optim.bits)
+    kept = max(states // PAGED_SHARE, LEAST_PAGED)
+    if kept < (parse_bytes(config.memory.optimizer_budget) if config.optim.paged else states):
+        memory = replace(least.memory, optimizer_budget=str(kept))
+        least = replace(least, optim=replace(least.optim, paged=True), memory=memory)
+        yield least
+    if config.memory.activations != "disk":
+        least = replace(least, memory=replace(least.memory, activations="disk"))
+        yield least
+    if config.memory.weights == "resident" and base.in_4_bits and base.architecture.fused:
+        yield replace(least, memory=replace(least.memory, weights="stream"))
+
+
+def _keep_what_fits(chosen: RunConfig, base: Base, room: int) -> RunConfig:
+    """`chosen` with as many of its streamed layers in memory as there is `room` for, all but a few."""
+    if chosen.memory.weights != "stream" or room <= 0:
+        return chosen
+    layers = chosen.memory.resident_layers + room // layer_bytes(base)
+    most = max(base.architecture.layers - RING, 0)
+    return replace(chosen, memory=replace(chosen.memory, resident_layers=min(layers, most)))
+
+
+def _smaller_batches(config: RunConfig) -> Iterator[RunConfig]:
+    """Smaller micro-batches and more of them; then those again with gradient checkpointing, which takes time."""
     batch, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
     smaller = [size for size in range(batch, 0, -1) if batch % size == 0]
     for checkpointing in (False, True) if not config.train.gradient_checkpointing else (True,):
@@ -125,12 +172,7 @@ def _work(candidate: RunConfig, config: RunConfig, work: Work | None) -> Work:
 
 
 def _choices(config: RunConfig) -> dict[str, Any]:
-    return {
-        "micro_batch_size": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "gradient_checkpointing": config.train.gradient_checkpointing,
-        "weights": config.memory.weights,
-    }
+    return {name: getattr(getattr(config, section), name) for section, names in CHOSEN.items() for name in names}
 
 
 def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tuple[str, ...]:
@@ -145,6 +187,16 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
         )
     if chosen.train.gradient_checkpointing != config.train.gradient_checkpointing:
         changes.append("train.gradient_checkpointing false -> true: the same numbers, about a third more time")
+    if (chosen.optim.paged, chosen.memory.optimizer_budget) != (config.optim.paged, config.memory.optimizer_budget):
+        kept = format_bytes(parse_bytes(chosen.memory.optimizer_budget))
+        changes.append(f"optim.paged true, memory.optimizer_budget {kept}: other moments wait on disk")
+    if chosen.memory.activations != config.memory.activations:
+        changes.append("memory.activations resident -> disk: what the backward pass needs waits there")
+    if chosen.memory.weights != config.memory.weights:
+        changes.append(
+            f"memory.weights resident -> stream: all but {chosen.memory.resident_layers} layers are read from disk as "
+            "they compute, twice a step"
+        )
     return tuple(changes)
 
 

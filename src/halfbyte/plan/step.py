@@ -12,6 +12,9 @@ from halfbyte.plan.layer import GRADIENTS, GROUPS, SAVED, TEMPORARY, Sizes
 from halfbyte.plan.ledger import Ledger
 
 LOGITS = "logits"
+OFFLOADED_IN_MEMORY = 7
+"""Layers' inputs that are in memory at most while they are kept on disk: the layer's own, three not yet written (the
+one that is being made among them), two read ahead and one that has just been used (store/activations.py)."""
 CHUNK_BYTES = 64 * 2**20
 """Of float32 logits at a time (nn/cross_entropy.py)."""
 
@@ -42,31 +45,40 @@ def train(led: Ledger, p: Pass) -> None:
     s = p.sizes
     layers = fused if p.base.architecture.fused else plain
     middle = _Middle(led, p)
+    whole = replace(p, sizes=replace(s, tokens=s.together * s.tokens, together=1), targets=s.together * p.targets)
     led.where = "forward"
-    _begin(led, p)
+    _begin(led, whole)
+    led.hold(TEMPORARY, on_the_way=_on_the_way(s))
     for number in middle.layers:
         led.where = f"forward, layer {number}"
         layers.forward(led, s, number)
         if number == 0:
             middle.hold_saved(led, s)
     led.where = "loss"
-    _loss(led, p)
+    _loss(led, whole)
     led.where = "backward of loss and norm"
-    _loss_backward(led, p)
+    _loss_backward(led, whole)
     for number in reversed(middle.layers):
         led.where = f"backward, layer {number}"
         if number == 0:
             middle.exchange(led, s, accumulate=p.accumulate)
         layers.backward(led, s, number, accumulate=p.accumulate)
-    led.drop("angles")
+    led.drop("angles", "on_the_way")
+
+
+def _on_the_way(s: Sizes) -> int:
+    """What passes between layers: with several micro-batches together, their outputs and these joined, or the
+    gradients split and joined; with offloading, the tensors that are being written or read."""
+    joined = 2 * s.together * s.rows(s.arch.hidden) if s.together > 1 else 0
+    return joined + (OFFLOADED_IN_MEMORY * s.together * s.rows(s.arch.hidden) if s.offloaded else 0)
 
 
 def evaluate(led: Ledger, p: Pass) -> None:
     """Forward and loss without gradients: a layer's tensors are gone when it returns."""
-    s = replace(p.sizes, checkpoint=False)
+    s = replace(p.sizes, checkpoint=False, together=1, offloaded=False)
     layers = fused if p.base.architecture.fused else plain
     led.where = "evaluation"
-    _begin(led, p)
+    _begin(led, replace(p, sizes=s))
     layers.forward(led, s, 0, backward_follows=False)
     led.drop("angles")
     led.move("x1", "hidden")
@@ -82,7 +94,7 @@ def _begin(led: Ledger, p: Pass) -> None:
     stored = ITEMSIZE[p.base.embedding_dtype]
     if stored != s.itemsize:
         led.hold(TEMPORARY, looked_up=s.tokens * s.arch.hidden * stored)
-    led.hold(SAVED, x0=s.rows(s.arch.hidden))
+    led.hold(SAVED, x0=s.kept(s.arch.hidden))
     if stored != s.itemsize:
         led.drop("looked_up")
     led.hold(SAVED, angles=2 * s.rows(s.arch.head_dim))
@@ -134,7 +146,7 @@ class _Middle:
     def hold_saved(self, led: Ledger, s: Sizes) -> None:
         """After the first layer: what the middle ones keep is as much as what that one keeps."""
         if self._lumped:
-            mine = sum(size for name, (_, size) in led.held.items() if name.startswith("0.")) + s.rows(s.arch.hidden)
+            mine = sum(size for name, (_, size) in led.held.items() if name.startswith("0.")) + s.kept(s.arch.hidden)
             led.hold(SAVED, middle=self._lumped * mine)
             led.move("x1", f"x{s.arch.layers - 1}")
 

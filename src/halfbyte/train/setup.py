@@ -96,7 +96,8 @@ def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
     observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype,
-        placement=Placement(weights=config.memory.weights), on_progress=observer.load_progress,
+        placement=Placement(weights=config.memory.weights, resident_layers=config.memory.resident_layers),
+        on_progress=observer.load_progress,
     )  # fmt: skip
     observer.note(loaded.origin)
     if loaded.store is not None:
@@ -136,7 +137,7 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     optimizer = AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
-        offload_dir=_offload_dir(config),
+        budget=config.memory.optimizer_budget, offload_dir=_offload_dir(config),
     )  # fmt: skip
     if optim.paged:
         observer.note(f"optimizer states: {optimizer.reserve()}")
