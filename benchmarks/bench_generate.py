@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import generate_models
@@ -47,22 +48,31 @@ def main() -> None:
         commands["llama.cpp"] = [str(llama_python), str(LLAMA), str(gguf), str(args.threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     rounds: dict[str, list[dict[str, Any]]] = {stack: [] for stack in commands}
+    cannot: dict[str, str] = {} if "llama.cpp" in commands else {"llama.cpp": "benchmarks/peers.py has not been run"}
     for number in range(args.rounds):
         for stack, command in commands.items():
-            row = last_json(command, env=environment)
+            if stack in cannot:
+                continue
+            try:
+                row = last_json(command, env=environment)
+            except CalledProcessError as error:
+                cannot[stack] = f"round {number + 1}: exit status {error.returncode}"
+                continue
             rounds[stack].append(row)
             print(f"round {number + 1} {stack:13} {row}", flush=True)
     table = {
         stack: {key: statistics.median(row[key] for row in rows) for key in ("prompt_tokens_per_s", "tokens_per_s")}
-        for stack, rows in rounds.items()
+        for stack, rows in rounds.items() if rows
     }  # fmt: skip
     print(f"\n{'':14}{'prompt tokens/s':>16}{'tokens/s':>12}")
     for stack, row in table.items():
         print(f"{stack:14}{row['prompt_tokens_per_s']:>16.0f}{row['tokens_per_s']:>12.1f}")
+    for stack, why in cannot.items():
+        print(f"{stack}: {why}")
     output = args.output or RESULTS / f"generate-{args.model}-{args.threads}.json"
     write_result(output, {
         "model": args.model, "generate_threads": args.threads, "load": os.getloadavg(), "medians": table,
-        "rounds": rounds,
+        "rounds": rounds, "cannot": cannot,
     })  # fmt: skip
 
 

@@ -33,7 +33,12 @@ def main() -> None:
         quantize_model(str(whole), stored, QuantConfig())
     figures = {
         f"{kind}, {'from the disk' if cold else 'from the page cache'}": disk_turns(
-            "load", STACKS, options.rounds, folder, options.work / "empty", cold=cold
+            "load",
+            STACKS if not cold else ("plain", "halfbyte"),
+            options.rounds,
+            folder,
+            options.work / "empty",
+            cold=cold,
         )
         for kind, folder in (("16 bit", whole), ("4 bit", stored))
         for cold in (False, True)

@@ -39,21 +39,30 @@ def q4_0(source: Path, path: Path) -> Path:
 
 def _requantize(path: Path) -> None:
     reader, writer = gguf.GGUFReader(smollm2_path()), gguf.GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        value = 2 if field.name == "general.file_type" else field.contents()
-        writer.add_key_value(field.name, value, kind, sub_type=element)
+    _copy_fields(reader, writer)
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         _add(writer, tensor.name, values)
     _finish(writer)
 
 
+def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, prefix: str = "", vocab_size: int = 0) -> None:
+    """The fields whose names begin with `prefix`; unused tokens are added up to `vocab_size`."""
+    unused = {"tokenizer.ggml.tokens": "<unused {}>", "tokenizer.ggml.token_type": int(gguf.TokenType.UNUSED)}
+    for field in reader.fields.values():
+        if not field.name.startswith(prefix) or field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        value = 2 if field.name == "general.file_type" else field.contents()
+        if (filler := unused.get(field.name)) is not None:
+            more = range(len(value), vocab_size)
+            value += [filler.format(n) if isinstance(filler, str) else filler for n in more]
+        writer.add_key_value(field.name, value, kind, sub_type=element)
+
+
 def _from_folder(source: Path, path: Path) -> None:
-    """Without a tokenizer: prompts are token ids."""
+    """With SmolLM2's tokenizer, filled up: llama.cpp's server wants one, though prompts are token ids."""
     config = LlamaConfig.from_pretrained(source)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -65,7 +74,7 @@ def _from_folder(source: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    _copy_fields(gguf.GGUFReader(smollm2_path()), writer, "tokenizer.ggml.", config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for name, tensor in model.named_parameters():

@@ -1,0 +1,134 @@
+"""Put what is in benchmarks/results/ into the tables of docs/speed.md, under their ``<!-- table: NAME -->`` lines.
+
+usage: tables.py [RESULTS_DIR] [PAGE.md]
+
+A table whose benchmark has not run stays as it is. The text around the tables is a person's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RANK = 16
+Rows = list[list[str]]
+
+
+STACKS = {"peft": "PEFT on {} weights", "halfbyte": "halfbyte, {}", "bitsandbytes": "PEFT + bitsandbytes NF4, {}",
+          "fork": "PEFT + bitsandbytes-cpu-fork NF4, {}", "torchao": "PEFT + torchao NF4, {}"}  # fmt: skip
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def ratio(value: float) -> str:
+    """Two digits where they say something."""
+    return f"{value:.1f}" if value < 20 else f"{value:.0f}"
+
+
+def step(result: dict[str, Any]) -> Rows:
+    """Stacks by tokens/s and peak memory."""
+    rows = [["stack", "tokens/s", "peak memory"]]
+    for name, row in result["stacks"].items():
+        stack, dtype, *rest = name.split("-")
+        mark = "**" if stack == "halfbyte" else ""
+        words = STACKS[stack].format(DTYPES[dtype]) + (", gradient checkpointing" if rest else "")
+        rows.append(
+            [words, f"{mark}{row['tokens_per_s']:.0f}{mark}", f"{mark}{row['peak_memory'] / 1e9:.2f} GB{mark}"]
+        )
+    return rows
+
+
+def layer(result: dict[str, Any]) -> Rows:
+    """Ours in GFLOP/s, and how many times longer the others take."""
+    figures = result["seconds"]["default pages"]
+    names = [name for name in next(iter(next(iter(figures.values())).values())) if name != "halfbyte"]
+    rows = [["out x in", "tokens", "ours, GFLOP/s", *names]]
+    for shape, by_count in figures.items():
+        out, cols = map(int, shape.split("x"))
+        for count, seconds in by_count.items():
+            rate = (4 * out * cols + 6 * RANK * (out + cols)) * int(count) / seconds["halfbyte"] / 1e9
+            others = [ratio(seconds[name] / seconds["halfbyte"]) if name in seconds else "" for name in names]
+            rows.append(
+                [shape if len(rows) == 1 or count == min(by_count, key=int) else "", count, f"{rate:.0f}", *others]
+            )
+    return rows
+
+
+def kernels(*titles: str) -> Callable[[dict[str, Any]], Rows]:
+    """Ours in milliseconds, and how many times longer the others take."""
+
+    def rows_of(result: dict[str, Any]) -> Rows:
+        cases = [(title, case) for title in titles for case in result["figures"][title]]
+        names = list(dict.fromkeys(name for _, case in cases for name in case["ratios"]))
+        rows = [["", "ours, ms", *names]]
+        for title, case in cases:
+            others = [ratio(case["ratios"][name]) if name in case["ratios"] else "" for name in names]
+            what = case["case"] if title == "codec" else f"{title}, {case['case']}"
+            rows.append([what, f"{case['seconds']['halfbyte'] * 1e3:.2f}", *others])
+        return rows
+
+    return rows_of
+
+
+def generate(result: dict[str, Any]) -> Rows:
+    """Prompt and written tokens a second."""
+    rows = [["", "prompt tokens/s", "tokens/s"]]
+    for name, row in result["medians"].items():
+        rows.append([name, f"{row['prompt_tokens_per_s']:.0f}", f"{row['tokens_per_s']:.1f}"])
+    return rows
+
+
+def disk(key: str) -> Callable[[dict[str, Any]], Rows]:
+    """Seconds, beside plain reading (and writing), and peak memory."""
+
+    def rows_of(result: dict[str, Any]) -> Rows:
+        rows = [["", "stack", "seconds", "times plain", "peak memory"]]
+        for setting, stacks in result[key].items():
+            for number, (name, row) in enumerate(stacks.items()):
+                times = row["seconds"] / stacks["plain"]["seconds"]
+                rows.append([setting if number == 0 else "", name, f"{row['seconds']:.2f}", f"{times:.2f}",
+                             f"{row['peak_memory'] / 1e9:.2f} GB"])  # fmt: skip
+        return rows
+
+    return rows_of
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
+    "step": ("step-smollm2", step),
+    "step 1B": ("step-llama-1b", step),
+    "layer": ("linear", layer),
+    "codec": ("kernels", kernels("codec")),
+    "products": ("kernels", kernels("forward", "forward+backward")),
+    "generation": ("generate-smollm2-1", generate),
+    "generation 1B": ("generate-llama-1b-1", generate),
+    "quantizing": ("quantize", disk("figures")),
+    "loading": ("load", disk("loads")),
+}
+
+
+def markdown(rows: Rows) -> str:
+    """`rows`, the first of them the head."""
+    lines = ["|---" * len(rows[0]) + "|" if row is None else "| " + " | ".join(row) + " |"
+             for row in (rows[0], None, *rows[1:])]  # fmt: skip
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def main() -> None:
+    """Rewrite the page."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results")
+    page = Path(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).parent.parent / "docs" / "speed.md")
+    text = page.read_text(encoding="utf-8")
+    for title, (name, rows_of) in TABLES.items():
+        mark, path = f"<!-- table: {title} -->\n", folder / f"{name}.json"
+        if mark in text and path.exists():
+            table = markdown(rows_of(json.loads(path.read_text(encoding="utf-8"))))
+            text = re.sub(re.escape(mark) + r"(\|.*\n)*", lambda _, new=mark + table: new, text)
+    page.write_text(text, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
