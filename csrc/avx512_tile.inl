@@ -40,6 +40,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
                     s[i] = r + i < rows ? scale_of(w, (row + r + i) * row_blocks + block) : 0.0f;
                 scales = _mm512_load_ps(s);
             }
+            if (k % 128 == 0) fetch_rows(w, row + r, 16, row, row + rows, k0 + k, depth);
             __m256i first[4], second[4];
             turn_eight_rows(codes, (k0 + k) / 2, first);
             turn_eight_rows(codes + 8, (k0 + k) / 2, second);

@@ -25,6 +25,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
                     s[i] = r + i < rows ? scale_of(w, (row + r + i) * row_blocks + block) : 0.0f;
                 scales = vload(s);
             }
+            if (k % 128 == 0) fetch_rows(w, row + r, 8, row, row + rows, k0 + k, depth);
             lookup.eight_rows(codes, (k0 + k) / 2, scales, out + k * 16);
         }
     }

@@ -84,6 +84,17 @@ inline void fetch_columns(const hb_weight& w, int64_t row, int64_t column, int64
     for (int64_t i = 0; i < columns / 2; i += 64) __builtin_prefetch(codes + i);
 }
 
+// The same for whole rows: whoever reads columns k and on of `count` rows from `row` on, of `rows` up to `end`, asks for
+// them of the next rows, or for the columns after `depth` where those were the last.
+inline void fetch_rows(const hb_weight& w, int64_t row, int64_t count, int64_t first, int64_t end, int64_t k,
+                       int64_t depth) {
+    const bool more = row + count < end;
+    const int64_t next = more ? row + count : first, column = more ? k : k + depth;
+    if (column >= w.cols) return;
+    for (int64_t i = 0; i < count; ++i)
+        __builtin_prefetch(w.codes + (at_most(next + i, w.rows - 1) * w.cols + column) / 2);
+}
+
 inline uint8_t encode_one(float x, const float* bounds, const uint8_t* order) {
     int interval = 0;
     for (int i = 0; i < 15; ++i) interval += x > bounds[i];
