@@ -18,8 +18,9 @@ from torch import Tensor
 from halfbyte.data.loader import Batch
 from halfbyte.data.tokenize import IGNORE_INDEX
 
-LEAST_SAVED = 8
-"""Tokens that a shared piece must save to be worth a sequence of its own."""
+LEAST_SAVED = 4
+"""Tokens that a shared piece must save. A sequence more costs attention less than one token costs the whole layer:
+0.05 of 0.12 ms, forward and backward (SmolLM2-135M, float32, one thread, AVX-512)."""
 
 _Row = NDArray[np.int64]
 
