@@ -252,3 +252,21 @@ def test_samples_share_nothing_where_dropout_would_be_shared_too() -> None:
         objective = Objective(model.get_base_model())
         assert "run as one function" in objective.decisions[2]
         assert said in objective.decisions[3]
+
+
+def test_batches_computed_together_are_those_computed_alone() -> None:
+    """To the bit, losses and gradients: one shares beginnings, the other nothing."""
+    model = quantized(CASES["llama"][0]())
+    objective = Objective(model.get_base_model())
+    batches = [chat_batch([20, 14, 17], shared=11), batch_of([9, 6]), chat_batch([13, 30], shared=8)]
+    with objective.ready():
+        together = objective.loss_sums(batches)
+        gradients = gradients_of(model, sum(together))
+        model.zero_grad()
+        for batch, loss in zip(batches, together, strict=True):
+            alone = objective.loss_sum(batch)
+            assert torch.equal(alone, loss)
+            alone.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(gradients[name], parameter.grad), name
