@@ -18,6 +18,7 @@ from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
+from halfbyte.cli.selftest import selftest
 from halfbyte.cli.train import train
 from halfbyte.errors import HalfbyteError
 
@@ -45,6 +46,7 @@ app.command()(chat)
 app.command()(quantize)
 app.add_typer(data_app, name="data")
 app.command()(doctor)
+app.command()(selftest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
