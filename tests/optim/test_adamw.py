@@ -92,6 +92,17 @@ def test_state_dict_round_trip_to_the_bit(dtype: torch.dtype, bits: int) -> None
             assert name == "step" or torch.equal(value, kept["state"][number][name]), "loading took copies"
 
 
+def test_a_copy_goes_on_alike() -> None:
+    params = parameters()
+    optimizer = AdamW(params, lr=1e-2)
+    run(params, optimizer, 0, 2)
+    twin = copy.deepcopy(optimizer)
+    others = twin.param_groups[0]["params"]
+    run(others, twin, 2, 4)
+    run(params, optimizer, 2, 4)
+    assert all(torch.equal(one, two) for one, two in zip(params, others, strict=True))
+
+
 def test_states_are_torchs_and_load_there() -> None:
     ours, theirs = parameters(), parameters()
     optimizer, other = AdamW(ours), torch.optim.AdamW(theirs, lr=2e-4, weight_decay=0, fused=True)

@@ -181,6 +181,25 @@ def test_a_disk_without_room_is_an_error_before_anything_changes(tmp_path: Path)
     assert enough.reserve().endswith("1.0 MB in memory"), "no disk where the budget is enough"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("host_budget", ["100kB", None])
+def test_on_a_gpu(host_budget: str | None, tmp_path: Path) -> None:
+    ours, theirs = ([Parameter(param.detach().cuda()) for param in parameters()] for _ in range(2))
+    paged = AdamW(ours, paged=True, budget=40_000, host_budget=host_budget, offload_dir=tmp_path)
+    plain = AdamW(theirs)
+    for params, optimizer in ((ours, paged), (theirs, plain)):
+        for step in range(4):
+            host = parameters()
+            give_gradients(host, step + 1)
+            for param, source in zip(params, host, strict=True):
+                param.grad = None if source.grad is None else source.grad.cuda()
+            optimizer.step()
+    for state in plain.state.values():
+        state |= {name: value.cpu() for name, value in state.items() if name != "step"}
+    check_equal(paged, plain)
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     params = parameters()
     optimizer = AdamW(params, paged=True, budget=LEAST, offload_dir=tmp_path)

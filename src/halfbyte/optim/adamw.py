@@ -43,6 +43,9 @@ class AdamW(Optimizer):
         offload_dir: the folder of the scratch file, which has no name in it and goes with the process; "" is /var/tmp.
     """
 
+    _paging: tuple[int, int, str | Path] | None = None
+    _pages: PagedMoments | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -61,8 +64,6 @@ class AdamW(Optimizer):
             raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} is out of range")
         if bits not in MOMENTS:
             raise ValueError(f"bits={bits}: choose 32 or 8")
-        self._paging: tuple[int, int, str | Path] | None = None
-        self._pages: PagedMoments | None = None
         if paged:
             host = NO_LIMIT if host_budget is None else parse_bytes(host_budget)
             self._paging = parse_bytes(budget), host, offload_dir or _scratch_folder()
