@@ -126,6 +126,14 @@ def test_direct_io_is_used_where_the_file_system_takes_it(tmp_path: Path) -> Non
     file.close()
 
 
+def test_a_folder_that_is_memory_is_called_so(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not os.path.ismount(shm):
+        pytest.skip("no /dev/shm here")
+    assert DirectFile.scratch(shm, 1).why == "tmpfs: this folder is memory, not disk"
+    assert "memory" not in DirectFile.scratch(Path(__file__).parent, 1).why
+
+
 def test_several_threads_read_at_once(mode: str, tmp_path: Path) -> None:
     data = torch.arange(1 << 20, dtype=torch.int32)
     file = DirectFile.scratch(tmp_path, data.nbytes)

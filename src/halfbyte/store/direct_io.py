@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -91,6 +92,8 @@ class DirectFile:
             raise disk_error(folder, error.errno, str(error)) from error
         self = cls.__new__(cls)
         self._begin(Path(folder), file)
+        if (kind := _file_system(folder)) in ("tmpfs", "ramfs"):
+            self.why = f"{kind}: this folder is memory, not disk"
         self.grow(nbytes)
         return self
 
@@ -248,6 +251,13 @@ class DirectFile:
         with self._lock:
             self._file.seek(offset)
             return int(self._file.write(part))
+
+
+def _file_system(folder: str | Path) -> str:
+    """Its name, such as ext4; "" where it is not known."""
+    place = Path(folder).resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
 
 
 def _bytes_of(view: Tensor | memoryview) -> memoryview:
