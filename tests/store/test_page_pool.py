@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,26 @@ def test_transfers_are_those_predicted(slots: int, ring: int, tmp_path: Path) ->
                 slot.arriving.result()
         assert disk.writes == disk.reads == (sweep + 1) * passing
     assert [int(page[0]) for _, page in pool.sweep(range(40), write=False)] == [4] * 40
+
+
+class SlowToWrite(Counted):
+    """Takes its time over page 0."""
+
+    def write(self, page: int, source: Tensor) -> None:
+        time.sleep(0.1 if page == 0 else 0)
+        super().write(page, source)
+
+
+def test_a_page_is_not_read_before_it_is_written(tmp_path: Path) -> None:
+    memory = Memory()
+    pool = PagePool(PAGE, 2 * PAGE, memory, [SlowToWrite(memory, PAGE, tmp_path)])
+    pool.extend(3)
+    for sweep, order in enumerate(
+        [(2, 1, 0), (0, 2, 1), (0, 1, 2)]
+    ):  # 0 leaves last, and comes first into another slot
+        for _, page in pool.sweep(order):
+            assert int(page[0]) == sweep
+            page.add_(1)
 
 
 def test_all_that_fits_needs_no_disk(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class PagePool:
         if fitting:
             memory = self._memory.allocate(len(fitting) * self.page_bytes).split(self.page_bytes)
             for page, part in zip(fitting, memory, strict=True):
-                self._table[page] = _Slot(part, page, dirty=True, ready=self._memory.mark())
+                self._table[page] = _Slot(part, page, dirty=False, ready=self._memory.mark())
                 self._slots.append(self._table[page])
         return new
 
