@@ -25,7 +25,9 @@ Step = Callable[[], torch.Tensor]
 KEPT_OPEN = ExitStack()
 
 
-def halfbyte_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoint: bool) -> tuple[Any, Step]:
+def halfbyte_step(
+    path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoint: bool, r: int = 16
+) -> tuple[Any, Step]:
     """The trainer's own pieces: load, attach, objective."""
     from halfbyte.config import LoraConfig, QuantConfig
     from halfbyte.data import Batch
@@ -34,7 +36,7 @@ def halfbyte_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoin
     from halfbyte.train.objective import Objective
 
     loaded = load_model(path, QuantConfig(), compute_dtype=dtype)
-    model = attach_lora(loaded.model, LoraConfig(r=16, lora_alpha=32), seed=0).train()
+    model = attach_lora(loaded.model, LoraConfig(r=r, lora_alpha=2 * r), seed=0).train()
     if checkpoint:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(loaded.model)
