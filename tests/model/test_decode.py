@@ -24,7 +24,8 @@ from halfbyte.nn import Linear4bit
 
 # PEFT 0.21 asks transformers for a deprecated attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
-BOUND = 2e-5
+BOUND = 4e-5
+"""Measured: 1.3e-5 on x86; 2.3e-5 on ARM, where torch's own float32 is 2.2e-5 from float64 and our step 1.4e-5."""
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.3, "pad_token_id": 0,
