@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.store import Extent, LayerStore
+from halfbyte.store import Extent, LayerStore, RowStore
 from halfbyte.store.layers import GAP
 
 SIZES = (5000, 17, 70_000, 1, 4096)
@@ -93,3 +93,16 @@ def test_a_file_that_got_shorter_is_an_error_at_every_use(files: tuple[list[Path
 def test_a_ring_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="ring of 1"):
         LayerStore([], 1)
+
+
+def test_rows_are_those_of_the_table(tmp_path: Path) -> None:
+    """Rows of 96 bytes from an odd place on, so that one in some lies across two blocks of the disk."""
+    table = torch.arange(500 * 96).to(torch.uint8).view(500, 96)
+    path = tmp_path / "table"
+    path.write_bytes(bytes(1001) + table.numpy().tobytes() + bytes(7))
+    rows = RowStore(Extent(path, 1001, 1001 + table.nbytes), 96)
+    wanted = [499, 0, 42, 42, *range(60)]
+    assert torch.equal(rows.read(wanted), table[wanted])
+    for missing in (-1, 500):
+        with pytest.raises(IndexError, match="table of 500"):
+            rows.read([missing])

@@ -17,6 +17,7 @@ from halfbyte.model.load import load_model
 from halfbyte.model.placement import Placement
 from halfbyte.model.quantize import quantize_model
 from halfbyte.nn import Linear4bit
+from halfbyte.nn.row_embedding import RowEmbedding
 from halfbyte.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -75,6 +76,7 @@ def test_layers_that_stay_are_spread_and_hold_their_bytes(folder: Path) -> None:
     assert streamed == [False, True, False, True, False, True]
     sizes = [sum(m.codes.numel() for m in layer.modules() if isinstance(m, Linear4bit)) for layer in layers]
     assert [size == 0 for size in sizes] == streamed
+    assert isinstance(some.model.get_input_embeddings(), RowEmbedding)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(some.model(ids).logits, resident.model(ids).logits)

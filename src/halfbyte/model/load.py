@@ -18,7 +18,7 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.inventory import Inventory, inventory
-from halfbyte.model.placement import RESIDENT, Placement, check_stored, is_streamed, stream_layers
+from halfbyte.model.placement import RESIDENT, Placement, check_stored, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
@@ -96,6 +96,7 @@ def load_model(
     if source.stored_quantization is not None:  # what its maker left in 16 bits stays so
         targets = {n.removesuffix(".weight") for n, stored in names.items() if state_names(reader, stored)}
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
+    row_table = placement.row_table(model, names)
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
             if on_progress:
@@ -110,9 +111,13 @@ def load_model(
             else:
                 tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
                 base.add(name, tensor)  # as stored: the base is the same in every compute dtype
+                if name == row_table:
+                    continue
                 if tensor.is_floating_point() and tensor.dim() < 2:
                     tensor = tensor.to(compute_dtype)
                 _place(model, name, tensor)
+    if row_table:
+        stream_rows(model, reader, names[row_table], compute_dtype)
     model.tie_weights()
     _finish(model, compute_dtype)
     store = stream_layers(model, reader, streamed, names, placement.ring) if streamed else None

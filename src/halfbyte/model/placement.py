@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.shards import SafetensorsFolder, TensorInfo
 from halfbyte.errors import ConfigError
 from halfbyte.model.source import TensorReader
 from halfbyte.nn import Linear4bit
+from halfbyte.nn.row_embedding import RowEmbedding
 from halfbyte.nn.streamed import StreamedLayer
-from halfbyte.store import Extent, LayerStore
+from halfbyte.store import Extent, LayerStore, RowStore
 
 _LAYER = re.compile(r"(.*?\.\d+)\..+")
 """The decoder layer that a module belongs to: its name up to the first number."""
@@ -47,6 +50,17 @@ class Placement:
         names = list(layers)
         chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
         return {name: layers[name] for name in chosen}
+
+    def row_table(self, model: PreTrainedModel, names: Mapping[str, str]) -> str:
+        """The name of the embedding's weight if its rows are read one by one; empty if it stays in memory.
+
+        It stays where the head is the same table, or the embedding does more than looking up.
+        """
+        embedding = model.get_input_embeddings()
+        name = next((name for name, module in model.named_modules() if module is embedding), "") + ".weight"
+        head = model.get_output_embeddings()
+        alone = head is None or getattr(head, "weight", None) is not embedding.weight
+        return name if self.weights == "stream" and alone and type(embedding) is nn.Embedding and name in names else ""
 
 
 RESIDENT = Placement()
@@ -84,6 +98,15 @@ def stream_layers(
     for index, (layer, modules) in enumerate(layers.items()):
         StreamedLayer(store, index, [_linear4bit(model, name) for name in modules]).attach(model.get_submodule(layer))
     return store
+
+
+def stream_rows(model: PreTrainedModel, stored: TensorReader, name: str, compute_dtype: torch.dtype) -> None:
+    """Have the input embedding look up its rows in the tensor `name` of `stored`, a safetensors folder."""
+    assert isinstance(stored, SafetensorsFolder)
+    info = stored.tensors[name]
+    count, width = info.shape
+    rows = RowStore(_extent(info), width * info.dtype.itemsize)
+    model.set_input_embeddings(RowEmbedding(rows, count, width, info.dtype, compute_dtype))
 
 
 def _extent(info: TensorInfo) -> Extent:

@@ -161,7 +161,8 @@ def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledg
         led.hold("stream_ring", ring=RING * layer)
     else:
         led.hold("linears_4bit", linears=base.linears)
-    led.hold("embeddings", embeddings=base.embeddings)
+    by_rows = config.memory.weights == "stream" and not base.architecture.tied
+    led.hold("embeddings", embeddings=0 if by_rows else base.embeddings)
     led.hold("head", head=base.head)
     led.hold("norms_and_other", other=base.other)
     return led

@@ -1,0 +1,45 @@
+"""An embedding whose table stays on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rows(Protocol):
+    """What reads the table: `store.RowStore`."""
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """(len(rows), row_bytes) uint8."""
+        ...
+
+
+class RowEmbedding(nn.Module):
+    """nn.Embedding, frozen, over rows that are read when they are looked up: a batch's own, each once.
+
+    Args:
+        rows: the table's.
+        num_embeddings, embedding_dim: its shape.
+        dtype: that the table is stored in.
+        compute_dtype: of what comes out.
+    """
+
+    def __init__(
+        self, rows: Rows, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._rows, self.num_embeddings, self.embedding_dim = rows, num_embeddings, embedding_dim
+        self._dtype, self._compute_dtype = dtype, compute_dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., embedding_dim) in the compute dtype."""
+        unique, places = ids.unique(return_inverse=True)
+        table = self._rows.read(unique.tolist()).view(self._dtype)
+        return F.embedding(places, table).to(self._compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, on disk in {str(self._dtype).removeprefix('torch.')}"
