@@ -27,6 +27,7 @@ from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 SHAPES = {
     "llama-135m": (576, 1536, 30, 9, 3, 49152), "llama-1b": (2048, 8192, 16, 32, 8, 128256),
     "llama-3b": (3072, 8192, 28, 24, 8, 128256), "llama-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-10b": (4096, 14336, 48, 32, 8, 49152),
     "llama-70b": (8192, 28672, 80, 64, 8, 128256),
 }  # fmt: skip
 """hidden, intermediate, layers, heads, key-value heads, vocabulary: of SmolLM2 and the Llama 3 family."""
@@ -39,7 +40,7 @@ def config_of(shape: str) -> LlamaConfig:
     hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=shape in ("llama-135m", "llama-1b"),
+        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=shape not in ("llama-8b", "llama-70b"),
         max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, dtype="bfloat16",
         bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
