@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, console, emit, known_machine
+from halfbyte.cli.common import (
+    AsJson,
+    Config,
+    Debug,
+    HostMemory,
+    Memory,
+    Model,
+    Set,
+    calibration_file,
+    console,
+    emit,
+    known_machine,
+)
 
 if TYPE_CHECKING:
     from halfbyte.train import TrainResult
@@ -50,10 +62,13 @@ def train(
         memory__budget=memory, memory__host_budget=host_memory,
     )  # fmt: skip
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
+    from halfbyte.plan import compute_dtype, write_calibration
     from halfbyte.train import train as run_training
 
     with TrainProgress(console()) as progress:
-        result = run_training(run, observer=progress, machine=known_machine())
+        machine = known_machine()
+        result = run_training(run, observer=progress, machine=machine)
+    write_calibration(calibration_file(), gflops={compute_dtype(run, machine): result.gflops})
     emit(result.to_dict(), as_json, summary(result))
 
 

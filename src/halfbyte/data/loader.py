@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -126,8 +126,12 @@ class BatchLoader:
         """Batches of one epoch; with packing it may differ a little from epoch to epoch."""
         return -(-len(self._groups(epoch)) // self.micro_batch_size)
 
-    def worst(self, batches: int) -> Worst:
-        """The most that any of the first `batches` batches holds."""
+    def worst(self, batches: int, needed: Callable[[Batch], Batch] | None = None) -> Worst:
+        """The most that any of the first `batches` batches holds.
+
+        Args:
+            needed: makes of a batch what goes through the model, at most as many tokens: `compact`.
+        """
         lengths, targets = self.data.lengths, self.data.targets
         most = Worst(tokens=0, targets=0, longest=int(lengths.max()), samples=())
         epoch = 0
@@ -136,6 +140,8 @@ class BatchLoader:
             for start in range(0, len(groups), self.micro_batch_size)[:batches]:
                 samples = [sample for group in groups[start : start + self.micro_batch_size] for sample in group]
                 tokens, learned = int(lengths[samples].sum()), int(targets[samples].sum())
+                if needed is not None and tokens > most.tokens:
+                    tokens = needed(make_batch(self.data, samples)).input_ids.numel()
                 if tokens > most.tokens:
                     most = replace(most, tokens=tokens, samples=tuple(samples))
                 if learned > most.targets:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES, Packed
+from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.registry import cpu_choice, run_native
 
 _ARGUMENTS = "int heads, int kv_heads, Tensor seq_starts, float scale, int window, Tensor? parents=None"
@@ -184,7 +185,8 @@ def _packed_attention(
     head_dim = _head_dim(qkv, heads, kv_heads, seq_starts, window, parents)
     case = (heads, kv_heads, seq_starts, scale, window, parents)
     qkv = qkv.contiguous()
-    out, lse = qkv.new_empty(qkv.shape[0], heads * head_dim), qkv.new_empty(heads, qkv.shape[0], dtype=torch.float32)
+    out = empty((qkv.shape[0], heads * head_dim), qkv.dtype)
+    lse = empty((heads, qkv.shape[0]), torch.float32)
     if _run("hb_attention", qkv, *case, out, lse):
         return out, lse
     return plain_packed_attention(qkv, *case)
@@ -198,7 +200,7 @@ def _packed_attention_backward(
     _check_backward(g, qkv, out, lse, heads, _head_dim(qkv, heads, kv_heads, seq_starts, window, parents))
     case = (heads, kv_heads, seq_starts, scale, window, parents)
     g, qkv, out, lse = g.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
-    dqkv = torch.empty_like(qkv)
+    dqkv = empty_like(qkv)
     if _run("hb_attention_backward", qkv, *case, g, out, lse, dqkv):
         return dqkv
     return plain_packed_attention_backward(g, qkv, out, lse, *case)

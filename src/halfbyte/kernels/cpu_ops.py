@@ -15,6 +15,7 @@ from torch import Tensor
 from halfbyte.kernels import panel
 from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.adamw import state_maps
+from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
 from halfbyte.kernels.crossover import panels_serve
 from halfbyte.kernels.group import GroupView, Member
@@ -93,7 +94,7 @@ def _linear_4bit(
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     rows = x.reshape(-1, in_features) if in_features else x.new_empty(prod(x.shape[:-1]), 0)
     rows = rows.contiguous()
-    out = x.new_empty(rows.shape[0], out_features)
+    out = empty((rows.shape[0], out_features), x.dtype)
     if out.numel():
         library = fused_library(rows, blocksize, in_features)
         view = GroupView([Member(weight, out_features, bias)], in_features, x.dtype)
@@ -112,7 +113,7 @@ def _linear_4bit_dx(
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     rows = grad.reshape(-1, out_features) if out_features else grad.new_empty(prod(grad.shape[:-1]), 0)
     rows = rows.contiguous()
-    out = grad.new_empty(rows.shape[0], in_features)
+    out = empty((rows.shape[0], in_features), grad.dtype)
     if out.numel():
         library = fused_library(rows, blocksize, in_features)
         view = GroupView([Member(weight, out_features)], in_features, grad.dtype)

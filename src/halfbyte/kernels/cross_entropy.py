@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.frozen_linear import check_product, dx_into, linear_into
 from halfbyte.kernels.registry import run_native
 
@@ -119,8 +120,8 @@ def _linear_cross_entropy_cpu(
     _check_range(targets, weight.shape[0])
     hidden, targets = hidden.contiguous(), targets.contiguous()
     offset = None if bias is None else bias.to(hidden.dtype).contiguous()
-    buffer = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
-    dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
+    buffer = empty((min(chunk_rows, hidden.shape[0]), weight.shape[0]), hidden.dtype)
+    dx = empty_like(hidden) if need_dx else hidden.new_empty(0)
     total = 0.0
     for start in range(0, hidden.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)

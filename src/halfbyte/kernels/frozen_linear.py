@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.registry import cpu_choice, run_native
 
 PANEL_BYTES = 8 * 2**20
@@ -133,7 +134,7 @@ def _as_rows(x: Tensor, features: int) -> Tensor:
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_product(x, weight, weight.shape[-1], bias)
     rows = _as_rows(x, weight.shape[1])
-    y = x.new_empty(rows.shape[0], weight.shape[0])
+    y = empty((rows.shape[0], weight.shape[0]), x.dtype)
     linear_into(y, rows, weight, None if bias is None else bias.to(x.dtype).contiguous())
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -142,7 +143,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _dx_cpu(grad: Tensor, weight: Tensor) -> Tensor:
     check_product(grad, weight, weight.shape[0])
     rows = _as_rows(grad, weight.shape[0])
-    dx = grad.new_empty(rows.shape[0], weight.shape[1])
+    dx = empty((rows.shape[0], weight.shape[1]), grad.dtype)
     dx_into(dx, rows, weight)
     return dx.view(*grad.shape[:-1], weight.shape[1])
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::gated", "(Tensor gate_up, str activation) -> Tensor")
@@ -76,7 +77,7 @@ def _gated(gate_up: Tensor, activation: str) -> Tensor:
     _check(gate_up, activation)
     gate_up = gate_up.contiguous()
     *rows, width = gate_up.shape
-    out = gate_up.new_empty((*rows, width // 2))
+    out = empty((*rows, width // 2), gate_up.dtype)
     done = run_native(
         "hb_gated", gate_up.data_ptr(), DTYPES[gate_up.dtype], prod(rows), width // 2, ACTIVATIONS[activation],
         out.data_ptr(),
@@ -89,7 +90,7 @@ def _gated_backward(g: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     _check(gate_up, activation, g)
     g, gate_up = g.contiguous(), gate_up.contiguous()
     *rows, width = g.shape
-    d_gate_up, h = torch.empty_like(gate_up), torch.empty_like(g)
+    d_gate_up, h = empty_like(gate_up), empty_like(g)
     done = run_native(
         "hb_gated_backward", g.data_ptr(), gate_up.data_ptr(), DTYPES[g.dtype], prod(rows), width,
         ACTIVATIONS[activation], d_gate_up.data_ptr(), h.data_ptr(),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halfbyte.kernels import abi
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty_like
 from halfbyte.kernels.cpu import Library, WeightView
 from halfbyte.kernels.panel import Weight
 
@@ -71,7 +72,7 @@ class GroupView:
         self, library: Library, g: Tensor, x: Tensor | None, u: Tensor | None, dx: Tensor | None
     ) -> int:
         """Fills dx (m, in_features), if given, and the gradients of the adapters. Returns the library's status."""
-        v = None if u is None else torch.empty_like(u)
+        v = None if u is None else empty_like(u)
         status = library.call.hb_linear_backward(
             self._structs, len(self._structs), g.data_ptr(), _pointer(x), _pointer(u), DTYPES[g.dtype], g.shape[0],
             _pointer(dx), _pointer(v), torch.get_num_threads(),

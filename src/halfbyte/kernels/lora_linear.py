@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import lora_panel
 from halfbyte.kernels.abi import MAX_MEMBERS, NO_MEMORY
+from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.cpu import Library
 from halfbyte.kernels.cpu_ops import fused_library, product_dtype
 from halfbyte.kernels.group import GroupView, Member
+from halfbyte.kernels.registry import cpu_choice
 
 _GROUP = (
     "Tensor[] codes, Tensor[] absmax, Tensor?[] nested_absmax, float[] nested_offset, str quant_type, int blocksize, "
@@ -162,10 +165,13 @@ def _lora_linear_4bit_cpu(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
     library = _library(x, members)
     if library is not None:
         x = x.contiguous()
-        y = x.new_empty(x.shape[0], sum(member.out_features for member in members))
-        u = x.new_empty(x.shape[0], sum(member.rank for member in members), dtype=torch.float32)
+        y = empty((x.shape[0], sum(member.out_features for member in members)), x.dtype)
+        u = empty((x.shape[0], sum(member.rank for member in members)), torch.float32)
         if GroupView(members, x.shape[1], x.dtype).linear(library, x, y, u) != NO_MEMORY:
             return y, u
+    by_panels = _panel_library(x, members)
+    if by_panels is not None:
+        return lora_panel.forward(x.contiguous(), members, by_panels)
     return _plain_forward(x, members, product_dtype(x, members[0].weight[5]))
 
 
@@ -178,13 +184,24 @@ def _lora_linear_4bit_backward_cpu(
     library = _library(x, members)
     if library is not None:
         g, x, u = g.contiguous(), x.contiguous(), u.contiguous()
-        dA = [u.new_empty(m.lora_A.shape) for m in members if m.lora_A is not None]
-        dB = [u.new_empty(m.lora_B.shape) for m in members if m.lora_B is not None]
-        dx = torch.empty_like(x) if need_dx else None
+        dA = [empty_like(m.lora_A) for m in members if m.lora_A is not None]
+        dB = [empty_like(m.lora_B) for m in members if m.lora_B is not None]
+        dx = empty_like(x) if need_dx else None
         view = GroupView(members, x.shape[1], x.dtype, list(zip(dA, dB, strict=True)))
         if view.linear_backward(library, g, x, u, dx) != NO_MEMORY:
             return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
+    by_panels = _panel_library(x, members)
+    if by_panels is not None:
+        dx, dA, dB = lora_panel.backward(g.contiguous(), x.contiguous(), u, members, by_panels, need_dx=bool(need_dx))
+        return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
     return _plain_backward(g, x, u, members, bool(need_dx), product_dtype(x, members[0].weight[5]))
+
+
+def _panel_library(x: Tensor, members: list[Member]) -> Library | None:
+    """The native library, when products run in decoded panels of x's own dtype."""
+    library = cpu_choice().library
+    panels = library is not None and x.numel() > 0 and product_dtype(x, members[0].weight[5]) == x.dtype
+    return library if panels and x.dtype == torch.bfloat16 else None
 
 
 def _library(x: Tensor, members: list[Member]) -> Library | None:

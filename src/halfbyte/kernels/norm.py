@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty_like
 from halfbyte.kernels.registry import run_native
 
 torch.library.define("halfbyte::rms_norm", "(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)")
@@ -102,10 +103,10 @@ def _norm_on_cpu(
     """The sum (x itself without `delta`), its norm, rstd; None where the library does not serve."""
     _check(x, weight, delta)
     x, weight = x.contiguous(), weight.contiguous()
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y, rstd = empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total, addend, place = x, None, None
     if delta is not None:
-        delta, total = delta.contiguous(), torch.empty_like(x)
+        delta, total = delta.contiguous(), empty_like(x)
         addend, place = delta.data_ptr(), total.data_ptr()
     done = run_native(
         "hb_rms_norm", x.data_ptr(), addend, weight.data_ptr(), DTYPES[x.dtype], DTYPES[weight.dtype], rstd.numel(),
@@ -134,7 +135,7 @@ def _rms_norm_backward(
     _check(x, weight, g, add, rstd=rstd)
     g, x, weight, rstd = g.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
     add = None if add is None else add.contiguous()
-    dx = torch.empty_like(x)
+    dx = empty_like(x)
     done = run_native(
         "hb_rms_norm_backward", g.data_ptr(), x.data_ptr(), weight.data_ptr(), DTYPES[x.dtype], DTYPES[weight.dtype],
         rstd.data_ptr(), None if add is None else add.data_ptr(), rstd.numel(), x.shape[-1], offset, dx.data_ptr(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
+from halfbyte.kernels.buffers import empty_like
 from halfbyte.kernels.registry import run_native
 
 _WEIGHTS = "Tensor q_weight, Tensor k_weight"
@@ -104,7 +105,7 @@ def _rms_norm_heads(
 ) -> tuple[Tensor, Tensor]:
     _check(qkv, q_weight, k_weight, heads, kv_heads)
     qkv, q_weight, k_weight = qkv.contiguous(), q_weight.contiguous(), k_weight.contiguous()
-    out, rstd = torch.empty_like(qkv), torch.empty(qkv.shape[0], heads + kv_heads, dtype=torch.float32)
+    out, rstd = empty_like(qkv), torch.empty(qkv.shape[0], heads + kv_heads, dtype=torch.float32)
     done = run_native(
         "hb_rms_norm_heads", qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), DTYPES[qkv.dtype],
         DTYPES[q_weight.dtype], qkv.shape[0], heads, kv_heads, q_weight.shape[0], eps, offset, out.data_ptr(),

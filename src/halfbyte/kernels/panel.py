@@ -64,6 +64,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, library:
             columns.copy_(product)
 
 
+def add_dx(grad: Tensor, weight: Weight, total: Tensor, part: Tensor, library: Library | None) -> None:
+    """total (m, in_features) float32 += grad (m, out_features) @ W, by way of `part`, like total in grad's dtype."""
+    for first, panel in _panels(weight, grad.shape[1], total.shape[1], grad.dtype, library):
+        total += torch.mm(grad[:, first : first + panel.shape[0]], panel, out=part)
+
+
 def linear_dx(grad: Tensor, weight: Weight, out: Tensor, library: Library | None) -> None:
     """out (m, in_features) = grad (m, out_features) @ W; one dtype. Sums of panels are kept in float32."""
     dtype = compute_dtype(grad.dtype, library)

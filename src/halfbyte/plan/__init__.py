@@ -4,11 +4,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from halfbyte.plan.machine import Machine, this_machine
-from halfbyte.plan.phases import Work
+from halfbyte.plan.base import read_base
+from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.machine import Machine, this_machine, write_calibration
+from halfbyte.plan.phases import Work, compute_dtype
 from halfbyte.plan.planner import Plan, apply_choices, plan
 
-__all__ = ["Machine", "Plan", "Work", "apply_choices", "plan", "this_machine"]
+__all__ = [
+    "Budget", "Machine", "Plan", "Work", "apply_choices", "budget_of", "compute_dtype", "plan", "read_base",
+    "this_machine", "write_calibration",
+]  # fmt: skip
 
 
 class _Room(ModuleType):

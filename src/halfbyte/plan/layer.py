@@ -6,8 +6,6 @@ h, q, k, f elements of e bytes; r ranks and one number a norm or head in float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from halfbyte.plan.architecture import Architecture
@@ -73,41 +71,28 @@ class Sizes:
         return sum(4 * self.rank * (out + into) for name, out, into in self.members(group) if name in self.adapted)
 
 
-@contextmanager
-def _briefly(led: Ledger, **blocks: float) -> Iterator[None]:
+def _briefly(led: Ledger, **blocks: float) -> None:
     """Blocks of an operator's own, gone when it returns."""
     led.hold(TEMPORARY, **blocks)
-    yield
     led.drop(*blocks)
 
 
 def _product(led: Ledger, s: Sizes, group: str) -> None:
-    """What a group's forward product makes beside y and u, where it runs in panels: each member's y, and y plus its
-    adapter's part; then all side by side, which is y."""
-    if not s.panels:
-        return
-    members = s.members(group)
-    outs, into = [out for _, out, _ in members], members[0][2]
-    panel = 2 * min(PANEL_ELEMENTS, max(outs) * into)
-    together = sum(outs) if len(outs) > 1 else 0  # what is joined lies there twice; y itself is counted by the caller
-    last = outs[-1] if s.ranks(group) else 0
-    with _briefly(led, panel=panel, members=s.rows(max(together, last)), u16=s.rows(s.rank)):
-        pass
+    """A group's forward product, beside y and u: in panels the decoded rows, and u in bfloat16 (lora_panel.py)."""
+    if s.panels:
+        _briefly(led, panel=_panel(s, group), u16=s.rows(s.rank))
 
 
 def _gradient_product(led: Ledger, s: Sizes, group: str) -> None:
-    """What a group's backward product makes beside dx, dA and dB: v in float32; in panels the columns of g that belong
-    to a member, copied, its part of dx in float32 and in bfloat16, and x or g again for the adapter's products."""
-    if not s.panels:
-        with _briefly(led, v=s.floats(s.ranks(group))):
-            pass
-        return
-    members = s.members(group)
-    largest, into = max(out for _, out, _ in members), members[0][2]
-    copied = largest if len(members) > 1 else 0
-    sums = s.floats(into) + s.rows(2 * into)
-    with _briefly(led, columns=s.rows(copied), sums=sums, panel=2 * min(PANEL_ELEMENTS, largest * into)):
-        pass
+    """A group's backward product, beside dx, dA and dB: v; in panels decoded rows and the float32 sum of dx, too."""
+    if s.panels:
+        _briefly(led, panel=_panel(s, group), total=s.floats(s.members(group)[0][2]), v=s.rows(2 * s.rank))
+    else:
+        _briefly(led, v=s.floats(s.ranks(group)))
+
+
+def _panel(s: Sizes, group: str) -> int:
+    return 2 * max(min(PANEL_ELEMENTS, out * into) for _, out, into in s.members(group))
 
 
 def until_down(led: Ledger, s: Sizes, p: str) -> None:

@@ -22,7 +22,7 @@ from halfbyte.plan.phases import (
     state_bytes,
     worst_case,
 )
-from halfbyte.plan.time import seconds_per_step
+from halfbyte.plan.time import operations, seconds_per_step
 
 CHOSEN = {
     "train": ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"), "optim": ("paged",),
@@ -50,6 +50,7 @@ class Plan:
         smallest_memory: the smallest budget that would work, with every choice made for memory.
         largest: the most tokens, sequences or rank that fit with these choices, each alone; None without a budget.
         seconds_per_step: None where nothing was measured on this machine.
+        pass_operations: floating-point operations of one forward and backward of a micro-batch.
         notes: what the plan does not know.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     smallest_memory: int
     largest: dict[str, int] | None
     seconds_per_step: float | None
+    pass_operations: float
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def plan(
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
         largest=_largest(chosen, peak, budget) if budget and fits and work is None else None,
         seconds_per_step=seconds_per_step(chosen, base, machine, _work(chosen, config, work)),
+        pass_operations=operations(chosen, base, machine, _work(chosen, config, work)),
         notes=_notes(base, work),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from halfbyte.plan.phases import Work, adapter_parameters, compute_dtype, sizes
 
 
 def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> float:
-    """Floating-point operations of an optimizer step over full micro-batches.
+    """Floating-point operations of a micro-batch, forward and backward.
 
     A weight takes 2 a token forward and 2 backward (it is frozen: no gradient of its own), 2 more where a checkpointed
     layer is computed again, all but the down projection; an adapter's parameter 6; the head 4 a supervised token;
@@ -23,10 +23,11 @@ def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> f
     head = 4 * a.vocab * a.hidden * work.targets
     pairs = work.tokens * min(work.longest, work.tokens) / 2
     attention = (14 + (4 if s.checkpoint else 0)) * pairs * a.query * a.layers
-    return (weights + adapters + head + attention) * config.train.gradient_accumulation_steps
+    return weights + adapters + head + attention
 
 
 def seconds_per_step(config: RunConfig, base: Base, machine: Machine, work: Work) -> float | None:
     """None where no step of this compute dtype was measured."""
     gflops = machine.gflops.get(compute_dtype(config, machine))
-    return operations(config, base, machine, work) / (gflops * 1e9) if gflops else None
+    steps = config.train.gradient_accumulation_steps
+    return steps * operations(config, base, machine, work) / (gflops * 1e9) if gflops else None

@@ -26,19 +26,23 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import Batch, Cursor
+from halfbyte.dtypes import format_bytes
 from halfbyte.errors import NumericsError
 from halfbyte.kernels import keep_to
+from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.adapt import adapter_state, load_adapter_state
 from halfbyte.model.memory import peak_memory, resident_memory
 from halfbyte.optim import clip_grad_norm, learning_rate
-from halfbyte.plan import Machine, this_machine
+from halfbyte.plan import Machine, budget_of
 from halfbyte.train.answers import Answer, answer_samples, page
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.first_step import FirstStepCheck
 from halfbyte.train.metrics import Metrics
 from halfbyte.train.observer import Observer, StepMetrics
 from halfbyte.train.picture import draw_curves
+from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.setup import Run, prepare
+from halfbyte.train.watchdog import Watchdog
 
 MIN_EVAL_TOKENS = 2048
 
@@ -59,6 +63,8 @@ class TrainResult:
     peak_memory: int
     predicted_peak_memory: int
     """By the plan that was made before the base was loaded."""
+    gflops: float
+    """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
     adapter: str
     curves: str
     answers: list[Answer]
@@ -78,9 +84,14 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
     Raises:
         HalfbyteError: what is wrong, and what to do about it; the last checkpoint stays good.
     """
-    started = time.perf_counter()
     observer = observer or Observer()
-    run = prepare(config, observer, machine or this_machine())
+    with steady_memory() as buffers, Watchdog(budget_of(config), buffers, observer) as watchdog:
+        return _train(config, observer, machine, watchdog)
+
+
+def _train(config: RunConfig, observer: Observer, machine: Machine | None, watchdog: Watchdog) -> TrainResult:
+    started = time.perf_counter()
+    run = prepare(config, observer, machine, watchdog.start)
     config = run.config
     output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)
@@ -95,6 +106,7 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
             observer.on_eval(step, result.loss)
 
     with closing(metrics), run.objective.ready():
+        gflops = rehearse(run)
         evaluate_now(step)
         run.model.train()
         check: FirstStepCheck | None = None
@@ -129,6 +141,7 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
             )  # fmt: skip
             metrics.add_step(done)
             observer.on_step(done)
+            watchdog.check()
             last = step == run.steps
             if last or (config.train.eval_every and step % config.train.eval_every == 0):
                 evaluate_now(step)
@@ -136,7 +149,7 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
                 observer.on_save(_save_checkpoint(run, output, step, cursor))
     save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
     observer.on_save(output / "adapter")
-    return _finish(run, output, metrics, started)
+    return _finish(run, output, metrics, started, gflops, observer)
 
 
 def _accumulate_gradients(run: Run, batches: list[Batch]) -> float:
@@ -192,7 +205,9 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
     return path
 
 
-def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainResult:
+def _finish(
+    run: Run, output: Path, metrics: Metrics, started: float, gflops: float, observer: Observer
+) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
     if run.eval_data is not None and run.loaded.store is None:  # streamed, every token would read the whole base
@@ -201,6 +216,10 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainRe
         write_file(output / "answers.md", page(answers).encode())
     if metrics.steps:
         draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
+    peak, planned = peak_memory(), run.plan.peak_memory
+    observer.note(
+        f"memory: {format_bytes(peak)} at most, {format_bytes(planned)} planned ({planned / peak - 1:+.1%} of it)"
+    )
     result = TrainResult(
         steps=run.steps,
         train_loss=metrics.train_loss(),
@@ -209,8 +228,9 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float) -> TrainRe
         tokens_per_s=tokens_per_s,
         supervised_tokens_per_s=supervised_tokens_per_s,
         seconds=time.perf_counter() - started,
-        peak_memory=peak_memory(),
-        predicted_peak_memory=run.plan.peak_memory,
+        peak_memory=peak,
+        predicted_peak_memory=planned,
+        gflops=gflops,
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),
         answers=answers,

@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 
 from halfbyte.config import RunConfig
-from halfbyte.data import BatchLoader, TokenizedData
+from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import resident_memory
-from halfbyte.plan import Machine, Plan, Work, apply_choices, plan
+from halfbyte.plan import Machine, Plan, Work, apply_choices, compute_dtype, plan, read_base
+from halfbyte.train.observer import Observer
 
-GROWTH = 60_000_000
+MOST_COMPACTED = 5000
+"""Batches that are looked at before the run; one takes half a millisecond."""
+GROWTH = 70_000_000
 """Resident bytes that Python and the libraries still take after the data is read: the model's modules, code that is
 touched for the first time, thread stacks. Measured on runs of 135M and 1B."""
 
@@ -36,21 +39,40 @@ def steps_of(config: RunConfig, loader: BatchLoader) -> int:
     return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
 
 
-def plan_run(config: RunConfig, data: TokenizedData, machine: Machine) -> tuple[RunConfig, Plan]:
-    """`config` with the choices that keep it within its budget, and the plan.
+def worst_of(config: RunConfig, loader: BatchLoader, *, shares: bool) -> Worst:
+    """The most that goes through the model in any batch of the run.
+
+    Args:
+        shares: samples of a batch share what they begin with (`data.compact`); counted where that takes seconds at
+            most, else taken not to happen.
+    """
+    batches = steps_of(config, loader) * config.train.gradient_accumulation_steps
+    return loader.worst(batches, compact if shares and batches <= MOST_COMPACTED else None)
+
+
+def plan_run(
+    config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer
+) -> tuple[RunConfig, Plan, Worst]:
+    """`config` with the choices that keep it within its budget, the plan, which is said, and the run's largest batch.
 
     Raises:
         ResourceError: nothing fits; says the smallest budget that would, and what to change.
     """
     loader = make_loader(config, data)
-    worst = loader.worst(steps_of(config, loader) * config.train.gradient_accumulation_steps)
+    base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
+    shares = base.architecture.fused and config.lora.dropout == 0
+    worst = worst_of(config, loader, shares=shares)
     work = Work(
         tokens=worst.tokens, targets=worst.targets, longest=worst.longest, runtime=resident_memory() + GROWTH
     )  # fmt: skip
-    made = plan(config, machine=replace(machine, threads=torch.get_num_threads()), work=work)
+    made = plan(config, machine=replace(machine, threads=torch.get_num_threads()), work=work, base=base)
     if not made.fits:
         raise refused(made)
-    return apply_choices(config, made), made
+    observer.note(plan_text(made))
+    chosen = apply_choices(config, made)
+    if chosen.train.micro_batch_size != config.train.micro_batch_size:
+        worst = worst_of(chosen, make_loader(chosen, data), shares=shares)
+    return chosen, made, worst
 
 
 def refused(made: Plan) -> ResourceError:

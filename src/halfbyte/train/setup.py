@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from halfbyte.checkpoint import check_target, versions
 from halfbyte.checkpoint.disk import disk_errors, make_folder
 from halfbyte.config import RunConfig, to_dict
-from halfbyte.data import BatchLoader, TokenizedData, count_overlap, load_data
+from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import attach_lora
@@ -24,11 +25,11 @@ from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer
 from halfbyte.optim import AdamW, lora_param_groups
-from halfbyte.plan import Machine, Plan
+from halfbyte.plan import Machine, Plan, this_machine
 from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
-from halfbyte.train.planning import make_loader, plan_run, plan_text, steps_of
+from halfbyte.train.planning import make_loader, plan_run, steps_of
 
 FEW_STEPS = 20
 
@@ -38,6 +39,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        worst: the most that goes through the model in any batch of the run.
         config: with the plan's choices.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
@@ -46,6 +48,7 @@ class Run:
 
     config: RunConfig
     plan: Plan
+    worst: Worst
     tokenizer: PreTrainedTokenizerBase
     data: TokenizedData
     eval_data: TokenizedData | None
@@ -76,7 +79,12 @@ class Run:
         }
 
 
-def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
+def prepare(
+    config: RunConfig,
+    observer: Observer,
+    machine: Machine | None = None,
+    on_planned: Callable[[], None] = lambda: None,
+) -> Run:  # fmt: skip
     """Read data, plan, load the base in 4 bits, attach the adapter.
 
     Raises:
@@ -89,8 +97,8 @@ def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
-    config, plan = plan_run(config, data, machine)
-    observer.note(plan_text(plan))
+    config, plan, worst = plan_run(config, data, machine or this_machine(), observer)
+    on_planned()
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
     observer.note(panel_rule().explain(compute_dtype))
@@ -124,8 +132,9 @@ def prepare(config: RunConfig, observer: Observer, machine: Machine) -> Run:
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
     return Run(
-        config=config, plan=plan, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
-        model=model, objective=objective, optimizer=_make_optimizer(config, model, observer), steps=steps,
+        config=config, plan=plan, worst=worst, tokenizer=tokenizer, data=data, eval_data=eval_data,
+        loader=loader, loaded=loaded, model=model, objective=objective, steps=steps,
+        optimizer=_make_optimizer(config, model, observer),
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },

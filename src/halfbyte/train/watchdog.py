@@ -1,0 +1,97 @@
+"""A thread that looks at resident memory while a run goes on, and acts before the budget is exceeded."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from types import TracebackType
+from typing import Self
+
+from halfbyte.dtypes import format_bytes
+from halfbyte.errors import ResourceError
+from halfbyte.kernels.buffers import Buffers, trim_heap
+from halfbyte.model.memory import resident_memory
+from halfbyte.plan import Budget
+from halfbyte.train.observer import Observer
+
+INTERVAL = 0.02
+"""Seconds between looks; one takes 20 microseconds."""
+TRIM_AT, STOP_AT = 0.98, 1.0
+"""Of the budget: unused memory is given back, and the run stops."""
+REST = 5.0
+"""Seconds until unused memory is given back again: what is given back has to be touched anew."""
+
+
+class Watchdog:
+    """Watches inside a ``with`` block, from `start` on; the block must be left by the thread that entered it.
+
+    At 98 % of the budget it gives back what the buffers and glibc keep unused. Beyond the budget it interrupts the
+    main thread, and the block ends with a ResourceError (exit 4); checkpoints that were saved are whole.
+
+    Attributes:
+        trims: how often memory was given back.
+    """
+
+    def __init__(self, budget: Budget | None, buffers: Buffers, observer: Observer) -> None:
+        self._budget, self._buffers, self._observer = budget, buffers, observer
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="halfbyte-memory", daemon=True)
+        self._seen = 0
+        self._stopped = False
+        self.trims = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        """Begin to look: once there is a plan, which has the better words for a budget that is too small."""
+        if self._budget is not None:
+            self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._stopped and isinstance(error, KeyboardInterrupt):
+            raise self._error() from None
+
+    def check(self) -> None:
+        """Where the run is not in the main thread and cannot be interrupted.
+
+        Raises:
+            ResourceError: the budget was exceeded.
+        """
+        if self._stopped:
+            raise self._error()
+
+    def _watch(self) -> None:
+        assert self._budget is not None
+        pause = INTERVAL
+        while not self._done.wait(pause):
+            pause = INTERVAL
+            self._seen = resident_memory()
+            if self._seen < TRIM_AT * self._budget.bytes:
+                continue
+            self._buffers.release()
+            trim_heap()
+            self.trims += 1
+            after = resident_memory()
+            if after > STOP_AT * self._budget.bytes:
+                self._stopped = True
+                _thread.interrupt_main()
+                return
+            self._observer.note(
+                f"memory: {format_bytes(self._seen)} of {format_bytes(self._budget.bytes)} in use; "
+                f"{format_bytes(max(self._seen - after, 0))} that lay unused were given back"
+            )
+            pause = REST if after > TRIM_AT * self._budget.bytes else INTERVAL
+
+    def _error(self) -> ResourceError:
+        assert self._budget is not None
+        return ResourceError(
+            f"{format_bytes(self._seen)} are in use, {format_bytes(self._budget.bytes)} are allowed",
+            where=self._budget.source, why="the run was stopped before the system would have; checkpoints are whole",
+            fix="Give --memory more, or lower data.max_seq_len, train.micro_batch_size or lora.r",
+        )  # fmt: skip
