@@ -9,7 +9,10 @@ import pytest
 from halfbyte.data import BatchLoader
 from halfbyte.errors import ResourceError
 from halfbyte.model.source import load_tokenizer
+from halfbyte.plan import plan
 from halfbyte.train import setup, train
+from halfbyte.train.objective import Objective
+from halfbyte.train.observer import Observer
 from halfbyte.train.setup import load_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -48,3 +51,20 @@ def test_the_worst_batch_is_the_largest_of_those_that_will_run(make_run: MakeRun
         assert worst.tokens == max(batch.num_tokens for batch in batches)
         assert worst.targets == max(batch.num_targets for batch in batches)
         assert sum(data.lengths[list(worst.samples)]) == worst.tokens
+
+
+def test_a_model_that_turns_out_not_to_be_fused_is_planned_again(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers then keep more: what does not fit is refused before a step is taken."""
+    fused = setup.prepare(make_run(), Observer())
+    assert fused.plan.notes == ()
+    monkeypatch.setattr(Objective, "fused", False)
+    plain = setup.prepare(make_run(), Observer())
+    assert plain.plan.peak_memory > fused.plan.peak_memory
+    assert any("transformers wrote it" in note for note in plain.plan.notes)
+
+
+def test_dropout_is_planned_as_plain_layers(make_run: MakeRun) -> None:
+    config = make_run(lora__dropout=0.1)
+    assert any("transformers wrote it" in note for note in plan(config).notes)

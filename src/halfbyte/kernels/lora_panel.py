@@ -51,7 +51,7 @@ def backward(
             continue
         v = (columns @ member.lora_B.to(x.dtype)).mul_(member.scaling)
         if total is not None and part is not None:
-            total += torch.mm(v, member.lora_A.to(x.dtype), out=part)
+            panel.add_widened(total, torch.mm(v, member.lora_A.to(x.dtype), out=part))
         dA.append(empty_like(member.lora_A).copy_(v.t() @ x))
         d_up = columns.t() @ u[:, low : low + member.rank].to(x.dtype)
         dB.append(empty_like(member.lora_B).copy_(d_up).mul_(member.scaling))

@@ -66,11 +66,17 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
     wanted = config.lora.target_modules
     adapted = LINEAR_NAMES if wanted == "all-linear" else tuple(name.rpartition(".")[2] for name in wanted)
     return Sizes(
-        arch=base.architecture, tokens=tokens, itemsize=ITEMSIZE[dtype], rank=config.lora.r,
-        adapted=frozenset(adapted), checkpoint=config.train.gradient_checkpointing,
+        arch=replace(base.architecture, fused=runs_fused(config, base)), tokens=tokens,
+        itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
+        checkpoint=config.train.gradient_checkpointing,
         panels=dtype == "bfloat16" and machine.bf16_units, together=together,
         offloaded=config.memory.activations == "disk",
     )  # fmt: skip
+
+
+def runs_fused(config: RunConfig, base: Base) -> bool:
+    """Whether the decoder layers run as one function each: the architecture's do, all in 4 bits, without dropout."""
+    return base.architecture.fused and config.lora.dropout == 0 and not config.quant.skip_modules
 
 
 def compute_dtype(config: RunConfig, machine: Machine) -> str:

@@ -18,6 +18,7 @@ from halfbyte.plan.phases import (
     fullest,
     layer_bytes,
     phases,
+    runs_fused,
     sizes,
     state_bytes,
     worst_case,
@@ -112,7 +113,7 @@ def plan(
         largest=_largest(chosen, peak, budget) if budget and fits and work is None else None,
         seconds_per_step=seconds_per_step(chosen, base, machine, _work(chosen, config, work)),
         pass_operations=operations(chosen, base, machine, _work(chosen, config, work)),
-        notes=_notes(base, work),
+        notes=_notes(config, base, work),
     )  # fmt: skip
 
 
@@ -228,10 +229,10 @@ def _largest(config: RunConfig, peak: Callable[[RunConfig], int], budget: Budget
     return found
 
 
-def _notes(base: Base, work: Work | None) -> tuple[str, ...]:
+def _notes(config: RunConfig, base: Base, work: Work | None) -> tuple[str, ...]:
     notes = []
     arch = base.architecture
-    if not arch.fused:
+    if not runs_fused(config, base):
         notes.append(
             f"{arch.family or 'this architecture'} runs as transformers wrote it: what its layers keep is estimated, "
             "cautiously, from Llama's"

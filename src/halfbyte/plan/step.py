@@ -43,7 +43,7 @@ class Pass:
 def train(led: Ledger, p: Pass) -> None:
     """Forward and backward; leaves the gradients, and nothing else."""
     s = p.sizes
-    layers = fused if p.base.architecture.fused else plain
+    layers = fused if s.arch.fused else plain
     middle = _Middle(led, p)
     whole = replace(p, sizes=replace(s, tokens=s.together * s.tokens, together=1), targets=s.together * p.targets)
     led.where = "forward"
@@ -76,7 +76,7 @@ def _on_the_way(s: Sizes) -> int:
 def evaluate(led: Ledger, p: Pass) -> None:
     """Forward and loss without gradients: a layer's tensors are gone when it returns."""
     s = replace(p.sizes, checkpoint=False, together=1, offloaded=False)
-    layers = fused if p.base.architecture.fused else plain
+    layers = fused if s.arch.fused else plain
     led.where = "evaluation"
     _begin(led, replace(p, sizes=s))
     layers.forward(led, s, 0, backward_follows=False)

@@ -136,6 +136,11 @@ class Objective:
         why = "fused, they gave another result" if self._num_fused else "fused ones know no such modules"
         return f"layers: as transformers wrote them, because {why}"
 
+    @property
+    def fused(self) -> bool:
+        """Whether the decoder layers run as one function each."""
+        return self._fuse
+
     def require_fused_layers(self) -> None:
         """See that layers which borrow their bytes can be trained.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import resident_memory
-from halfbyte.plan import Machine, Plan, Work, apply_choices, compute_dtype, plan, read_base
+from halfbyte.plan import Base, Machine, Plan, Work, apply_choices, compute_dtype, plan, read_base, runs_fused
 from halfbyte.train.observer import Observer
 
 MOST_COMPACTED = 5000
@@ -50,29 +50,61 @@ def worst_of(config: RunConfig, loader: BatchLoader, *, shares: bool) -> Worst:
     return loader.worst(batches, compact if shares and batches <= MOST_COMPACTED else None)
 
 
-def plan_run(
-    config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer
-) -> tuple[RunConfig, Plan, Worst]:
-    """`config` with the choices that keep it within its budget, the plan, which is said, and the run's largest batch.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run that fits.
+
+    Attributes:
+        config: with the plan's choices.
+        worst: the most that goes through the model in any batch.
+        base, machine, runtime: what it was planned from.
+    """
+
+    config: RunConfig
+    plan: Plan
+    worst: Worst
+    base: Base
+    machine: Machine
+    runtime: int
+
+
+def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer) -> Planned:
+    """Plan before the base is loaded, and say the plan.
 
     Raises:
         ResourceError: nothing fits; says the smallest budget that would, and what to change.
     """
-    loader = make_loader(config, data)
+    machine = replace(machine, threads=torch.get_num_threads())
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
-    shares = base.architecture.fused and config.lora.dropout == 0
-    worst = worst_of(config, loader, shares=shares)
-    work = Work(
-        tokens=worst.tokens, targets=worst.targets, longest=worst.longest, runtime=resident_memory() + GROWTH
-    )  # fmt: skip
-    made = plan(config, machine=replace(machine, threads=torch.get_num_threads()), work=work, base=base)
+    return _plan(config, data, base, machine, resident_memory() + GROWTH, observer)
+
+
+def plan_as_found(planned: Planned, data: TokenizedData, observer: Observer, *, fused: bool) -> Planned:
+    """The plan again, where the loaded model's layers do not run as one function each though its kind does.
+
+    Raises:
+        ResourceError: then it does not fit.
+    """
+    if fused or not planned.base.architecture.fused:
+        return planned
+    base = replace(planned.base, architecture=replace(planned.base.architecture, fused=False))
+    return _plan(planned.config, data, base, planned.machine, planned.runtime, observer)
+
+
+def _plan(
+    config: RunConfig, data: TokenizedData, base: Base, machine: Machine, runtime: int, observer: Observer
+) -> Planned:
+    shares = runs_fused(config, base)
+    worst = worst_of(config, make_loader(config, data), shares=shares)
+    work = Work(tokens=worst.tokens, targets=worst.targets, longest=worst.longest, runtime=runtime)
+    made = plan(config, machine=machine, work=work, base=base)
     if not made.fits:
         raise refused(made)
     observer.note(plan_text(made))
     chosen = apply_choices(config, made)
     if chosen.train.micro_batch_size != config.train.micro_batch_size:
         worst = worst_of(chosen, make_loader(chosen, data), shares=shares)
-    return chosen, made, worst
+    return Planned(config=chosen, plan=made, worst=worst, base=base, machine=machine, runtime=runtime)
 
 
 def refused(made: Plan) -> ResourceError:

@@ -29,7 +29,7 @@ from halfbyte.plan import Machine, Plan, this_machine
 from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
-from halfbyte.train.planning import make_loader, plan_run, steps_of
+from halfbyte.train.planning import make_loader, plan_as_found, plan_run, steps_of
 
 FEW_STEPS = 20
 
@@ -80,9 +80,7 @@ class Run:
 
 
 def prepare(
-    config: RunConfig,
-    observer: Observer,
-    machine: Machine | None = None,
+    config: RunConfig, observer: Observer, machine: Machine | None = None,
     on_planned: Callable[[], None] = lambda: None,
 ) -> Run:  # fmt: skip
     """Read data, plan, load the base in 4 bits, attach the adapter.
@@ -97,7 +95,8 @@ def prepare(
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
-    config, plan, worst = plan_run(config, data, machine or this_machine(), observer)
+    planned = plan_run(config, data, machine or this_machine(), observer)
+    config = planned.config
     on_planned()
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
@@ -111,12 +110,7 @@ def prepare(
     if loaded.store is not None:
         observer.note(loaded.stream_text)
     observer.note(str(loaded.inventory))
-    model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    observer.note(
-        f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
-        f"scaling {config.lora.scaling:g}"
-    )
+    model = _attach(loaded, config, observer)
     on_disk = config.memory.activations == "disk"
     objective = Objective(loaded.model, ActivationStore(_offload_dir(config)) if on_disk else None)
     if loaded.store is not None:
@@ -126,19 +120,31 @@ def prepare(
             objective.check_tokens(part)
     for decision in objective.decisions:
         observer.note(decision)
+    planned = plan_as_found(planned, data, observer, fused=objective.fused)
+    config = planned.config
     if config.train.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loader = make_loader(config, data)
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
     return Run(
-        config=config, plan=plan, worst=worst, tokenizer=tokenizer, data=data, eval_data=eval_data,
+        config=config, plan=planned.plan, worst=planned.worst, tokenizer=tokenizer, data=data, eval_data=eval_data,
         loader=loader, loaded=loaded, model=model, objective=objective, steps=steps,
         optimizer=_make_optimizer(config, model, observer),
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
     )  # fmt: skip
+
+
+def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
+    model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    observer.note(
+        f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
+        f"scaling {config.lora.scaling:g}"
+    )
+    return model
 
 
 def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer) -> AdamW:
