@@ -23,12 +23,15 @@ from halfbyte.train import train
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
 
+def stored(folder: Path, plain: Path) -> Path:
+    quantize_model(str(plain), folder / "model", QuantConfig())
+    return folder / "model"
+
+
 @pytest.fixture(scope="module")
 def folder(make_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six layers, stored in 4 bits."""
-    path = tmp_path_factory.mktemp("stored") / "model"
-    quantize_model(str(make_llama(num_hidden_layers=6)), path, QuantConfig())
-    return path
+    return stored(tmp_path_factory.mktemp("stored"), make_llama(num_hidden_layers=6))
 
 
 def outcome(config: RunConfig) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -80,6 +83,19 @@ def test_layers_that_stay_are_spread_and_hold_their_bytes(folder: Path) -> None:
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(some.model(ids).logits, resident.model(ids).logits)
+
+
+def test_an_embedding_that_is_the_head_stays(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    path = stored(tmp_path, make_llama(tie_word_embeddings=True))
+    resident, streamed = (
+        load_model(str(path), QuantConfig(), compute_dtype=torch.float32, placement=Placement(weights=weights))
+        for weights in ("resident", "stream")
+    )
+    assert streamed.base_sha256 == resident.base_sha256
+    assert streamed.model.get_output_embeddings().weight is streamed.model.get_input_embeddings().weight
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(streamed.model(ids).logits, resident.model(ids).logits)
 
 
 def test_weights_that_are_quantized_on_loading_have_no_file(

@@ -56,11 +56,13 @@ class Placement:
 
         It stays where the head is the same table, or the embedding does more than looking up.
         """
-        embedding = model.get_input_embeddings()
-        name = next((name for name, module in model.named_modules() if module is embedding), "") + ".weight"
-        head = model.get_output_embeddings()
-        alone = head is None or getattr(head, "weight", None) is not embedding.weight
-        return name if self.weights == "stream" and alone and type(embedding) is nn.Embedding and name in names else ""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        modules = {id(module): name for name, module in model.named_modules()}
+        name = f"{modules.get(id(embedding), '')}.weight"
+        stored = (
+            name in names and f"{modules.get(id(head), '')}.weight" in names
+        )  # a tied head has no tensor of its own
+        return name if self.weights == "stream" and stored and type(embedding) is nn.Embedding else ""
 
 
 RESIDENT = Placement()
