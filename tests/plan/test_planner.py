@@ -228,3 +228,11 @@ def test_more_micro_batches_of_streamed_layers_keep_more_inputs(tmp_path: Path) 
     )
     inputs = 64 * 256 * 4096 * 4
     assert four.terms["activations_saved"] - one.terms["activations_saved"] >= 3 * inputs
+
+
+def test_the_picture_is_drawn_against_the_budget(tmp_path: Path) -> None:
+    from halfbyte.plan.picture import draw_plan
+
+    config = config_of(folder_of(tmp_path / "model"), memory__budget="12GB", data__max_seq_len=512)
+    draw_plan(config, plan(config, machine=MACHINE), MACHINE, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,9 @@ def plan(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     memory: Memory = None,
     host_memory: HostMemory = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw memory over a micro-batch, term by term, to this file.")
+    ] = None,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -43,7 +46,12 @@ def plan(
     )  # fmt: skip
     if not run.model.path:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
-    made = make_plan(run, machine=known_machine())
+    machine = known_machine()
+    made = make_plan(run, machine=machine)
+    if picture is not None:
+        from halfbyte.plan.picture import draw_plan
+
+        draw_plan(run, made, machine, picture)
     emit(made.to_dict(), as_json, describe(made))
 
 

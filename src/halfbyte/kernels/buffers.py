@@ -157,6 +157,11 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype)
 
 
+def release_unused() -> int:
+    """Give back what the buffers of the current `steady_memory` do not use; how much that was."""
+    return 0 if _current is None else _current.release()
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD = 1 << 20
 """From this size on glibc maps a tensor by itself and gives it back when it dies; left alone it moves up to 32 MB."""

@@ -29,7 +29,7 @@ from halfbyte.data import Batch, Cursor
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import NumericsError
 from halfbyte.kernels import keep_to
-from halfbyte.kernels.buffers import steady_memory
+from halfbyte.kernels.buffers import release_unused, steady_memory
 from halfbyte.model.adapt import adapter_state, load_adapter_state
 from halfbyte.model.memory import peak_memory, resident_memory
 from halfbyte.optim import clip_grad_norm, learning_rate
@@ -147,6 +147,7 @@ def _train(config: RunConfig, observer: Observer, machine: Machine | None, watch
                 evaluate_now(step)
             if config.train.save_every and (last or step % config.train.save_every == 0):
                 observer.on_save(_save_checkpoint(run, output, step, cursor))
+    release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
     save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
     observer.on_save(output / "adapter")
     return _finish(run, output, metrics, started, gflops, observer)
