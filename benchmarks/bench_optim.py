@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ PARTS = ("paged", "alone", "bits")
 BATCH, TOKENS = 2, 512
 
 
-def bench_paged(options: argparse.Namespace, bits: int) -> dict[str, Any]:
+def bench_paged(options: argparse.Namespace, bits: int, opened: ExitStack) -> dict[str, Any]:
     """Seconds of whole steps and of the optimizer's part, and whether both runs stay the same to the bit."""
     ids = torch.randint(0, 30000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.compute]
     path = str(smollm2_folder(options.work / "smollm2"))
-    model, loss_of = halfbyte_step(path, dtype, ids, checkpoint=False, r=options.rank)
+    model, loss_of = halfbyte_step(path, dtype, ids, opened, checkpoint=False, r=options.rank)
     params = [param for param in model.parameters() if param.requires_grad]
     state_bytes = sum(param.numel() for param in params) * {32: 8, 8: 2}[bits]
     optimizers = {
@@ -132,8 +133,10 @@ def main() -> None:
     if "paged" in options.parts:
         found["paged"] = {
             "model": "SmolLM2-135M", "tokens": BATCH * TOKENS, "r": options.rank, "compute": options.compute,
-            **{f"{bits}-bit": bench_paged(options, bits) for bits in (32, 8)},
         }  # fmt: skip
+        for bits in (32, 8):
+            with ExitStack() as opened:
+                found["paged"][f"{bits}-bit"] = bench_paged(options, bits, opened)
     if "alone" in options.parts:
         found["alone"] = {f"{bits}-bit": bench_alone(options, bits) for bits in (32, 8)}
     if "bits" in options.parts:

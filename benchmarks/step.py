@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 Step = Callable[[], torch.Tensor]
-KEPT_OPEN = ExitStack()
 
 
 def halfbyte_step(
-    path: str, dtype: torch.dtype, ids: torch.Tensor, *, checkpoint: bool, r: int = 16
+    path: str, dtype: torch.dtype, ids: torch.Tensor, stack: ExitStack, *, checkpoint: bool, r: int = 16
 ) -> tuple[Any, Step]:
-    """The trainer's own pieces: load, attach, objective."""
+    """The trainer's own pieces: load, attach, objective, reused buffers; open until `stack` is closed."""
     from halfbyte.config import LoraConfig, QuantConfig
     from halfbyte.data import Batch
+    from halfbyte.kernels.buffers import steady_memory
     from halfbyte.model import load_model
     from halfbyte.model.adapt import attach_lora
     from halfbyte.train.objective import Objective
@@ -40,7 +40,8 @@ def halfbyte_step(
     if checkpoint:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(loaded.model)
-    KEPT_OPEN.enter_context(objective.ready())
+    stack.enter_context(steady_memory())
+    stack.enter_context(objective.ready())
     rows, length = ids.shape
     labels = ids.clone()
     labels[:, 0] = -100
@@ -89,6 +90,12 @@ def peer_step(path: str, dtype: torch.dtype, ids: torch.Tensor, *, name: str, ch
 
 def main() -> None:
     """Run the steps and print the figures."""
+    with ExitStack() as opened:
+        print(json.dumps(measure(opened)))
+
+
+def measure(opened: ExitStack) -> dict[str, Any]:
+    """The figures of the stack that the command line names."""
     stack, path, *counts = sys.argv[1:6]
     batch, tokens, steps = map(int, counts)
     name, dtype_name, *rest = stack.split("-")
@@ -96,7 +103,7 @@ def main() -> None:
     checkpoint = rest == ["checkpoint"]
     ids = torch.randint(0, 30000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     if name == "halfbyte":
-        model, loss_of = halfbyte_step(path, dtype, ids, checkpoint=checkpoint)
+        model, loss_of = halfbyte_step(path, dtype, ids, opened, checkpoint=checkpoint)
     else:
         model, loss_of = peer_step(path, dtype, ids, name=name, checkpoint=checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -111,10 +118,13 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
     median = statistics.median(seconds[1:])
-    print(json.dumps({
-        "stack": stack, "seconds": median, "tokens_per_s": batch * tokens / median, "losses": losses,
+    return {
+        "stack": stack,
+        "seconds": median,
+        "tokens_per_s": batch * tokens / median,
+        "losses": losses,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }))  # fmt: skip
+    }
 
 
 if __name__ == "__main__":
