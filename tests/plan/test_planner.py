@@ -236,3 +236,9 @@ def test_the_picture_is_drawn_against_the_budget(tmp_path: Path) -> None:
     config = config_of(folder_of(tmp_path / "model"), memory__budget="12GB", data__max_seq_len=512)
     draw_plan(config, plan(config, machine=MACHINE), MACHINE, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("weights", ["stream", "mmap"])
+def test_a_base_that_is_not_stored_in_4_bits_cannot_stay_on_disk(tiny_llama: Path, weights: str) -> None:
+    with pytest.raises(ConfigError, match=r"not stored in 4 bits.*halfbyte quantize"):
+        plan(config_of(str(tiny_llama), memory__weights=weights), machine=MACHINE)

@@ -225,6 +225,19 @@ class MemoryConfig:
         _require_choice("memory.activations", self.activations, get_args(Activations))
 
 
+def check_stored(weights: str, path: str, *, in_4_bits: bool) -> None:
+    """See that there is a file with the very bytes that are used, where `weights` are not resident.
+
+    Raises:
+        ConfigError: the base called `path` is quantized while it is loaded, so there is none.
+    """
+    if weights != "resident" and not in_4_bits:
+        raise ConfigError(
+            f"is not stored in 4 bits, so its weights cannot be left on disk ({weights})", where=path,
+            fix=f"Run: halfbyte quantize --model {path} --output DIR, and train on DIR",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One fine-tuning run. Sections are the tables of the TOML file; see each for its keys."""

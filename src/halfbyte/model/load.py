@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
+from halfbyte.config.schema import check_stored
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.inventory import Inventory, inventory
-from halfbyte.model.placement import RESIDENT, Placement, check_stored, is_streamed, stream_layers, stream_rows
+from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
@@ -88,7 +89,7 @@ def load_model(
         ConfigError: weights that are not stored in 4 bits cannot be left on disk.
     """
     source = open_source(path)
-    check_stored(placement, path, in_4_bits=source.stored_quantization is not None)
+    check_stored(placement.weights, path, in_4_bits=source.stored_quantization is not None)
     reader = source.open_tensors(mapped=placement.weights == "mmap")
     model = skeleton(source)
     names = match_names(model, reader, path)

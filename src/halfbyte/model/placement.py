@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.shards import SafetensorsFolder, TensorInfo
-from halfbyte.errors import ConfigError
 from halfbyte.model.source import TensorReader
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.row_embedding import RowEmbedding
@@ -66,19 +65,6 @@ class Placement:
 
 
 RESIDENT = Placement()
-
-
-def check_stored(placement: Placement, label: str, *, in_4_bits: bool) -> None:
-    """See that there is a file with the very bytes that are used.
-
-    Raises:
-        ConfigError: the weights are quantized while they are loaded, so there is none.
-    """
-    if placement.weights != "resident" and not in_4_bits:
-        raise ConfigError(
-            f"is not stored in 4 bits, so its weights cannot be left on disk ({placement.weights})", where=label,
-            fix=f"Run: halfbyte quantize --model {label} --output DIR, and train on DIR",
-        )  # fmt: skip
 
 
 def stream_layers(

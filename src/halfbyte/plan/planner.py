@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halfbyte.config import RunConfig
+from halfbyte.config.schema import check_stored
 from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.budget import Budget, budget_of
@@ -89,9 +90,12 @@ def plan(
 
     Raises:
         ModelError: the model cannot be found, or its config cannot be read.
+        ConfigError: its weights are to be left on disk, and are not stored in 4 bits.
     """
     machine = machine or this_machine()
     base = base or read_base(config.model.path, config.quant, compute_dtype(config, machine))
+    if base.exact:  # of a config alone it is not known
+        check_stored(config.memory.weights, config.model.path, in_4_bits=base.in_4_bits)
     budget = budget_of(config)
 
     def peak(candidate: RunConfig) -> int:
@@ -197,10 +201,9 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
     if chosen.memory.activations != config.memory.activations:
         changes.append("memory.activations resident -> disk: what the backward pass needs waits there")
     if chosen.memory.weights != config.memory.weights:
-        changes.append(
-            f"memory.weights resident -> stream: all but {chosen.memory.resident_layers} layers are read from disk as "
-            "they compute, twice a step"
-        )
+        stay = chosen.memory.resident_layers
+        which = f"all layers but {stay}" if stay else "all layers"
+        changes.append(f"memory.weights resident -> stream: {which} are read from disk as they compute, twice a step")
     return tuple(changes)
 
 

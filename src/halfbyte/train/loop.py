@@ -219,7 +219,8 @@ def _finish(
         draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
     peak, planned = peak_memory(), run.plan.peak_memory
     observer.note(
-        f"memory: {format_bytes(peak)} at most, {format_bytes(planned)} planned ({planned / peak - 1:+.1%} of it)"
+        f"memory: {format_bytes(peak)} at most; planned were {format_bytes(planned)}, "
+        f"{abs(planned / peak - 1):.1%} {'more' if planned >= peak else 'LESS than was needed'}"
     )
     result = TrainResult(
         steps=run.steps,
