@@ -12,17 +12,14 @@ from safetensors.torch import load_file
 
 from halfbyte.config import RunConfig
 from halfbyte.errors import ResourceError
-from halfbyte.optim import AdamW
 from halfbyte.train import train
 from halfbyte.train.observer import Observer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
 
-@pytest.fixture(autouse=True)
-def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 kB where the trainer takes the default: a tenth of what these adapters need."""
-    monkeypatch.setitem(AdamW.__init__.__kwdefaults__, "budget", 40_000)
+PAGED = {"optim__paged": True, "memory__optimizer_budget": "40kB"}
+"""A tenth of what these adapters need."""
 
 
 class Notes(Observer):
@@ -37,8 +34,8 @@ def test_paged_runs_equal_unpaged_ones_and_resume_each_other(make_run: Callable[
     expected = load_file(Path(train(make_run("plain", train__save_every=3)).adapter) / "adapter_model.safetensors")
     notes = Notes()
     runs: list[tuple[str, dict[str, Any]]] = [
-        ("paged", {"optim__paged": True, "train__save_every": 3}),
-        ("to-paged", {"optim__paged": True, "train__resume": "plain/checkpoint-3"}),
+        ("paged", {**PAGED, "train__save_every": 3}),
+        ("to-paged", {**PAGED, "train__resume": "plain/checkpoint-3"}),
         ("to-plain", {"train__resume": "paged/checkpoint-3"}),
     ]
     for name, settings in runs:
@@ -61,7 +58,7 @@ def test_paged_runs_equal_unpaged_ones_and_resume_each_other(make_run: Callable[
 
 
 def test_a_folder_that_is_not_there_stops_the_run_before_it_begins(make_run: Callable[..., RunConfig]) -> None:
-    config = make_run(optim__paged=True, memory__offload_dir="/nowhere/at/all")
+    config = make_run(**PAGED, memory__offload_dir="/nowhere/at/all")
     with pytest.raises(ResourceError, match="/nowhere/at/all: cannot be written: No such file"):
         train(config)
     assert not (Path(config.train.output) / "metrics.jsonl").exists()
