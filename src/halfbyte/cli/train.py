@@ -68,7 +68,8 @@ def train(
     with TrainProgress(console()) as progress:
         machine = known_machine()
         result = run_training(run, observer=progress, machine=machine)
-    write_calibration(calibration_file(), gflops={compute_dtype(run, machine): result.gflops})
+    dtype = compute_dtype(run, machine)
+    write_calibration(calibration_file(), runtime=result.runtime, gflops={dtype: result.gflops})
     emit(result.to_dict(), as_json, summary(result))
 
 

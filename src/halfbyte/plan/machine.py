@@ -10,9 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RUNTIME = 430_000_000
+RUNTIME = 470_000_000
 """Resident bytes of Python, torch, transformers and PEFT in a training process, beside every tensor counted elsewhere.
-Measured here on Linux x86-64 (torch 2.13 for CPUs, transformers 5.23, PEFT 0.21, Python 3.11)."""
+Measured on Linux x86-64 (torch 2.13 for CPUs, transformers 5.23, PEFT 0.21, Python 3.11) as `train` does in its own
+process: resident memory when the data is read, before the base is loaded, and what grows later (train/planning.py)."""
 BITSANDBYTES = 120_000_000
 """More where bitsandbytes is installed: PEFT imports it."""
 TOKENIZER = 6.0

@@ -154,12 +154,16 @@ def layer_bytes(base: Base) -> int:
     return -(-(base.linears - base.nested) // base.architecture.layers) + BLOCK_ENDS
 
 
+def tokenizer_bytes(base: Base) -> int:
+    """Of the tokenizer in memory."""
+    return int(TOKENIZER * (base.tokenizer_file or 0))
+
+
 def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
     led = Ledger()
     runtime = work.runtime
     if runtime is None:
-        runtime = machine.runtime or default_runtime()
-        runtime += int(TOKENIZER * (base.tokenizer_file or 0))
+        runtime = (machine.runtime or default_runtime()) + tokenizer_bytes(base)
     led.hold("runtime", runtime=runtime)
     if config.memory.weights == "stream":
         layer = layer_bytes(base)

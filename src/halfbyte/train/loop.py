@@ -63,6 +63,8 @@ class TrainResult:
     peak_memory: int
     predicted_peak_memory: int
     """By the plan that was made before the base was loaded."""
+    runtime: int
+    """Of the prediction, Python and the libraries: for later plans."""
     gflops: float
     """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
     adapter: str
@@ -232,6 +234,7 @@ def _finish(
         seconds=time.perf_counter() - started,
         peak_memory=peak,
         predicted_peak_memory=planned,
+        runtime=run.libraries,
         gflops=gflops,
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),

@@ -11,7 +11,18 @@ from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import resident_memory
-from halfbyte.plan import Base, Machine, Plan, Work, apply_choices, compute_dtype, plan, read_base, runs_fused
+from halfbyte.plan import (
+    Base,
+    Machine,
+    Plan,
+    Work,
+    apply_choices,
+    compute_dtype,
+    plan,
+    read_base,
+    runs_fused,
+    tokenizer_bytes,
+)
 from halfbyte.train.observer import Observer
 
 MOST_COMPACTED = 5000
@@ -66,6 +77,11 @@ class Planned:
     base: Base
     machine: Machine
     runtime: int
+
+    @property
+    def libraries(self) -> int:
+        """Of `runtime`, what does not depend on the model: for later plans on this machine."""
+        return self.runtime - tokenizer_bytes(self.base)
 
 
 def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer) -> Planned:

@@ -39,6 +39,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        libraries: resident bytes of Python and libraries, as planned.
         worst: the most that goes through the model in any batch of the run.
         config: with the plan's choices.
         model: the base with its adapter, in PEFT's wrapper.
@@ -49,6 +50,7 @@ class Run:
     config: RunConfig
     plan: Plan
     worst: Worst
+    libraries: int
     tokenizer: PreTrainedTokenizerBase
     data: TokenizedData
     eval_data: TokenizedData | None
@@ -128,9 +130,9 @@ def prepare(
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
     return Run(
-        config=config, plan=planned.plan, worst=planned.worst, tokenizer=tokenizer, data=data, eval_data=eval_data,
-        loader=loader, loaded=loaded, model=model, objective=objective, steps=steps,
-        optimizer=_make_optimizer(config, model, observer),
+        config=config, plan=planned.plan, worst=planned.worst, libraries=planned.libraries,
+        tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
+        model=model, objective=objective, steps=steps, optimizer=_make_optimizer(config, model, observer),
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
