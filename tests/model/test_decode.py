@@ -1,11 +1,12 @@
 """The native token step against transformers' own logits, over architectures, adapters, caches that grow, and ISAs.
 
 Bound: both compute in float32 in different orders; measured over these cases the logits differ by at most 1e-5 of the
-largest one. 2e-5 leaves a margin.
+largest one on x86, where 2e-5 leaves a margin.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from halfbyte.nn import Linear4bit
 
 # PEFT 0.21 asks transformers for a deprecated attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
-BOUND = 4e-5
+BOUND = 4e-5 if platform.machine() in ("aarch64", "arm64") else 2e-5
 """Measured: 1.3e-5 on x86; 2.3e-5 on ARM, where torch's own float32 is 2.2e-5 from float64 and our step 1.4e-5."""
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -71,7 +71,9 @@ def describe(made: Plan) -> str:
     if made.largest:
         lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
     seconds = made.seconds_per_step
-    lines.append(f"{seconds:,.1f} s a step" if seconds else "time: not measured here yet; run halfbyte doctor once")
+    lines.append(
+        f"{seconds:,.1f} s a step" if seconds else "time: not measured here yet; every training run measures it"
+    )
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
 
 

@@ -35,32 +35,24 @@ class StreamedLayer:
     def __init__(self, store: Store, index: int, linears: Sequence[Linear4bit]) -> None:
         self._store, self._index, self._linears = store, index, tuple(linears)
         self._away = [(linear.codes.new_empty(0), linear.absmax.new_empty(0)) for linear in linears]
-        self._depth = 0
         self._open: list[AbstractContextManager[None]] = []
         self._take_away()
 
     @contextmanager
     def in_memory(self, *, backward: bool = False, turns: bool = False) -> Iterator[None]:
-        """Inside the block the layers compute as any other. It may be entered again inside itself.
+        """Inside the block the layers compute as any other.
 
         Args:
             backward: whether a backward pass is going on.
             turns: whether a backward pass will follow this forward one. Both decide what is read ahead.
         """
-        if self._depth:
-            yield
-            return
-        self._depth = 1
-        try:
-            with self._store.use(self._index, backward=backward, turns=turns) as tensors:
-                for linear, codes, absmax in zip(self._linears, tensors[::2], tensors[1::2], strict=True):
-                    linear.place_bytes(codes, absmax.view(linear.absmax.dtype))
-                try:
-                    yield
-                finally:
-                    self._take_away()
-        finally:
-            self._depth = 0
+        with self._store.use(self._index, backward=backward, turns=turns) as tensors:
+            for linear, codes, absmax in zip(self._linears, tensors[::2], tensors[1::2], strict=True):
+                linear.place_bytes(codes, absmax.view(linear.absmax.dtype))
+            try:
+                yield
+            finally:
+                self._take_away()
 
     def attach(self, layer: nn.Module) -> None:
         """Have `layer`, a decoder layer as transformers made it, enter `in_memory` on every call without gradients."""

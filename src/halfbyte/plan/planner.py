@@ -30,7 +30,7 @@ CHOSEN = {
     "train": ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"), "optim": ("paged",),
     "memory": ("weights", "resident_layers", "activations", "optimizer_budget"),
 }  # fmt: skip
-"""Settings that a plan may change: none of them alters a result."""
+"""Settings that a plan may change: the same numbers, to the bit but for micro-batches, whose sums round otherwise."""
 PAGED_SHARE, LEAST_PAGED = 10, 2**24
 """Of the optimizer's states, what stays in memory where they have to be paged, and the least it is worth to page."""
 MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20, "r": 4096}

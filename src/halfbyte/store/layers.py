@@ -7,7 +7,6 @@ a user gets is always the layer asked for. Nothing is kept in the page cache whe
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -91,7 +90,6 @@ class Traffic:
     uses: int = 0
     waits: int = 0
     """Uses whose layer was not asked for ahead of time."""
-    seconds_waited: float = 0.0
 
 
 @dataclass(eq=False)
@@ -214,10 +212,8 @@ class LayerStore:
 
     def _wait(self, slot: _Slot) -> None:
         assert slot.read is not None
-        started = time.perf_counter()
         try:
             slot.read.result()
         except BaseException:
             slot.layer = None  # not to be found again with half of its bytes
             raise
-        self.traffic.seconds_waited += time.perf_counter() - started

@@ -213,7 +213,9 @@ def _finish(
 ) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
-    if run.eval_data is not None and run.loaded.store is None:  # streamed, every token would read the whole base
+    if run.loaded.store is not None:
+        observer.note("answers: none are sampled, because each of their tokens would read the streamed base")
+    elif run.eval_data is not None:
         answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
     if answers:
         write_file(output / "answers.md", page(answers).encode())
