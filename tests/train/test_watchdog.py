@@ -12,7 +12,7 @@ from halfbyte.errors import ResourceError
 from halfbyte.kernels.buffers import Buffers
 from halfbyte.plan import Budget
 from halfbyte.train import train, watchdog
-from halfbyte.train.observer import Observer
+from halfbyte.train.observer import Observer, StepMetrics
 from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.setup import prepare
 from halfbyte.train.watchdog import Watchdog
@@ -67,11 +67,22 @@ def test_ctrl_c_stays_ctrl_c() -> None:
         run_under(1 << 50, KeyboardInterrupt)
 
 
+class Swells(Observer):
+    """As if something beside the plan took 10 GB after the first step. Waits there for the watchdog: an interrupt that
+    falls between a file's opening and its `with` would leave that file to the garbage collector, which warns."""
+
+    resident = 0
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.resident = 10**10
+        time.sleep(10)
+
+
 def test_a_run_that_takes_more_than_planned_is_stopped(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if something beside the plan took 10 GB."""
-    monkeypatch.setattr(watchdog, "resident_memory", lambda: 10**10)
+    observer = Swells()
+    monkeypatch.setattr(watchdog, "resident_memory", lambda: observer.resident)
     with pytest.raises(ResourceError, match="stopped before the system"):
-        train(make_run(memory__budget="6GB"))
+        train(make_run(memory__budget="6GB"), observer=observer)
 
 
 def test_the_rehearsal_leaves_no_trace(make_run: MakeRun) -> None:
