@@ -14,33 +14,18 @@ import json
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from cgroup import run_limited
 from common import docstring_data, write_result
-from random_model import config_of, write_model
+from random_model import config_of, model_folder
 
 from halfbyte.dtypes import parse_bytes
 
 WORK = Path("bench-work")
 TOKENS = {"stream": 512, "70b": 128}
 SETTINGS = ["train.resume=never", "train.gradient_checkpointing=true", "data.mask_prompt=false"]
-
-
-def folder_of(shape: str) -> Path:
-    """The model, made if it is not there yet."""
-    folder = WORK / shape
-    if not folder.exists():
-        started = time.perf_counter()
-        beside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        write_model(beside, config_of(shape))
-        beside.rename(folder)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{folder}: {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return folder
 
 
 def run(model: Path, limit: int | None, steps: int, tokens: int, *settings: str) -> dict[str, Any]:
@@ -72,7 +57,7 @@ def run(model: Path, limit: int | None, steps: int, tokens: int, *settings: str)
 
 def stream(rounds: int) -> dict[str, Any]:
     """Resident and streamed runs in turn. The first step of each is warm-up."""
-    model = folder_of("llama-10b")
+    model = model_folder(WORK / "llama-10b", "llama-10b")
     config = config_of("llama-10b")
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     base = stored - 2 * config.vocab_size * config.hidden_size  # the embedding, which is the head, is in bfloat16
@@ -97,7 +82,7 @@ def stream(rounds: int) -> dict[str, Any]:
 
 def seventy_billion(limits: list[int]) -> dict[str, Any]:
     """Two optimizer steps of a Llama-3-70B-shaped model within each limit."""
-    model = folder_of("llama-70b")
+    model = model_folder(WORK / "llama-70b", "llama-70b")
     return {"runs": [run(model, limit, 2, TOKENS["70b"]) for limit in limits]}
 
 

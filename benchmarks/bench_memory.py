@@ -12,45 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from cgroup import run_limited
 from common import write_result
+from random_model import model_folder
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
-from halfbyte.checkpoint import write_folder
-from halfbyte.checkpoint.shard_writer import write_shards
-from halfbyte.cli.demo import smollm2_path
 from halfbyte.dtypes import format_bytes, parse_bytes
-from halfbyte.model.source import load_tokenizer
-from halfbyte.quant import quantize
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                   "num_key_value_heads": 3, "vocab_size": 49152},
-    "qwen3-360m": {"model_type": "qwen3", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 24,
-                   "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49152},
-    "qwen2-500m": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                   "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
-    "gemma3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
-                  "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 131072},
-    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256},
-    "llama-3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,60 +64,6 @@ CASES = [
 ]
 
 
-def model_folder(folder: Path, name: str) -> Path:
-    """A model of the shape `name` with random weights and SmolLM2's tokenizer."""
-    if (folder / "config.json").exists():
-        return folder
-    settings = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 8192} | SHAPES[name]
-    config = AutoConfig.for_model(**settings)
-    weights = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    in_4_bits = weights > 2.5e8
-    config.dtype, config.architectures = torch.bfloat16, [_class_of(config.model_type)]
-    if in_4_bits:
-        config.quantization_config = {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_quant_storage": "uint8",
-        }  # fmt: skip
-    with write_folder(folder) as writer:
-        write_shards(writer.path, _tensors(config, in_4_bits))
-        config.save_pretrained(writer.path)
-        load_tokenizer(smollm2_path()).save_pretrained(writer.path)
-    return folder
-
-
-def _class_of(model_type: str) -> str:
-    return {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}[model_type] + "ForCausalLM"
-
-
-def _tensors(config: Any, in_4_bits: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Random weights, one tensor at a time; linear layers in 4 bits are made once a shape and written again."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(model.all_tied_weights_keys)
-    generator = torch.Generator().manual_seed(0)
-    made: dict[tuple[int, ...], Any] = {}
-    for name, parameter in model.named_parameters():
-        if name in tied:
-            continue
-        is_linear = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
-        if not (in_4_bits and is_linear):
-            scale = 0.02 if parameter.dim() == 2 else 1.0
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.bfloat16).mul_(scale)
-            yield name, values if parameter.dim() == 2 else torch.ones_like(values)
-            continue
-        shape = tuple(parameter.shape)
-        if shape not in made:
-            made[shape] = quantize(torch.randn(shape, generator=generator, dtype=torch.bfloat16).mul_(0.02))
-        weight = made[shape]
-        yield name, weight.codes.view(-1, 1)
-        for key, tensor in weight.bnb_tensors().items():
-            yield f"{name}.{key}", tensor
-
-
 def text_file(path: Path, tokens: int) -> Path:
     """Running text, more than `tokens` tokens a line: with truncation every pack is full."""
     words = ["memory", "budget", "plan", "layer", "token", "head", "norm", "gate", "query", "key", "value", "page"]
@@ -153,47 +74,10 @@ def text_file(path: Path, tokens: int) -> Path:
     return path
 
 
-class ControlGroup:
-    """A memory control group of one's own, gone at the end of the block."""
-
-    def __init__(self, limit: int) -> None:
-        version_1 = Path("/sys/fs/cgroup/memory")
-        self._v1 = version_1.is_dir()
-        self._path = (version_1 if self._v1 else Path("/sys/fs/cgroup")) / f"halfbyte-{os.getpid()}"
-        self._limit = limit
-
-    def __enter__(self) -> ControlGroup:
-        self._path.mkdir()
-        self._write("memory.limit_in_bytes" if self._v1 else "memory.max", str(self._limit))
-        if not self._v1 and (self._path / "memory.swap.max").exists():
-            self._write("memory.swap.max", "0")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for _attempt in range(50):
-            try:
-                self._path.rmdir()
-                return
-            except OSError:  # the kernel is still taking the last process out
-                time.sleep(0.1)
-
-    def enter(self) -> None:
-        """Put the calling process in."""
-        self._write("cgroup.procs", str(os.getpid()))
-
-    def kills(self) -> int:
-        """Processes that were killed for want of memory."""
-        file = self._path / ("memory.oom_control" if self._v1 else "memory.events")
-        counts = dict(line.split() for line in file.read_text().splitlines())
-        return int(counts.get("oom_kill", 0))
-
-    def _write(self, name: str, text: str) -> None:
-        (self._path / name).write_text(text)
-
-
 def run(case: Case, work: Path) -> dict[str, Any]:
     """Train two steps of `case` under its limit."""
-    folder = model_folder(work / "models" / case.model, case.model)
+    size = float(case.model.rpartition("-")[2].rstrip("mb")) * (1e6 if case.model.endswith("m") else 1e9)
+    folder = model_folder(work / "models" / case.model, case.model, in_4_bits=size >= 1e9)
     data = text_file(work / f"text-{case.tokens}.jsonl", case.tokens)
     settings = (
         f"data.max_seq_len={case.tokens}", "data.on_long=truncate", "data.format=text", f"lora.r={case.rank}",
@@ -205,15 +89,16 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     ]  # fmt: skip
     command += [part for setting in settings for part in ("--set", setting)]
     started = time.perf_counter()
-    with ControlGroup(parse_bytes(case.budget)) as group:
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=group.enter)
-        kills = group.kills()
+    with (work / "notes.txt").open("w+") as notes:
+        done, kills = run_limited(parse_bytes(case.budget), command, stderr=notes)
+        notes.seek(0)
+        said = notes.read().strip().splitlines()
     row: dict[str, Any] = {**vars(case), "exit": done.returncode, "oom_kills": kills,
                            "seconds": time.perf_counter() - started}  # fmt: skip
     if done.returncode:
-        return row | {"error": done.stderr.strip().splitlines()[-1:]}
+        return row | {"error": said[-1:]}
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    changes = [line.strip() for line in done.stderr.splitlines() if "to fit:" in line]
+    changes = [line.strip() for line in said if "to fit:" in line]
     return row | {"planned": result["predicted_peak_memory"], "measured": result["peak_memory"], "changes": changes,
                   "tokens_per_s": result["tokens_per_s"]}  # fmt: skip
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -47,8 +48,10 @@ def kills(group: Path) -> int:
     return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
 
 
-def run_limited(limit: int, command: list[str]) -> tuple[subprocess.CompletedProcess[str], int]:
+def run_limited(
+    limit: int, command: list[str], stderr: TextIO | None = None
+) -> tuple[subprocess.CompletedProcess[str], int]:
     """The finished command (standard output caught), and how many of its processes the limit killed."""
     with memory_limit(limit) as group:
-        done = subprocess.run(inside(group, command), stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(inside(group, command), stdout=subprocess.PIPE, stderr=stderr, text=True)
         return done, kills(group)

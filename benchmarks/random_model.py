@@ -1,4 +1,4 @@
-"""Llamas of any size with random 4-bit weights, straight to bitsandbytes' format: for memory and speed only."""
+"""Models of any size with random 4-bit weights, straight to bitsandbytes' format: for memory and speed only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
@@ -24,26 +25,42 @@ from halfbyte.model.targets import modules_to_quantize
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 
-SHAPES = {
-    "llama-135m": (576, 1536, 30, 9, 3, 49152), "llama-1b": (2048, 8192, 16, 32, 8, 128256),
-    "llama-3b": (3072, 8192, 28, 24, 8, 128256), "llama-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-10b": (4096, 14336, 48, 32, 8, 49152),
-    "llama-70b": (8192, 28672, 80, 64, 8, 128256),
+LLAMA = {"model_type": "llama", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 128256}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-135m": LLAMA | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                           "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152},
+    "qwen3-360m": {"model_type": "qwen3", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 24,
+                   "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49152},
+    "qwen2-500m": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                   "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
+    "gemma3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+                  "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 131072},
+    "llama-1b": LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                         "num_attention_heads": 32, "head_dim": 64},
+    "llama-3b": LLAMA | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                         "num_attention_heads": 24},
+    "llama-8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                         "num_attention_heads": 32, "tie_word_embeddings": False},
+    "llama-10b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 48,
+                          "num_attention_heads": 32, "vocab_size": 49152},
+    "llama-70b": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                          "num_attention_heads": 64, "tie_word_embeddings": False},
 }  # fmt: skip
-"""hidden, intermediate, layers, heads, key-value heads, vocabulary: of SmolLM2 and the Llama 3 family."""
+"""Of SmolLM2, the Llama 3 family and others; vocabularies of at least SmolLM2's, whose tokenizer they are given."""
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}
 SCALE = 0.03
 """Of a block; with codes of all kinds alike the weights' standard deviation is about half."""
 
 
-def config_of(shape: str) -> LlamaConfig:
+def config_of(shape: str) -> PreTrainedConfig:
     """The config of a shape's name."""
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=shape not in ("llama-8b", "llama-70b"),
-        max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, dtype="bfloat16",
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    settings = {
+        "tie_word_embeddings": True, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    } | SHAPES[shape]  # fmt: skip
+    config = AutoConfig.for_model(**settings)
+    config.dtype, config.architectures = torch.bfloat16, [CLASSES[config.model_type] + "ForCausalLM"]
+    return config
 
 
 def random_weight(shape: tuple[int, ...], generator: np.random.SFC64) -> QuantizedWeight:
@@ -61,22 +78,27 @@ def _random_bytes(count: int, generator: np.random.SFC64) -> Tensor:
     return torch.from_numpy(generator.random_raw(-(-count // 8)).view(np.uint8)[:count])
 
 
-def write_model(folder: Path, config: LlamaConfig) -> None:
+def write_model(folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = True) -> None:
     """A folder that halfbyte and bitsandbytes load, one tensor in memory at a time.
+
+    Args:
+        in_4_bits: the linear layers; else they are in bfloat16, as everything else is.
 
     Exits if the disk has no room for it.
     """
     model = skeleton(Source(label=str(folder), path=folder, config=config, stored_quantization=None))
-    targets = set(modules_to_quantize(model, ()))
-    needed = sum(p.numel() // 2 * 33 // 32 if n.rpartition(".")[0] in targets else 2 * p.numel() for n, p in
-                 model.named_parameters())  # fmt: skip
+    targets = set(modules_to_quantize(model, ())) if in_4_bits else set()
+    tied = set(model.all_tied_weights_keys)
+    parameters = {name: value for name, value in model.named_parameters() if name not in tied}
+    needed = sum(value.numel() // 2 * 33 // 32 if name.rpartition(".")[0] in targets else 2 * value.numel()
+                 for name, value in parameters.items())  # fmt: skip
     free = shutil.disk_usage(folder.parent).free
     if free < needed + 2**30:
         sys.exit(f"{folder.parent} has {free / 1e9:.1f} GB free, the model needs {needed / 1e9:.1f} GB and some room")
     generator = np.random.SFC64(0)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             if name.rpartition(".")[0] in targets:
                 weight = random_weight(tuple(parameter.shape), generator)
                 yield name, weight.codes.view(-1, 1)
@@ -87,14 +109,28 @@ def write_model(folder: Path, config: LlamaConfig) -> None:
                 block = torch.randn(4096, parameter.shape[1]).mul_(0.02).bfloat16()
                 yield name, block.repeat(-(-parameter.shape[0] // 4096), 1)[: parameter.shape[0]]
 
-    settings = HalfbyteConfig(
-        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, blocksize=64, llm_int8_skip_modules=["lm_head"]
-    ).resolve(skip_modules=["lm_head"], model_dtype=torch.bfloat16)
-    config.quantization_config = settings.to_dict()
-    folder.mkdir()
+    if in_4_bits:
+        settings = HalfbyteConfig(
+            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, blocksize=64, llm_int8_skip_modules=["lm_head"]
+        ).resolve(skip_modules=["lm_head"], model_dtype=torch.bfloat16)
+        config.quantization_config = settings.to_dict()
+    folder.mkdir(parents=True)
     write_shards(folder, tensors(), header_bytes=2**19)
     config.save_pretrained(folder)
     load_tokenizer(smollm2_path()).save_pretrained(folder)
+
+
+def model_folder(folder: Path, shape: str, *, in_4_bits: bool = True) -> Path:
+    """The model of this shape in `folder`, made if it is not there yet, and never half there."""
+    if not folder.exists():
+        started = time.perf_counter()
+        beside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        write_model(beside, config_of(shape), in_4_bits=in_4_bits)
+        beside.rename(folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{folder}: {size / 1e9:.2f} GB written in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return folder
 
 
 def main() -> None:
@@ -102,10 +138,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    started = time.perf_counter()
-    write_model(options.folder, config_of(options.shape))
-    size = sum(file.stat().st_size for file in options.folder.iterdir())
-    print(f"{options.folder}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
+    model_folder(options.folder, options.shape)
 
 
 if __name__ == "__main__":
