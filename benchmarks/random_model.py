@@ -92,6 +92,7 @@ def write_model(folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = Tru
     parameters = {name: value for name, value in model.named_parameters() if name not in tied}
     needed = sum(value.numel() // 2 * 33 // 32 if name.rpartition(".")[0] in targets else 2 * value.numel()
                  for name, value in parameters.items())  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < needed + 2**30:
         sys.exit(f"{folder.parent} has {free / 1e9:.1f} GB free, the model needs {needed / 1e9:.1f} GB and some room")
@@ -114,7 +115,7 @@ def write_model(folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = Tru
             bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, blocksize=64, llm_int8_skip_modules=["lm_head"]
         ).resolve(skip_modules=["lm_head"], model_dtype=torch.bfloat16)
         config.quantization_config = settings.to_dict()
-    folder.mkdir(parents=True)
+    folder.mkdir()
     write_shards(folder, tensors(), header_bytes=2**19)
     config.save_pretrained(folder)
     load_tokenizer(smollm2_path()).save_pretrained(folder)

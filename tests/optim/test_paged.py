@@ -36,6 +36,10 @@ def parameters() -> list[Parameter]:
     ]  # fmt: skip
 
 
+def paging(paged: bool, budget: int, folder: Path) -> dict[str, Any]:
+    return {"paged": True, "budget": budget, "offload_dir": folder} if paged else {}
+
+
 def give_gradients(params: list[Parameter], step: int) -> None:
     """Also of other strides than the parameter's, and sometimes none."""
     generator = torch.Generator().manual_seed(step)
@@ -209,6 +213,9 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     for budget in (LEAST - 1, "1 kB", "-5", "many"):
         with pytest.raises(ValueError, match=r"at least 8192 bytes|is not a size"):
             AdamW(params, paged=True, budget=budget)
+    for ignored in ({"budget": "1GB"}, {"host_budget": "1GB"}, {"offload_dir": tmp_path}):
+        with pytest.raises(ValueError, match="are of paged moments: give paged=True"):
+            AdamW(params, **ignored)
     two = [params[0], Parameter(torch.zeros(3, device="meta"))]
     with pytest.raises(ValueError, match="on one device, not on cpu and meta"):
         AdamW(two, paged=True, budget=LEAST, offload_dir=tmp_path).reserve()
@@ -217,7 +224,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_foreign_state_is_refused(paged: bool, tmp_path: Path) -> None:
     params = parameters()[:1]
-    optimizer = AdamW(params, paged=paged, budget=LEAST, offload_dir=tmp_path)
+    optimizer = AdamW(params, **paging(paged, LEAST, tmp_path))
     train(params, optimizer, 1, 2)
     good = optimizer.state_dict()
     for change, text in (
@@ -243,7 +250,7 @@ def test_in_the_trainer_of_transformers(tmp_path: Path) -> None:
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2,
         ))  # fmt: skip
-        optimizer = AdamW(model.parameters(), lr=1e-2, paged=paged, budget=3 * 4096, offload_dir=tmp_path)
+        optimizer = AdamW(model.parameters(), lr=1e-2, **paging(paged, 3 * 4096, tmp_path))
         arguments = TrainingArguments(
             output_dir=str(tmp_path / name), max_steps=6, per_device_train_batch_size=2, save_steps=3,
             gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="linear",

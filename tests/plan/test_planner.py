@@ -113,6 +113,19 @@ def test_what_is_said_to_be_largest_fits_and_more_does_not(tmp_path: Path) -> No
         assert peaks[0] <= 12e9 < peaks[1], key
 
 
+def test_the_largest_is_none_the_model_cannot_take(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model", max_position_embeddings=4096)
+    made = plan(config_of(path, memory__budget="900GB"), machine=MACHINE)
+    assert made.largest is not None
+    assert (made.largest["max_seq_len"], made.largest["r"]) == (4096, LLAMA_8B["hidden_size"])
+
+
+def test_the_smallest_budget_keeps_no_more_moments_than_were_allowed(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    free, told = (plan(config_of(path, **more), machine=MACHINE) for more in ({}, {"memory__optimizer_budget": "1MB"}))
+    assert told.smallest_memory < free.smallest_memory
+
+
 def test_known_data_takes_less_than_the_worst_case(tmp_path: Path) -> None:
     config = config_of(folder_of(tmp_path / "model"), data__max_seq_len=1024)
     worst = plan(config, machine=MACHINE).peak_memory

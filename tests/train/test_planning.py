@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ def test_too_small_a_budget_is_refused_before_the_base_is_loaded(
         train(make_run(memory__budget="50MB"))
     assert refused.value.exit_code == 4
     assert refused.value.where == "memory.budget"
+    assert not Path(make_run().train.output).exists()
+
+
+def test_a_path_is_not_a_run(tiny_llama: Path) -> None:
+    for function in (plan, train):
+        with pytest.raises(TypeError, match=r"a RunConfig is needed, not .*load_config\(model__path"):
+            function(str(tiny_llama))
 
 
 def test_the_prediction_is_part_of_the_result(make_run: MakeRun) -> None:

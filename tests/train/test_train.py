@@ -20,7 +20,7 @@ import halfbyte.kernels.crossover as crossover
 from halfbyte.checkpoint import load_adapter, verify_folder
 from halfbyte.config import RunConfig
 from halfbyte.data import make_batch
-from halfbyte.errors import ConfigError, NumericsError
+from halfbyte.errors import ConfigError, FileError, NumericsError
 from halfbyte.kernels.registry import PANEL_ROWS_VARIABLE, cpu_choice
 from halfbyte.model.adapt import attach_saved
 from halfbyte.model.load import load_model
@@ -367,6 +367,26 @@ def test_a_named_checkpoint(make_run: MakeRun) -> None:
     train(named)
     assert adapter_bytes(named) == whole
     assert [line["step"] for line in step_lines(named)] == [3, 4, 5, 6]
+
+
+def test_a_resumed_run_keeps_its_micro_batches(make_run: MakeRun) -> None:
+    """A plan may have chosen them; the step is the same in any parts, but its sums round otherwise."""
+    parts = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 1}
+    smaller = {"train__micro_batch_size": 1, "train__gradient_accumulation_steps": 2}
+    train(make_run(train__save_every=2, train__keep=5, **smaller))
+    whole = adapter_bytes(make_run())
+    observer = KillAt(step=0)
+    named = make_run("second", train__resume=str(Path(make_run().train.output) / "checkpoint-2"), **parts)
+    train(named, observer=observer)
+    assert "micro-batches of 1, as the checkpoint's" in observer.notes
+    assert adapter_bytes(named) == whole
+    with pytest.raises(ConfigError, match=r"belongs to another run: train\.micro_batch_size 1 -> 3"):
+        train(make_run(train__micro_batch_size=3))
+
+
+def test_a_folder_that_is_not_a_checkpoint(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"run_state\.json"):
+        train(make_run(train__resume=str(tmp_path)))
 
 
 # -- when it must stop -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from halfbyte.checkpoint.manifest import verify_folder
 from halfbyte.checkpoint.rng import capture_rng, restore_rng
 from halfbyte.checkpoint.run_state import (
     Checkpoint,
+    checkpoint_config,
     environment_changes,
     latest_checkpoint,
     load_checkpoint,
@@ -16,7 +17,7 @@ from halfbyte.checkpoint.run_state import (
 
 __all__ = [
     "Adapter", "Checkpoint", "Difference", "FolderWriter", "capture_rng", "check_base", "check_target",
-    "compare_config", "environment_changes", "latest_checkpoint", "load_adapter", "load_checkpoint",
-    "prune_checkpoints", "restore_rng", "save_adapter", "save_checkpoint", "verify_folder", "versions", "write_file",
-    "write_folder",
+    "checkpoint_config", "compare_config", "environment_changes", "latest_checkpoint", "load_adapter",
+    "load_checkpoint", "prune_checkpoints", "restore_rng", "save_adapter", "save_checkpoint", "verify_folder",
+    "versions", "write_file", "write_folder",
 ]  # fmt: skip

@@ -50,6 +50,20 @@ def make_folder(path: Path) -> None:
         sync_folder(folder.parent)
 
 
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make `path` if need be, and take it away again where the block ends in an error and left nothing in it."""
+    new = not path.exists()
+    with disk_errors(path):
+        make_folder(path)
+    try:
+        yield
+    except BaseException:
+        if new and not any(path.iterdir()):
+            path.rmdir()
+        raise
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in `path` durable."""
     if os.name == "nt":

@@ -104,6 +104,19 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_config(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The config a checkpoint was made with, as `Checkpoint.config`; nothing else is read or verified.
+
+    Raises:
+        FileError: it is not there, or not a checkpoint's.
+    """
+    state = read_json(Path(path) / RUN_STATE)
+    try:
+        return dict(state["config"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise FileError("is not a checkpoint's", where=str(Path(path) / RUN_STATE), why=repr(problem)) from None
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Verify and read a checkpoint folder.
 

@@ -262,6 +262,19 @@ class RunConfig:
             raise ConfigError("the output is a file", where=output, fix="Give a folder as train.output")
 
 
+def require_config(config: object) -> None:
+    """See that a caller in Python did not give a model's path, say.
+
+    Raises:
+        TypeError: it is no RunConfig.
+    """
+    if not isinstance(config, RunConfig):
+        raise TypeError(
+            f"a RunConfig is needed, not {config!r}; "
+            'halfbyte.load_config(model__path="DIR") makes one, with any other setting by section__name'
+        )
+
+
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Plain nested dict of `config`, tuples as lists (for JSON and for comparing runs)."""
     return {

@@ -38,7 +38,7 @@ class AdamW(Optimizer):
         paged: keep the moments in pages, `budget` bytes of them in memory and the rest on disk. The results are the
             same to the bit, and so is what `state_dict` gives, so paged and unpaged runs resume each other. `state`
             holds the number `step` only. All parameters are on one device.
-        budget: bytes, or a size like "1GB" or "512MiB"; at least 8192. On a GPU it is of the GPU's memory.
+        budget: bytes, or a size like "1GB" or "512MiB"; at least 8192, by default 1GB. On a GPU it is of its memory.
         host_budget: likewise, what a GPU's moments may take of host memory before the disk; None is no limit.
         offload_dir: the folder of the scratch file, which has no name in it and goes with the process; "" is /var/tmp.
     """
@@ -56,7 +56,7 @@ class AdamW(Optimizer):
         bits: int = 32,
         *,
         paged: bool = False,
-        budget: int | str = "1GB",
+        budget: int | str | None = None,
         host_budget: int | str | None = None,
         offload_dir: str | Path = "",
     ) -> None:
@@ -66,9 +66,12 @@ class AdamW(Optimizer):
             raise ValueError(f"bits={bits}: choose 32 or 8")
         if paged:
             host = NO_LIMIT if host_budget is None else parse_bytes(host_budget)
+            budget = "1GB" if budget is None else budget
             self._paging = parse_bytes(budget), host, offload_dir or _scratch_folder()
             if self._paging[0] < LEAST_BUDGET:
                 raise ValueError(f"budget={budget!r}: at least {LEAST_BUDGET} bytes, which is two pages")
+        elif budget is not None or host_budget is not None or offload_dir:
+            raise ValueError("budget, host_budget and offload_dir are of paged moments: give paged=True")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": bits})
 
     def __getstate__(self) -> dict[str, Any]:

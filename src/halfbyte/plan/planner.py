@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halfbyte.config import RunConfig
-from halfbyte.config.schema import check_stored
+from halfbyte.config.schema import check_stored, require_config
 from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.budget import Budget, budget_of
@@ -33,8 +33,8 @@ CHOSEN = {
 """Settings that a plan may change: the same numbers, to the bit but for micro-batches, whose sums round otherwise."""
 PAGED_SHARE, LEAST_PAGED = 10, 2**24
 """Of the optimizer's states, what stays in memory where they have to be paged, and the least it is worth to page."""
-MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20, "r": 4096}
-"""Where the search for the largest ends."""
+MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20}
+"""Where the search for the largest ends, where the model does not end it before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,11 @@ def plan(
         base: as `read_base` gave it, to plan again without reading.
 
     Raises:
+        TypeError: `config` is no RunConfig.
         ModelError: the model cannot be found, or its config cannot be read.
         ConfigError: its weights are to be left on disk, and are not stored in 4 bits.
     """
+    require_config(config)
     machine = machine or this_machine()
     base = base or read_base(config.model.path, config.quant, compute_dtype(config, machine))
     if base.exact:  # of a config alone it is not known
@@ -114,7 +116,7 @@ def plan(
         peak_memory=moment.total, terms={name: size for name, size in moment.terms.items() if size},
         phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
-        largest=_largest(chosen, peak, budget) if budget and fits and work is None else None,
+        largest=_largest(chosen, base, peak, budget) if budget and fits and work is None else None,
         seconds_per_step=seconds_per_step(chosen, base, machine, _work(chosen, config, work)),
         pass_operations=operations(chosen, base, machine, _work(chosen, config, work)),
         notes=_notes(config, base, work),
@@ -134,9 +136,9 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
     least = config
     for least in _smaller_batches(config):
         yield least
-    states = state_bytes(sizes(least, base, machine, 1), config.optim.bits)
-    kept = max(states // PAGED_SHARE, LEAST_PAGED)
-    if kept < (parse_bytes(config.memory.optimizer_budget) if config.optim.paged else states):
+    states, allowed = state_bytes(sizes(least, base, machine, 1), config.optim.bits), config.memory.optimizer_budget
+    kept = min(max(states // PAGED_SHARE, LEAST_PAGED), parse_bytes(allowed))
+    if kept < (parse_bytes(allowed) if config.optim.paged else states):
         memory = replace(least.memory, optimizer_budget=str(kept))
         least = replace(least, optim=replace(least.optim, paged=True), memory=memory)
         yield least
@@ -207,8 +209,9 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
     return tuple(changes)
 
 
-def _largest(config: RunConfig, peak: Callable[[RunConfig], int], budget: Budget) -> dict[str, int]:
-    """Each alone, everything else as in `config`."""
+def _largest(config: RunConfig, base: Base, peak: Callable[[RunConfig], int], budget: Budget) -> dict[str, int]:
+    """Each alone, everything else as in `config`; no longer than the model's positions, no rank above full rank."""
+    most = {**MOST, "max_seq_len": base.architecture.context or MOST["max_seq_len"], "r": base.architecture.hidden}
 
     def with_value(name: str, value: int) -> RunConfig:
         if name == "micro_batch_size":
@@ -221,8 +224,8 @@ def _largest(config: RunConfig, peak: Callable[[RunConfig], int], budget: Budget
            "r": config.lora.r}  # fmt: skip
     found = {}
     for name, least in now.items():
-        low, high = least, MOST[name] + 1  # low fits
-        while high - low > max(low // 64, 1) if name == "max_seq_len" else high - low > 1:
+        low, high = least, max(most[name], least) + 1  # low fits
+        while high - low > 1:
             middle = min((low + high) // 2, low * 2)
             if peak(with_value(name, middle)) <= budget.bytes:
                 low = middle

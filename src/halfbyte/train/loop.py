@@ -16,7 +16,6 @@ from halfbyte.checkpoint import (
     capture_rng,
     compare_config,
     environment_changes,
-    latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     restore_rng,
@@ -25,6 +24,7 @@ from halfbyte.checkpoint import (
     write_file,
 )
 from halfbyte.config import RunConfig, to_dict
+from halfbyte.config.schema import require_config
 from halfbyte.data import Batch, Cursor
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import NumericsError
@@ -85,7 +85,9 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
 
     Raises:
         HalfbyteError: what is wrong, and what to do about it; the last checkpoint stays good.
+        TypeError: `config` is no RunConfig.
     """
+    require_config(config)
     observer = observer or Observer()
     with steady_memory() as buffers, Watchdog(budget_of(config), buffers, observer) as watchdog:
         return _train(config, observer, machine, watchdog)
@@ -179,8 +181,7 @@ def _set_learning_rate(run: Run, step: int) -> float:
 
 def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, Cursor]:
     """(steps done, next batch): those of a checkpoint that is found and fits, else of a fresh start."""
-    resume = run.config.train.resume
-    path = None if resume == "never" else latest_checkpoint(output) if resume == "auto" else Path(resume)
+    resume, path = run.config.train.resume, run.checkpoint
     if path is None:
         observer.note(f"fresh start: {'train.resume is never' if resume == 'never' else f'no checkpoint in {output}'}")
         return 0, run.loader.start()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from halfbyte.checkpoint import checkpoint_config
 from halfbyte.config import RunConfig
 from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
@@ -48,6 +50,23 @@ def steps_of(config: RunConfig, loader: BatchLoader) -> int:
     batches: float = sum(loader.batches_per_epoch(epoch) for epoch in range(whole))
     batches += (config.train.epochs - whole) * loader.batches_per_epoch(whole)
     return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
+
+
+def in_the_same_parts(config: RunConfig, checkpoint: Path | None, observer: Observer) -> RunConfig:
+    """`config` with the micro-batches of the checkpoint it goes on from, where they make the same step: a plan may
+    have made them smaller than was asked for, and might choose otherwise today, with other memory in use.
+
+    Raises:
+        FileError: the checkpoint is not one.
+    """
+    if checkpoint is None:
+        return config
+    saved, train = checkpoint_config(checkpoint).get("train", {}), config.train
+    size, count = saved.get("micro_batch_size", 0), saved.get("gradient_accumulation_steps", 0)
+    if size == train.micro_batch_size or size * count != train.micro_batch_size * train.gradient_accumulation_steps:
+        return config
+    observer.note(f"micro-batches of {size}, as the checkpoint's")
+    return replace(config, train=replace(train, micro_batch_size=size, gradient_accumulation_steps=count))
 
 
 def worst_of(config: RunConfig, loader: BatchLoader, *, shares: bool) -> Worst:

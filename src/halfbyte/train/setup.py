@@ -13,8 +13,8 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint import check_target, versions
-from halfbyte.checkpoint.disk import disk_errors, make_folder
+from halfbyte.checkpoint import check_target, latest_checkpoint, versions
+from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
 from halfbyte.errors import ConfigError
@@ -29,7 +29,7 @@ from halfbyte.plan import Machine, Plan, this_machine
 from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
-from halfbyte.train.planning import make_loader, plan_as_found, plan_run, steps_of
+from halfbyte.train.planning import in_the_same_parts, make_loader, plan_as_found, plan_run, steps_of
 
 FEW_STEPS = 20
 
@@ -42,6 +42,7 @@ class Run:
         libraries: resident bytes of Python and libraries, as planned.
         worst: the most that goes through the model in any batch of the run.
         config: with the plan's choices.
+        checkpoint: the one to go on from; None: a fresh start.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
         hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
@@ -61,6 +62,7 @@ class Run:
     optimizer: AdamW
     steps: int
     hashes: dict[str, str]
+    checkpoint: Path | None
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -91,13 +93,20 @@ def prepare(
         HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
     """
     _check_paths(config)
+    with folder_for(Path(config.train.output)):
+        return _prepare(config, observer, machine or this_machine(), on_planned)
+
+
+def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned: Callable[[], None]) -> Run:
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
-    planned = plan_run(config, data, machine or this_machine(), observer)
+    checkpoint = _checkpoint_of(config)
+    config = in_the_same_parts(config, checkpoint, observer)
+    planned = plan_run(config, data, machine, observer)
     config = planned.config
     on_planned()
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
@@ -136,7 +145,13 @@ def prepare(
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
+        checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def _checkpoint_of(config: RunConfig) -> Path | None:
+    resume = config.train.resume
+    return None if resume == "never" else latest_checkpoint(config.train.output) if resume == "auto" else Path(resume)
 
 
 def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
@@ -154,7 +169,8 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
     optimizer = AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
-        budget=config.memory.optimizer_budget, offload_dir=_offload_dir(config),
+        budget=config.memory.optimizer_budget if optim.paged else None,
+        offload_dir=_offload_dir(config) if optim.paged else "",
     )  # fmt: skip
     if optim.paged:
         observer.note(f"optimizer states: {optimizer.reserve()}")
@@ -167,10 +183,7 @@ def _check_paths(config: RunConfig) -> None:
         if not getattr(getattr(config, section), key):
             raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
     check_weights(config.model.path)
-    output = Path(config.train.output)
-    with disk_errors(output):
-        make_folder(output)
-    check_target(output / "adapter")
+    check_target(Path(config.train.output) / "adapter")
 
 
 def _offload_dir(config: RunConfig) -> str:
