@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from halfbyte.config import RunConfig, load_config
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.plan import Machine, Work, apply_choices, plan
+from halfbyte.plan import Machine, Work, apply_choices, disk, plan, worst_case
 from halfbyte.plan.base import read_base
 from halfbyte.plan.budget import container_limit
+from halfbyte.plan.time import seconds_per_step
 
 MACHINE = Machine(threads=1, bf16_units=False, runtime=400_000_000)
 
@@ -255,3 +257,31 @@ def test_the_picture_is_drawn_against_the_budget(tmp_path: Path) -> None:
 def test_a_base_that_is_not_stored_in_4_bits_cannot_stay_on_disk(tiny_llama: Path, weights: str) -> None:
     with pytest.raises(ConfigError, match=r"not stored in 4 bits.*halfbyte quantize"):
         plan(config_of(str(tiny_llama), memory__weights=weights), machine=MACHINE)
+
+
+def test_a_step_takes_as_long_as_computing_or_as_the_disk(tmp_path: Path) -> None:
+    """Twice as fast a processor halves the first, and does nothing for a run that waits for its disk."""
+    config = config_of(folder_of(tmp_path / "model"), data__max_seq_len=512)
+    base, work = read_base(config.model.path, config.quant, "float32"), worst_case(config)
+    streamed = replace(config, memory=replace(config.memory, weights="stream"))
+    slow, fast = (replace(MACHINE, gflops={"float32": speed}) for speed in (100.0, 200.0))
+    assert seconds_per_step(config, base, MACHINE, work, None) is None
+    computing = seconds_per_step(config, base, slow, work, None)
+    assert computing == 2 * (seconds_per_step(config, base, fast, work, None) or 0)
+    assert 0.9 < computing / (4 * 8e9 * 512 / 100e9) < 1.3  # 2 operations a weight and token, up and down; the head
+    assert seconds_per_step(streamed, base, slow, work, None) is None
+    assert seconds_per_step(streamed, base, slow, work, 1e12) == computing
+    for machine in (slow, fast):  # both passes read every layer
+        waiting = seconds_per_step(streamed, base, machine, work, 1e7)
+        assert waiting == pytest.approx(2 * base.linears / 1e7, rel=0.02)
+
+
+def test_the_disk_is_tried_on_the_models_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disk.read_speed(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 16))
+    assert disk.read_speed(tmp_path) is None  # too short to say anything
+    monkeypatch.setattr(disk, "TRIED_BYTES", 1 << 16)
+    speed = disk.read_speed(tmp_path)
+    if speed is None:
+        pytest.skip("the file system of the temporary folder takes no direct I/O")
+    assert 1e5 < speed < 1e12

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from halfbyte.cli.common import AsJson, Debug, emit
+from halfbyte.cli.common import AsJson, Debug, calibration_file, emit, known_machine
 
 OUT, IN, ROWS = 2048, 2048, 256
 REPEATS = 7
@@ -33,7 +33,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     rows = kernel_report()
     rule = panel_rule()
     memory = psutil.virtual_memory()
-    speeds = _measure()
+    speeds = _measure() | _measure_steps()
     result: dict[str, Any] = {
         "kernels": [vars(row) for row in rows],
         "compute_dtype": str(dtype).removeprefix("torch."),
@@ -64,6 +64,18 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     if speeds["torch dense bfloat16, GFLOP/s"] < SLOW_BF16 * speeds["torch dense float32, GFLOP/s"]:
         out.print("warning: bfloat16 is slow on this CPU; leave quant.compute_dtype at auto", style="yellow")
     out.print("\n" + ", ".join(f"{name} {version}" for name, version in result["versions"].items()), style="dim")
+
+
+def _measure_steps() -> dict[str, float]:
+    """Of a whole training step, left for `halfbyte plan` where no training run has left its own."""
+    from halfbyte.dtypes import COMPUTE_DTYPES
+    from halfbyte.plan import write_calibration
+    from halfbyte.train.calibration import step_gflops
+
+    machine = known_machine()
+    found = step_gflops(machine, COMPUTE_DTYPES[:2])
+    write_calibration(calibration_file(), gflops=found | machine.gflops)
+    return {f"training step {dtype}, GFLOP/s": value for dtype, value in found.items()}
 
 
 def _speed_table(speeds: dict[str, float]) -> Any:

@@ -52,12 +52,13 @@ def plan(
         from halfbyte.plan.picture import draw_plan
 
         draw_plan(run, made, machine, picture)
-    emit(made.to_dict(), as_json, describe(made))
+    emit(made.to_dict(), as_json, describe(made, run.train.steps))
 
 
-def describe(made: Plan) -> str:
-    """The plan for people."""
+def describe(made: Plan, steps: int) -> str:
+    """The plan for people, of a run of `steps` steps; 0: not known."""
     from halfbyte.dtypes import format_bytes
+    from halfbyte.plan.time import time_text
 
     lines = [f"{format_bytes(size):>10}  {name.replace('_', ' ')}" for name, size in _sorted(made.terms)]
     lines.append(f"{format_bytes(made.peak_memory):>10}  at most, in {made.fullest}")
@@ -70,10 +71,7 @@ def describe(made: Plan) -> str:
     lines.append(f"smallest that would do: {format_bytes(made.smallest_memory)}")
     if made.largest:
         lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
-    seconds = made.seconds_per_step
-    lines.append(
-        f"{seconds:,.1f} s a step" if seconds else "time: not measured here yet; every training run measures it"
-    )
+    lines.append(time_text(made.seconds_per_step, steps))
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
 
 

@@ -69,7 +69,8 @@ def train(
         machine = known_machine()
         result = run_training(run, observer=progress, machine=machine)
     dtype = compute_dtype(run, machine)
-    write_calibration(calibration_file(), runtime=result.runtime, gflops={dtype: result.gflops})
+    gflops = {dtype: result.gflops} if result.gflops else {}
+    write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops)
     emit(result.to_dict(), as_json, summary(result))
 
 

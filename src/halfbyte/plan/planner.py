@@ -11,6 +11,8 @@ from halfbyte.config.schema import check_stored, require_config
 from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.disk import read_speed
+from halfbyte.plan.files import locate
 from halfbyte.plan.machine import Machine, this_machine
 from halfbyte.plan.phases import (
     RING,
@@ -24,7 +26,7 @@ from halfbyte.plan.phases import (
     state_bytes,
     worst_case,
 )
-from halfbyte.plan.time import operations, seconds_per_step
+from halfbyte.plan.time import disk_bytes, operations, seconds_per_step
 
 CHOSEN = {
     "train": ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"), "optim": ("paged",),
@@ -108,17 +110,19 @@ def plan(
     if budget is not None:
         chosen = next((each for each in candidates if peak(each) <= budget.bytes), candidates[-1])
         chosen = _keep_what_fits(chosen, base, budget.bytes - peak(chosen))
-    found = phases(chosen, base, machine, _work(chosen, config, work))
+    own = _work(chosen, config, work)
+    found = phases(chosen, base, machine, own)
     phase, moment = fullest(found)
     fits = budget is None or moment.total <= budget.bytes
+    disk_speed = read_speed(locate(config.model.path)) if disk_bytes(chosen, base, machine, own) else None
     return Plan(
         fits=fits, budget=budget.bytes if budget else None, budget_source=budget.source if budget else "",
         peak_memory=moment.total, terms={name: size for name, size in moment.terms.items() if size},
         phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
         largest=_largest(chosen, base, peak, budget) if budget and fits and work is None else None,
-        seconds_per_step=seconds_per_step(chosen, base, machine, _work(chosen, config, work)),
-        pass_operations=operations(chosen, base, machine, _work(chosen, config, work)),
+        seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),
+        pass_operations=operations(chosen, base, machine, own),
         notes=_notes(config, base, work),
     )  # fmt: skip
 

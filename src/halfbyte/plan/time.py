@@ -1,11 +1,21 @@
-"""How long an optimizer step takes: its operations over the speed that was measured on this machine."""
+"""How long an optimizer step takes: its operations or what it reads and writes, over the speeds of this machine."""
 
 from __future__ import annotations
+
+from datetime import timedelta
 
 from halfbyte.config import RunConfig
 from halfbyte.plan.base import Base
 from halfbyte.plan.machine import Machine
-from halfbyte.plan.phases import Work, adapter_parameters, compute_dtype, sizes
+from halfbyte.plan.phases import (
+    Work,
+    adapter_parameters,
+    compute_dtype,
+    layer_bytes,
+    sizes,
+    state_bytes,
+    states_in_memory,
+)
 
 
 def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> float:
@@ -26,8 +36,38 @@ def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> f
     return weights + adapters + head + attention
 
 
-def seconds_per_step(config: RunConfig, base: Base, machine: Machine, work: Work) -> float | None:
-    """None where no step of this compute dtype was measured."""
+def disk_bytes(config: RunConfig, base: Base, machine: Machine, work: Work) -> int:
+    """Read and written in an optimizer step: streamed layers forward and backward, pages and activations both ways."""
+    s = sizes(config, base, machine, work.tokens)
+    layers = s.arch.layers - config.memory.resident_layers if config.memory.weights == "stream" else 0
+    pages = state_bytes(s, config.optim.bits) - states_in_memory(config, s)
+    micro_batches = config.train.gradient_accumulation_steps
+    inputs = s.arch.layers * work.tokens * s.arch.hidden * s.itemsize if s.offloaded else 0
+    return 2 * (layers * layer_bytes(base) + pages + micro_batches * inputs)
+
+
+def seconds_per_step(
+    config: RunConfig, base: Base, machine: Machine, work: Work, disk_speed: float | None
+) -> float | None:
+    """The longer of computing and of the disk's work, which go on beside each other.
+
+    Args:
+        disk_speed: bytes a second; None: not known.
+
+    Returns:
+        None where no step of this compute dtype was measured, or the run needs a disk of unknown speed.
+    """
     gflops = machine.gflops.get(compute_dtype(config, machine))
-    steps = config.train.gradient_accumulation_steps
-    return steps * operations(config, base, machine, work) / (gflops * 1e9) if gflops else None
+    moved = disk_bytes(config, base, machine, work)
+    if not gflops or (moved and not disk_speed):
+        return None
+    computing = config.train.gradient_accumulation_steps * operations(config, base, machine, work) / (gflops * 1e9)
+    return max(computing, moved / disk_speed if disk_speed else 0.0)
+
+
+def time_text(seconds: float | None, steps: int) -> str:
+    """A step's time and that of `steps`, for people; 0 steps: not known how many."""
+    if seconds is None:
+        return "time: not known, because nothing was measured here yet; halfbyte doctor does, and every training run"
+    whole = f", {timedelta(seconds=round(steps * seconds))} for {steps} steps" if steps else ""
+    return f"{seconds:,.1f} s a step{whole}"

@@ -65,7 +65,7 @@ class TrainResult:
     """By the plan that was made before the base was loaded."""
     runtime: int
     """Of the prediction, Python and the libraries: for later plans."""
-    gflops: float
+    gflops: float | None
     """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
     adapter: str
     curves: str
@@ -210,7 +210,7 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
 
 
 def _finish(
-    run: Run, output: Path, metrics: Metrics, started: float, gflops: float, observer: Observer
+    run: Run, output: Path, metrics: Metrics, started: float, gflops: float | None, observer: Observer
 ) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []

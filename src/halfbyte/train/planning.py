@@ -23,6 +23,7 @@ from halfbyte.plan import (
     plan,
     read_base,
     runs_fused,
+    time_text,
     tokenizer_bytes,
 )
 from halfbyte.train.observer import Observer
@@ -135,8 +136,8 @@ def _plan(
     made = plan(config, machine=machine, work=work, base=base)
     if not made.fits:
         raise refused(made)
-    observer.note(plan_text(made))
     chosen = apply_choices(config, made)
+    observer.note(plan_text(made, steps_of(chosen, make_loader(chosen, data))))
     if chosen.train.micro_batch_size != config.train.micro_batch_size:
         worst = worst_of(chosen, make_loader(chosen, data), shares=shares)
     return Planned(config=chosen, plan=made, worst=worst, base=base, machine=machine, runtime=runtime)
@@ -157,14 +158,13 @@ def _largest_terms(made: Plan) -> str:
     return ", ".join(f"{format_bytes(size)} {name.replace('_', ' ')}" for name, size in terms)
 
 
-def plan_text(made: Plan) -> str:
-    """The plan as a short table."""
+def plan_text(made: Plan, steps: int) -> str:
+    """The plan of a run of `steps` steps as a short table."""
     width = max(map(len, made.terms), default=0)
     budget = f" of {format_bytes(made.budget)} ({made.budget_source})" if made.budget else ""
     lines = [f"plan: at most {format_bytes(made.peak_memory)}{budget}, in {made.fullest}"]
     rows = sorted(made.terms.items(), key=lambda item: -item[1])
     lines += [f"  {name.replace('_', ' '):<{width}} {format_bytes(size):>9}" for name, size in rows]
     lines += [f"  to fit: {change}" for change in made.changes]
-    if made.seconds_per_step is not None:
-        lines.append(f"  {made.seconds_per_step:,.1f} s a step")
+    lines.append(f"  {time_text(made.seconds_per_step, steps)}")
     return "\n".join(lines)

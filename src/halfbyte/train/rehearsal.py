@@ -11,12 +11,12 @@ from halfbyte.data import make_batch
 from halfbyte.train.setup import Run
 
 
-def rehearse(run: Run) -> float:
+def rehearse(run: Run) -> float | None:
     """Forward and backward of the run's largest batch, beside the optimizer's states and, with accumulation,
     gradients: as full as memory will ever be. Random states, gradients and parameters are as before.
 
     Returns:
-        Floating-point operations it took, 1e9 a second.
+        Floating-point operations it took, 1e9 a second; None where the disk may have set the pace.
     """
     rng = capture_rng()
     was_training = run.model.training
@@ -37,4 +37,6 @@ def rehearse(run: Run) -> float:
         parameter.grad = None
     run.model.train(was_training)
     restore_rng(rng)
-    return count * run.plan.pass_operations / seconds / 1e9
+    if streamed or run.config.memory.activations == "disk":
+        return None
+    return run.plan.pass_operations / seconds / 1e9
