@@ -1,7 +1,7 @@
 """Models larger than the budget: what streaming costs, and optimizer steps of a 70B model in 22 GB or in 12.
 
     python benchmarks/bench_large.py stream          a model of three times the budget, beside the same one in memory
-    python benchmarks/bench_large.py 70b [--limit 22GB]
+    python benchmarks/bench_large.py 70b [--limit 22GB --limit 12GB]
 
 As root: every run is in a control group whose limit is its budget, so what does not fit is killed. Weights are random,
 made on the spot in bitsandbytes' format and removed afterwards (--keep leaves them): about 6 GB of disk, or 40.
@@ -97,7 +97,7 @@ def main() -> None:
     if options.what == "stream":
         shape, result = "llama-10b", stream(options.rounds)
     else:
-        shape, result = "llama-70b", seventy_billion(options.limit or [parse_bytes("22GB")])
+        shape, result = "llama-70b", seventy_billion(options.limit or [parse_bytes("22GB"), parse_bytes("12GB")])
     if not options.keep:
         shutil.rmtree(WORK / shape)
     write_result(Path("benchmarks/results") / f"large-{options.what}.json", result)

@@ -24,8 +24,9 @@ from common import write_result
 from random_model import model_folder
 from rich.console import Console
 from rich.table import Table
+from tables import budgets
 
-from halfbyte.dtypes import format_bytes, parse_bytes
+from halfbyte.dtypes import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,32 @@ class Case:
     rank: int
     budget: str
     settings: tuple[str, ...] = ()
+    evaluates: bool = False
+    """Held-out loss before and after, and answers."""
 
 
+FLOAT32 = "quant.compute_dtype=float32"
 CASES = [
-    Case("llama-135m", 128, 1, 16, "1GB"),
-    Case("llama-135m", 512, 2, 16, "1.5GB", ("quant.compute_dtype=float32",)),
+    Case("llama-135m", 128, 1, 16, "1GB", evaluates=True),
+    Case("llama-135m", 512, 2, 16, "1.5GB", (FLOAT32,)),
     Case("llama-135m", 512, 4, 64, "1.2GB"),
-    Case("llama-135m", 1024, 1, 8, "1.1GB", ("quant.compute_dtype=float32",)),
+    Case("llama-135m", 1024, 1, 8, "1.1GB", (FLOAT32,), evaluates=True),
     Case("llama-135m", 2048, 1, 16, "2GB"),
     Case("llama-135m", 8192, 1, 16, "2GB"),
     Case("qwen3-360m", 512, 1, 16, "1.4GB"),
-    Case("qwen3-360m", 1024, 2, 32, "1.5GB", ("quant.compute_dtype=float32", "optim.bits=8")),
-    Case("qwen2-500m", 256, 2, 16, "1.6GB"),
+    Case("qwen3-360m", 1024, 2, 32, "1.5GB", (FLOAT32, "optim.bits=8")),
+    Case("qwen2-500m", 256, 2, 16, "1.8GB", evaluates=True),
     Case("qwen2-500m", 2048, 1, 64, "2GB"),
     Case("gemma3-1b", 512, 1, 16, "2.2GB"),
-    Case("gemma3-1b", 1024, 1, 16, "2GB", ("quant.compute_dtype=float32",)),
+    Case("gemma3-1b", 1024, 1, 16, "2GB", (FLOAT32,)),
     Case("llama-1b", 128, 1, 64, "2.5GB"),
-    Case("llama-1b", 512, 2, 16, "2.5GB"),
-    Case("llama-1b", 2048, 1, 16, "2.5GB"),
-    Case("llama-1b", 8192, 1, 8, "3.5GB"),
+    Case("llama-1b", 512, 2, 16, "2.5GB", evaluates=True),
+    Case("llama-1b", 2048, 1, 16, "1.9GB"),
+    Case("llama-1b", 4096, 1, 8, "3GB"),
     Case("llama-3b", 256, 1, 16, "4GB"),
-    Case("llama-3b", 1024, 1, 32, "4GB"),
+    Case("llama-3b", 1024, 1, 32, "2.5GB"),
     Case("llama-8b", 128, 1, 8, "7.8GB"),
-    Case("llama-8b", 512, 1, 16, "8GB"),
+    Case("llama-8b", 512, 1, 16, "5GB"),
 ]
 
 
@@ -81,7 +85,7 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     data = text_file(work / f"text-{case.tokens}.jsonl", case.tokens)
     settings = (
         f"data.max_seq_len={case.tokens}", "data.on_long=truncate", "data.format=text", f"lora.r={case.rank}",
-        f"train.micro_batch_size={case.batch}", *case.settings,
+        f"train.micro_batch_size={case.batch}", *([f"data.eval={data}"] if case.evaluates else []), *case.settings,
     )  # fmt: skip
     command = [
         sys.executable, "-m", "halfbyte", "train", "--model", str(folder), "--data", str(data), "--json",
@@ -93,7 +97,8 @@ def run(case: Case, work: Path) -> dict[str, Any]:
         done, kills = run_limited(parse_bytes(case.budget), command, stderr=notes)
         notes.seek(0)
         said = notes.read().strip().splitlines()
-    row: dict[str, Any] = {**vars(case), "exit": done.returncode, "oom_kills": kills,
+    dtype = next((line.split()[2].rstrip(":") for line in said if line.strip().startswith("compute dtype")), "")
+    row: dict[str, Any] = {**vars(case), "compute_dtype": dtype, "exit": done.returncode, "oom_kills": kills,
                            "seconds": time.perf_counter() - started}  # fmt: skip
     if done.returncode:
         return row | {"error": said[-1:]}
@@ -108,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of shapes, with commas")
     parser.add_argument("--work", type=Path, default=Path("bench-work/memory"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     options = parser.parse_args()
     wanted = set(filter(None, options.only.split(",")))
     rows = []
@@ -116,19 +121,10 @@ def main() -> None:
         if not wanted or case.model in wanted:
             rows.append(run(case, options.work))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            if options.output:
-                write_result(options.output, {"rows": rows})
-    table = Table("model", "tokens", "batch", "r", "budget", "planned", "measured", "plan above", "changed to fit")
-    for row in rows:
-        if row["exit"]:
-            table.add_row(row["model"], str(row["tokens"]), "", "", row["budget"], f"exit {row['exit']}")
-            continue
-        above = f"{row['planned'] / row['measured'] - 1:+.1%}"
-        changed = "; ".join(text.partition(":")[2].strip().split(":")[0] for text in row["changes"])
-        table.add_row(
-            row["model"], str(row["tokens"]), str(row["batch"]), str(row["rank"]), row["budget"],
-            format_bytes(row["planned"]), format_bytes(row["measured"]), above, changed,
-        )  # fmt: skip
+            write_result(options.output, {"rows": rows})
+    table = Table(*budgets({"rows": rows})[0])
+    for row in budgets({"rows": rows})[1:]:
+        table.add_row(*row)
     Console(width=140).print(table)
 
 

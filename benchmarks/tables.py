@@ -1,6 +1,6 @@
-"""Put what is in benchmarks/results/ into the tables of docs/speed.md, under their ``<!-- table: NAME -->`` lines.
+"""Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md]
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md and docs/memory.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -96,6 +96,57 @@ def disk(key: str) -> Callable[[dict[str, Any]], Rows]:
     return rows_of
 
 
+def budgets(result: dict[str, Any]) -> Rows:
+    """Runs inside a control group of the budget's size: what was planned, and the most that was resident."""
+    rows = [
+        [
+            "model",
+            "tokens",
+            "batch",
+            "r",
+            "compute",
+            "budget",
+            "planned",
+            "measured",
+            "plan above",
+            "what the plan changed",
+        ]
+    ]
+    for row in result["rows"]:
+        dtype = "float32" if any("float32" in setting for setting in row["settings"]) else "auto"
+        case = [row["model"], row["tokens"], row["batch"], row["rank"], dtype, row["budget"]]
+        if row["exit"]:
+            rows.append([*map(str, case), f"exit {row['exit']}", "", "", "; ".join(row["error"])])
+            continue
+        words = {"train.micro_batch_size": "smaller micro-batches", "train.gradient_checkpointing": "checkpointing",
+                 "optim.paged": "paged moments", "memory.activations": "activations on disk",
+                 "memory.weights": "streamed layers"}  # fmt: skip
+        changes = [next(word for name, word in words.items() if name in text) for text in row["changes"]]
+        sizes = [f"{row[name] / 1e9:.3f} GB" for name in ("planned", "measured")]
+        rows.append([*map(str, case), *sizes, f"{row['planned'] / row['measured'] - 1:+.1%}", ", ".join(changes)])
+    return rows
+
+
+def streaming(result: dict[str, Any]) -> Rows:
+    """A model of three times the budget, beside the same one in memory."""
+    rows = [["", "tokens/s", "peak memory", "losses"]]
+    for name, runs in result["runs"].items():
+        speed, peak = result["tokens_per_s"][name], max(run["peak_memory"] for run in runs)
+        losses = ", ".join(f"{loss:.6f}" for loss in runs[0]["losses"])
+        rows.append([name, f"{speed:.1f}", f"{peak / 1e9:.2f} GB", losses])
+    return rows
+
+
+def seventy(result: dict[str, Any]) -> Rows:
+    """Optimizer steps of a 70B model, by limit."""
+    rows = [["limit", "planned", "measured", "tokens a step", "seconds a step", "whole run"]]
+    for run in result["runs"]:
+        sizes = [f"{run[name] / 1e9:.2f} GB" for name in ("limit", "predicted_peak_memory", "peak_memory")]
+        steps = ", ".join(f"{seconds:.0f}" for seconds in run["step_seconds"])
+        rows.append([*sizes, str(run["step_tokens"][0]), steps, f"{run['seconds'] / 60:.1f} min"])
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -106,6 +157,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "generation 1B": ("generate-llama-1b-1", generate),
     "quantizing": ("quantize", disk("figures")),
     "loading": ("load", disk("loads")),
+    "budgets": ("memory", budgets),
+    "streaming": ("large-stream", streaming),
+    "70B": ("large-70b", seventy),
 }
 
 
@@ -116,10 +170,8 @@ def markdown(rows: Rows) -> str:
     return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |") + "\n"
 
 
-def main() -> None:
-    """Rewrite the page."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results")
-    page = Path(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).parent.parent / "docs" / "speed.md")
+def fill(page: Path, folder: Path) -> None:
+    """Rewrite the tables of `page` for which there are results."""
     text = page.read_text(encoding="utf-8")
     for title, (name, rows_of) in TABLES.items():
         mark, path = f"<!-- table: {title} -->\n", folder / f"{name}.json"
@@ -128,6 +180,15 @@ def main() -> None:
             text = re.sub(re.escape(mark) + r"(\|.*\n)*", lambda _, new=mark + table: new, text)
     page.write_text(text, encoding="utf-8")
     print(page)
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    root = Path(__file__).parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else root / "results"
+    docs = root.parent / "docs"
+    for page in map(Path, sys.argv[2:]) if len(sys.argv) > 2 else (docs / "speed.md", docs / "memory.md"):
+        fill(page, folder)
 
 
 if __name__ == "__main__":
