@@ -19,6 +19,10 @@ inline vec vload(const bf16* p) {
 }
 inline vec vload(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
+inline vec vload(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
 inline void vstore(float* p, vec x) { _mm512_storeu_ps(p, x); }
 inline void vstore(fp16* p, vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));

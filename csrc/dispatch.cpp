@@ -143,20 +143,20 @@ int hb_linear_backward(const hb_member* members, int count, const void* g, const
     return table->linear_backward(members, count, g, x, u, dtype, m, dx, v, threads);
 }
 
-int hb_linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
-                     const void* bias, void* y, int threads) {
+int hb_linear_frozen(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* x,
+                     int dtype, int64_t m, const void* bias, void* y, int threads) {
     const auto function = current()->linear_frozen;
     if (!function) return HB_UNSUPPORTED;
     hb_prefer_huge_pages(y, m * rows * (dtype == HB_F32 ? 4 : 2));
-    return function(w, w_dtype, rows, cols, x, dtype, m, bias, y, threads);
+    return function(w, scales, w_dtype, rows, cols, x, dtype, m, bias, y, threads);
 }
 
-int hb_linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* g, int dtype, int64_t m,
-                        void* dx, int threads) {
+int hb_linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* g,
+                        int dtype, int64_t m, void* dx, int threads) {
     const auto function = current()->linear_frozen_dx;
     if (!function) return HB_UNSUPPORTED;
     hb_prefer_huge_pages(dx, m * cols * (dtype == HB_F32 ? 4 : 2));
-    return function(w, w_dtype, rows, cols, g, dtype, m, dx, threads);
+    return function(w, scales, w_dtype, rows, cols, g, dtype, m, dx, threads);
 }
 
 int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets, double* loss,

@@ -1,27 +1,53 @@
-// Products with a frozen, unquantized weight of any of the three dtypes: a source of tiles for the loop nest of
+// Products with a frozen weight of any of the three dtypes, or int8 with scales: a source of tiles for the loop nest of
 // linear.inl, and dot products at the speed of memory for a few rows of x (generation).
+
+// Part of a row in int8.
+struct Coded {
+    const int8_t* codes;
+    const float* scales;
+};
+
+// As with_type, of a weight.
+template <class Body>
+inline void with_stored_type(int dtype, Body body) {
+    return dtype == HB_I8 ? body(int8_t()) : with_type(dtype, body);
+}
 
 // W as it is stored.
 struct Stored {
     const void* data;
+    const float* scales;  // of int8: one for each HB_INT8_BLOCK columns of each row
     int dtype;
     int64_t out, in;
 
+    int64_t blocks() const { return divide_up(in, HB_INT8_BLOCK); }
     template <class T>
     Dense<T> dense(T) const {
         return {static_cast<const T*>(data), out, in, in, 1.0f};
     }
+    Dense<int8_t, BlockScales> dense(int8_t) const {
+        return {static_cast<const int8_t*>(data), out, in, in, {scales, blocks()}};
+    }
+    // Row `row` from column k on, for add_dots.
+    template <class T>
+    const T* part(T, int64_t row, int64_t k) const {
+        return static_cast<const T*>(data) + row * in + k;
+    }
+    Coded part(int8_t, int64_t row, int64_t k) const {
+        return {static_cast<const int8_t*>(data) + row * in + k, scales + row * blocks() + over(k, HB_INT8_BLOCK)};
+    }
     Stored from(int64_t row, int64_t rows) const {
-        const int64_t bytes = row * in * (dtype == HB_F32 ? 4 : 2);
-        return {static_cast<const char*>(data) + bytes, dtype, rows, in};
+        const int64_t bytes = row * in * (dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2);
+        return {static_cast<const char*>(data) + bytes, dtype == HB_I8 ? scales + row * blocks() : nullptr, dtype, rows,
+                in};
     }
     int64_t rows() const { return out; }
     int64_t cols() const { return in; }
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
-        with_type(dtype, [&](auto number) { dense(number).forward(row, rows, k0, depth, tile); });
+        with_stored_type(dtype, [&](auto number) { dense(number).forward(row, rows, k0, depth, tile); });
     }
     void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
-        with_type(dtype, [&](auto number) { dense(number).backward(r0, depth, column, columns, tile); });
+        with_stored_type(dtype, [&](auto number) { dense(number).backward(r0, depth, column, columns, tile); });
     }
 };
 
@@ -55,9 +81,35 @@ void add_dots(const T* w, int64_t n, int64_t cols, const float* x, int64_t strid
     }
 }
 
+// The same for int8: each block is summed by itself, then times its scale. `n` ends where a block or the row does.
+template <int M>
+void add_dots(const Coded& w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
+    vec total[M];
+    for (int m = 0; m < M; ++m) total[m] = vzero();
+    for (int64_t k = 0; k < n; k += HB_INT8_BLOCK) {
+        __builtin_prefetch(w.codes + cols + k);
+        vec part[M];
+        for (int m = 0; m < M; ++m) part[m] = vzero();
+        const auto add = [&](int64_t i, auto lanes) {
+            const vec v = lanes.load(w.codes + k + i);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) part[m] = vfma(v, lanes.load(x + m * stride + k + i), part[m]);
+        };
+        if (k + HB_INT8_BLOCK <= n) {
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < HB_INT8_BLOCK; i += vec_width) add(i, Whole());
+        } else {
+            for_lanes(n - k, add);
+        }
+        const vec scale = vset(w.scales[over(k, HB_INT8_BLOCK)]);
+        for (int m = 0; m < M; ++m) total[m] = vfma(scale, part[m], total[m]);
+    }
+    for (int m = 0; m < M; ++m) sums[m] += vsum(total[m]);
+}
+
 // sums[M] = one row of W times M rows of x, `cols` floats each.
-template <int M, class T>
-void dot_stored(const T* w, int64_t cols, const float* x, float* sums) {
+template <int M, class W>
+void dot_stored(const W& w, int64_t cols, const float* x, float* sums) {
     for (int m = 0; m < M; ++m) sums[m] = 0.0f;
     add_dots<M>(w, cols, cols, x, cols, sums);
 }
@@ -65,16 +117,17 @@ void dot_stored(const T* w, int64_t cols, const float* x, float* sums) {
 constexpr int64_t dot_rows = 16;      // of W, whose results are stored together: rows of y may share a cache set
 constexpr int64_t dot_floats = 6144;  // of x at a time: they stay in L1
 
-template <int M, class W, class T>
-void dot_all(const W* w, int64_t rows, int64_t cols, const float* x, int64_t stride, const T* bias, T* y, int threads) {
-    constexpr int64_t part = dot_floats / M / 32 * 32;
+template <int M, class Number, class T>
+void dot_all(const Stored& w, Number number, const float* x, int64_t stride, const T* bias, T* y, int threads) {
+    constexpr int64_t part = dot_floats / M / HB_INT8_BLOCK * HB_INT8_BLOCK;
+    const int64_t rows = w.out, cols = w.in;
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows* cols, threads))
     for (int64_t row = 0; row < rows; row += dot_rows) {
         const int64_t count = at_most(dot_rows, rows - row);
         float sums[dot_rows][M] = {};
         for (int64_t k = 0; k < cols; k += part)
             for (int64_t n = 0; n < count; ++n)
-                add_dots<M>(w + (row + n) * cols + k, at_most(part, cols - k), cols, x + k, stride, sums[n]);
+                add_dots<M>(w.part(number, row + n, k), at_most(part, cols - k), cols, x + k, stride, sums[n]);
         for (int m = 0; m < M; ++m)
             for (int64_t n = 0; n < count; ++n)
                 narrow(bias ? sums[n][m] + widen(bias[row + n]) : sums[n][m], y + m * rows + row + n);
@@ -89,17 +142,16 @@ int small_frozen(const Stored& s, const T* x, int64_t m, const T* bias, T* y, in
     for (int64_t i = 0; i < m; ++i)
         for_lanes(s.in,
                   [&](int64_t k, auto lanes) { lanes.store(wide + i * stride + k, lanes.load(x + i * s.in + k)); });
-    with_type(s.dtype, [&](auto number) {
-        const auto* w = static_cast<const decltype(number)*>(s.data);
+    with_stored_type(s.dtype, [&](auto number) {
         switch (m) {
-            case 1: dot_all<1>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 2: dot_all<2>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 3: dot_all<3>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 4: dot_all<4>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 5: dot_all<5>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 6: dot_all<6>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 7: dot_all<7>(w, s.out, s.in, wide, stride, bias, y, threads); break;
-            case 8: dot_all<8>(w, s.out, s.in, wide, stride, bias, y, threads); break;
+            case 1: dot_all<1>(s, number, wide, stride, bias, y, threads); break;
+            case 2: dot_all<2>(s, number, wide, stride, bias, y, threads); break;
+            case 3: dot_all<3>(s, number, wide, stride, bias, y, threads); break;
+            case 4: dot_all<4>(s, number, wide, stride, bias, y, threads); break;
+            case 5: dot_all<5>(s, number, wide, stride, bias, y, threads); break;
+            case 6: dot_all<6>(s, number, wide, stride, bias, y, threads); break;
+            case 7: dot_all<7>(s, number, wide, stride, bias, y, threads); break;
+            case 8: dot_all<8>(s, number, wide, stride, bias, y, threads); break;
             default: break;
         }
     });
@@ -149,9 +201,9 @@ int frozen_backward(const Stored& w, const T* g, int64_t m, T* dx, int threads) 
     return HB_OK;
 }
 
-int linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
-                  const void* bias, void* y, int threads) {
-    const Stored weight = {w, w_dtype, rows, cols};
+int linear_frozen(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype,
+                  int64_t m, const void* bias, void* y, int threads) {
+    const Stored weight = {w, scales, w_dtype, rows, cols};
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
         typedef decltype(number) T;
@@ -161,9 +213,9 @@ int linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const 
     return status;
 }
 
-int linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* g, int dtype, int64_t m,
-                     void* dx, int threads) {
-    const Stored weight = {w, w_dtype, rows, cols};
+int linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* g,
+                     int dtype, int64_t m, void* dx, int threads) {
+    const Stored weight = {w, scales, w_dtype, rows, cols};
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
         typedef decltype(number) T;

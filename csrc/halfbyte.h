@@ -12,8 +12,9 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 3, HB_MAX_MEMBERS = 8 };
-enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2 };
+enum { HB_ABI_VERSION = 4, HB_MAX_MEMBERS = 8 };
+enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
+enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_NEON = 3 };
 enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
 enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
@@ -128,12 +129,12 @@ HB_API int hb_linear(const hb_member* members, int count, const void* x, int dty
 HB_API int hb_linear_backward(const hb_member* members, int count, const void* g, const void* x, const float* u,
                               int dtype, int64_t m, void* dx, float* v, int threads);
 
-// The same products with a weight(rows, cols) as it is stored, contiguous, of `w_dtype`. HB_UNSUPPORTED where the ISA
-// lacks them.
-HB_API int hb_linear_frozen(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype, int64_t m,
-                            const void* bias, void* y, int threads);
-HB_API int hb_linear_frozen_dx(const void* w, int w_dtype, int64_t rows, int64_t cols, const void* g, int dtype,
-                               int64_t m, void* dx, int threads);
+// The same products with a weight(rows, cols) as it is stored, contiguous, of `w_dtype`; HB_I8 with
+// scales(rows, ceil(cols / HB_INT8_BLOCK)), else NULL. HB_UNSUPPORTED where the ISA lacks them.
+HB_API int hb_linear_frozen(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* x,
+                            int dtype, int64_t m, const void* bias, void* y, int threads);
+HB_API int hb_linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols,
+                               const void* g, int dtype, int64_t m, void* dx, int threads);
 // *loss = the cross-entropy of logits(n, vocab), contiguous, summed over rows; with `write` they are overwritten by
 // softmax - onehot. Targets lie in [0, vocab): the caller has checked.
 HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,
@@ -177,6 +178,7 @@ HB_API int hb_attention_backward(const hb_packed* p, const void* g, const void* 
 struct hb_matrix {               // a frozen linear layer, and the adapter on it
     const struct hb_weight* w4;  // the weight in 4 bits; NULL: `dense` holds it
     const void* dense;           // (rows, cols) in `dtype`
+    const float* scales;         // of HB_I8, as for hb_linear_frozen; else NULL
     const float* bias;           // (rows) or NULL
     const float* lora_A;         // (rank, cols)
     const float* lora_B;         // (rows, rank)

@@ -18,6 +18,11 @@ inline eight load8(const fp16* p) {
             vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits + 4)))};
 }
 
+inline eight load8(const int8_t* p) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(p));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+}
+
 inline void store8(float* p, eight x) { vst1q_f32(p, x.low), vst1q_f32(p + 4, x.high); }
 inline void store8(fp16* p, eight x) {
     vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x.low)));

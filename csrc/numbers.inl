@@ -27,6 +27,7 @@ inline uint32_t bits_of(float value) {
 }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return float(x); }
 inline float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 1023u;

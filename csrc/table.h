@@ -18,9 +18,10 @@ struct hb_table {
     int (*linear)(const hb_member*, int, const void*, int, int64_t, void*, float*, int) = nullptr;
     int (*linear_backward)(const hb_member*, int, const void*, const void*, const float*, int, int64_t, void*, float*,
                            int) = nullptr;
-    int (*linear_frozen)(const void*, int, int64_t, int64_t, const void*, int, int64_t, const void*, void*,
-                         int) = nullptr;
-    int (*linear_frozen_dx)(const void*, int, int64_t, int64_t, const void*, int, int64_t, void*, int) = nullptr;
+    int (*linear_frozen)(const void*, const float*, int, int64_t, int64_t, const void*, int, int64_t, const void*,
+                         void*, int) = nullptr;
+    int (*linear_frozen_dx)(const void*, const float*, int, int64_t, int64_t, const void*, int, int64_t, void*,
+                            int) = nullptr;
     int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int) = nullptr;
     int (*rms_norm)(const void*, const void*, const void*, int, int, int64_t, int64_t, float, float, void*, void*,
                     float*, int) = nullptr;

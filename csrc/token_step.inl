@@ -189,9 +189,9 @@ class Step {
         if (m.w4) {
             dot_one(*m.w4, Decoder(m.w4->codebook), first, last, input.ordered, y);
         } else {
-            with_type(m.dtype, [=](auto number) {
-                const auto* w = static_cast<const decltype(number)*>(m.dense);
-                for (int64_t r = first; r < last; ++r) dot_stored<1>(w + r * m.cols, m.cols, input.plain, y + r);
+            const Stored w = {m.dense, m.scales, m.dtype, m.rows, m.cols};
+            with_stored_type(m.dtype, [=](auto number) {
+                for (int64_t r = first; r < last; ++r) dot_stored<1>(w.part(number, r, 0), m.cols, input.plain, y + r);
             });
         }
     }

@@ -116,6 +116,7 @@ BAD_SETTINGS = [
     ("quant.quant_type=nf5", "choose one of nf4, fp4"),
     ("quant.blocksize=48", "choose one of 32, 64"),
     ("quant.compute_dtype=float8", "choose one of auto, float32"),
+    ("quant.embeddings=int4", "choose one of as_stored, int8"),
     ("data.max_seq_len=7", "at least 8"),
     ("data.format=csv", "choose one of auto"),
     ("data.on_long=cut", "choose one of skip"),

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
+from halfbyte.quant.int8 import quantize_int8
+
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
@@ -155,3 +157,5 @@ def test_schema(isa: str) -> None:
     weight = torch.randn(33, 8).bfloat16()
     for hidden in (torch.randn(5, 8), torch.randn(5, 8, requires_grad=True)):
         opcheck(torch.ops.halfbyte.linear_cross_entropy, (hidden, targets, weight, None, 2, True))
+        int8 = quantize_int8(weight)
+        opcheck(torch.ops.halfbyte.linear_cross_entropy, (hidden, targets, int8[0], None, 2, True, int8[1]))

@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.kernels import frozen_linear
+from halfbyte.quant.int8 import dequantize_int8, quantize_int8
 
 EPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SUM_BOUND = 1e-6
@@ -51,6 +52,26 @@ def test_products_equal_the_oracle(isa: str, shape: tuple[int, int], weight_dtyp
             assert_product(torch.ops.halfbyte.linear_frozen_dx(grad, weight), grad, weight)
 
 
+def int8(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and what they stand for."""
+    codes, scales = quantize_int8(torch.randn(shape) * torch.rand(shape[0], 1))
+    return codes, scales, codes.double() * scales.double().repeat_interleave(64, 1)[:, : shape[1]]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 7001), (4100, 20)])
+def test_int8_products_equal_the_oracle(isa: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(shape[0])
+    codes, scales, exact = int8(shape)
+    for m in (1, 2, 3, 5, 6, 8, 9, 16, 37):
+        for dtype in EPS:
+            x, grad, bias, _ = operands(shape, m, dtype, torch.float32)
+            given = bias if m % 2 else None
+            y = torch.ops.halfbyte.linear_frozen(x, codes, given, scales)
+            assert y.dtype == dtype
+            assert_product(y, x, exact.t(), 0.0 if given is None else given.double())
+            assert_product(torch.ops.halfbyte.linear_frozen_dx(grad, codes, scales), grad, exact)
+
+
 def test_slabs_and_parts(isa: str) -> None:
     """More outputs and more rows than dx packs at once; longer rows than a few rows' dot products take at once."""
     for dtype in EPS:
@@ -63,13 +84,16 @@ def test_slabs_and_parts(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
 def test_threads_change_nothing(isa: str) -> None:
-    x, grad, _, weight = operands((2500, 300), 50, torch.float32, torch.bfloat16)
-    before, results = torch.get_num_threads(), []
+    x, grad, _, plain = operands((2500, 300), 50, torch.float32, torch.bfloat16)
+    codes, scales, _ = int8((2500, 300))
+    before, results = torch.get_num_threads(), list[list[Tensor]]()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            y, few = (torch.ops.halfbyte.linear_frozen(rows, weight, None) for rows in (x, x[:3]))
-            results.append((y, few, torch.ops.halfbyte.linear_frozen_dx(grad, weight)))
+            results.append([])
+            for weight, scale in ((plain, None), (codes, scales)):
+                results[-1] += [torch.ops.halfbyte.linear_frozen(rows, weight, None, scale) for rows in (x, x[:3])]
+                results[-1].append(torch.ops.halfbyte.linear_frozen_dx(grad, weight, scale))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -109,6 +133,10 @@ def test_default_in_panels(panel_rows: int, monkeypatch: pytest.MonkeyPatch) -> 
         x, grad, bias, weight = operands((50, 24), 9, dtype, torch.float16)
         assert_product(frozen_linear.plain_linear_frozen(x, weight, bias), x, weight.t(), bias.double())
         assert_product(frozen_linear.plain_linear_frozen_dx(grad, weight), grad, weight)
+        codes, scales, _ = int8((50, 24))
+        weight = dequantize_int8(codes, scales, dtype)
+        assert_product(frozen_linear.plain_linear_frozen(x, codes, bias, scales), x, weight.t(), bias.double())
+        assert_product(frozen_linear.plain_linear_frozen_dx(grad, codes, scales), grad, weight)
 
 
 class Widest(TorchDispatchMode):
@@ -159,6 +187,9 @@ def test_schema(isa: str) -> None:
         for bias in (None, torch.randn(50), torch.randn(50, requires_grad=True)):
             opcheck(torch.ops.halfbyte.linear_frozen, (x, weight, bias))
     opcheck(torch.ops.halfbyte.linear_frozen_dx, (torch.randn(3, 50), weight))
+    codes, scales, _ = int8((50, 24))
+    opcheck(torch.ops.halfbyte.linear_frozen, (x, codes, None, scales))
+    opcheck(torch.ops.halfbyte.linear_frozen_dx, (torch.randn(3, 50), codes, scales))
 
 
 @pytest.mark.parametrize(

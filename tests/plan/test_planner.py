@@ -41,13 +41,14 @@ def config_of(path: str, **settings: object) -> RunConfig:
     return load_config(model__path=path, quant__compute_dtype="float32", **settings)
 
 
-def test_the_base_is_counted_to_the_byte(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("embeddings", ["as_stored", "int8"])
+def test_the_base_is_counted_to_the_byte(tiny_llama: Path, embeddings: str) -> None:
     """Against the inventory of the model as it is loaded, scales and all."""
     import torch
 
     from halfbyte.model import load_model
 
-    config = config_of(str(tiny_llama))
+    config = config_of(str(tiny_llama), quant__embeddings=embeddings)
     base = read_base(config.model.path, config.quant, "float32")
     inventory = load_model(str(tiny_llama), config.quant, compute_dtype=torch.float32).inventory
     by_group: dict[str, int] = {}

@@ -101,4 +101,7 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
     notes += check_base(
         saved, loaded.base_sha256, base=model, quant=loaded.quant, tokenizer_sha256=tokenizer_sha256(tokenizer)
     )
+    trained = saved.info.get("config", {}).get("quant", {}).get("embeddings", quant.embeddings)
+    if trained != quant.embeddings:
+        notes.append(f"adapter: trained with quant.embeddings={trained}, used with {quant.embeddings}")
     return loaded, attach_saved(loaded.model, saved), tokenizer, notes

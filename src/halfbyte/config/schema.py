@@ -53,11 +53,14 @@ class QuantConfig:
     """What matrix products run in; auto takes what this hardware does fast and says why."""
     skip_modules: tuple[str, ...] = ()
     """Linear layers to leave unquantized, by full name or last part (the output head always is)."""
+    embeddings: Literal["as_stored", "int8"] = "as_stored"
+    """Input embeddings and output head in memory: as_stored (16 bits), or int8 with a scale for 64 weights."""
 
     def __post_init__(self) -> None:
         _require_choice("quant.quant_type", self.quant_type, get_args(QuantType))
         _require_choice("quant.blocksize", self.blocksize, BLOCKSIZES)
         _require_choice("quant.compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
+        _require_choice("quant.embeddings", self.embeddings, ("as_stored", "int8"))
 
 
 @dataclass(frozen=True, kw_only=True)

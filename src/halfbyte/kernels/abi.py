@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "neon")
@@ -15,6 +15,8 @@ ISAS = ("baseline", "avx2", "avx512", "neon")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types in the library's numbering."""
+WEIGHT_DTYPES = {**DTYPES, torch.int8: 3}
+"""The same of a frozen weight that is not in 4 bits; int8 comes with scales."""
 
 OK, UNSUPPORTED, NO_MEMORY = 0, 1, 2
 """What the functions return."""
@@ -91,6 +93,7 @@ class Matrix(ct.Structure):
     _fields_ = (
         ("w4", ct.c_void_p),
         ("dense", ct.c_void_p),
+        ("scales", ct.c_void_p),
         ("bias", ct.c_void_p),
         ("lora_A", ct.c_void_p),
         ("lora_B", ct.c_void_p),
@@ -183,9 +186,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
     ),
     "hb_linear_frozen": (
-        _INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
+        _INT, (*2 * [_POINTER], _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT),
     ),
-    "hb_linear_frozen_dx": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _INT)),
+    "hb_linear_frozen_dx": (_INT, (*2 * [_POINTER], _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _INT)),
     "hb_softmax_cross_entropy": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _INT)),
     "hb_rms_norm": (_INT, (*3 * [_POINTER], _INT, _INT, _SIZE, _SIZE, _FLOAT, _FLOAT, *3 * [_POINTER], _INT)),
     "hb_rms_norm_backward": (

@@ -1,7 +1,8 @@
 """Cross-entropy over a large vocabulary, and over the frozen linear layer that makes the logits.
 
     softmax_cross_entropy_(logits, targets)   logits (n, vocab) become softmax - onehot, the loss's gradient
-    linear_cross_entropy(hidden, targets, weight, bias, chunk_rows, need_dx)   never holds more than a chunk of logits
+    linear_cross_entropy(hidden, targets, weight, bias, chunk_rows, need_dx, scales=None)
+        the same over logits = hidden W^T + bias, of which it never holds more than a chunk; W as for linear_frozen
 
 The loss is summed over rows, a float32 scalar; targets are int64, each in [0, vocab).
 """
@@ -22,7 +23,8 @@ from halfbyte.kernels.registry import run_native
 torch.library.define("halfbyte::softmax_cross_entropy_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
 torch.library.define(
     "halfbyte::linear_cross_entropy",
-    "(Tensor hidden, Tensor targets, Tensor weight, Tensor? bias, int chunk_rows, bool need_dx) -> (Tensor, Tensor)",
+    "(Tensor hidden, Tensor targets, Tensor weight, Tensor? bias, int chunk_rows, bool need_dx, Tensor? scales=None)"
+    " -> (Tensor, Tensor)",
 )
 
 
@@ -35,8 +37,8 @@ def _check(logits: Tensor, targets: Tensor) -> None:
     )
 
 
-def _check_head(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_product(hidden, weight, weight.shape[-1], bias)
+def _check_head(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> None:
+    check_product(hidden, weight, weight.shape[-1], bias, scales)
     _check(hidden, targets)
 
 
@@ -91,19 +93,20 @@ def _softmax_fake(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification: chunk by chunk over the operators above."""
-    _check_head(hidden, targets, weight, bias)
+    _check_head(hidden, targets, weight, bias, scales)
     ops = torch.ops.halfbyte
     loss = hidden.new_zeros((), dtype=torch.float64)
     dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
     for start in range(0, hidden.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = ops.linear_frozen(hidden[rows], weight, bias)
+        logits = ops.linear_frozen(hidden[rows], weight, bias, scales)
         loss += ops.softmax_cross_entropy_(logits, targets[rows])
         if need_dx:
-            dx[rows] = ops.linear_frozen_dx(logits, weight)
+            dx[rows] = ops.linear_frozen_dx(logits, weight, scales)
         del logits  # before the next chunk's are made
     return loss.float(), dx
 
@@ -113,10 +116,11 @@ torch.library.impl("halfbyte::linear_cross_entropy", "CompositeExplicitAutograd"
 
 @torch.library.impl("halfbyte::linear_cross_entropy", "CPU")
 def _linear_cross_entropy_cpu(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the plain one, in one buffer for the logits of every chunk."""
-    _check_head(hidden, targets, weight, bias)
+    _check_head(hidden, targets, weight, bias, scales)
     _check_range(targets, weight.shape[0])
     hidden, targets = hidden.contiguous(), targets.contiguous()
     offset = None if bias is None else bias.to(hidden.dtype).contiguous()
@@ -126,18 +130,19 @@ def _linear_cross_entropy_cpu(
     for start in range(0, hidden.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits = buffer[: hidden[rows].shape[0]]
-        linear_into(logits, hidden[rows], weight, offset)
+        linear_into(logits, hidden[rows], weight, offset, scales)
         total += _loss_of(logits, targets[rows], write=need_dx)
         if need_dx:
-            dx_into(dx[rows], logits, weight)
+            dx_into(dx[rows], logits, weight, scales)
     return torch.tensor(total, dtype=torch.float32), dx
 
 
 @torch.library.register_fake("halfbyte::linear_cross_entropy")
 def _linear_cross_entropy_fake(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool
-) -> tuple[Tensor, Tensor]:
-    _check_head(hidden, targets, weight, bias)
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, need_dx: bool,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_head(hidden, targets, weight, bias, scales)
     dx = torch.empty_like(hidden) if need_dx else hidden.new_empty(0)
     return hidden.new_empty((), dtype=torch.float32), dx
 
@@ -151,7 +156,7 @@ def _linear_cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tu
     (dx,) = ctx.saved_tensors
     if dx is None:
         raise RuntimeError("linear_cross_entropy was called with need_dx=False: it has no gradient")
-    return dx * grad_loss.to(dx.dtype), None, None, None, None, None
+    return dx * grad_loss.to(dx.dtype), None, None, None, None, None, None
 
 
 torch.library.register_autograd(

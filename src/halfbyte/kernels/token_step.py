@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import abi
-from halfbyte.kernels.abi import DTYPES, KEY_BLOCK, NO_MEMORY, OK
+from halfbyte.kernels.abi import DTYPES, KEY_BLOCK, NO_MEMORY, OK, WEIGHT_DTYPES
 from halfbyte.kernels.cpu import WeightView
 from halfbyte.kernels.gated import ACTIVATIONS
 from halfbyte.kernels.registry import cpu_choice
@@ -24,7 +24,7 @@ class Matrix:
     """A frozen linear layer (rows, cols), and the adapter on it.
 
     Attributes:
-        weight: the library's view of a 4-bit weight, or a matrix in float32, bfloat16 or float16.
+        weight: the library's view of a 4-bit weight, or a matrix in float32, bfloat16, float16, or int8 with `scales`.
         shape: (rows, cols).
         lora_A, lora_B: (rank, cols) and (rows, rank).
     """
@@ -35,6 +35,7 @@ class Matrix:
     lora_A: Tensor | None = None  # noqa: N815 (PEFT's name)
     lora_B: Tensor | None = None  # noqa: N815
     scaling: float = 1.0
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class TokenStep:
         return abi.Matrix(
             w4=weight.pointer if isinstance(weight, WeightView) else None,
             dense=self._pointer(weight, weight.dtype) if isinstance(weight, Tensor) else None,
-            dtype=DTYPES[weight.dtype] if isinstance(weight, Tensor) else 0,
+            dtype=WEIGHT_DTYPES[weight.dtype] if isinstance(weight, Tensor) else 0,
+            scales=self._pointer(matrix.scales, torch.float32),
             bias=self._pointer(matrix.bias, torch.float32), lora_A=self._pointer(matrix.lora_A, torch.float32),
             lora_B=self._pointer(matrix.lora_B, torch.float32), rank=rank, rows=matrix.shape[0],
             cols=matrix.shape[1], scaling=matrix.scaling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -33,6 +34,15 @@ class BaseHash:
             self._last.result()
         self._last = self._digests[name] = self._thread.submit(_digest, *tensors)
 
+    def through(self, name: str, slices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`slices`, which together are the tensor `name`; each is hashed by the time the next one is asked for."""
+        digest = hashlib.sha256()
+        for part in slices:
+            update = self._thread.submit(_update, digest, part)
+            yield part
+            update.result()
+        self._digests[name] = self._thread.submit(digest.digest)
+
     def hexdigest(self) -> str:
         """sha256 over names and digests in the order of the names, whatever order they came in."""
         digests = sorted(self._digests.items())
@@ -42,6 +52,11 @@ class BaseHash:
 def _digest(*tensors: Tensor | None) -> bytes:
     digest = hashlib.sha256()
     for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))
+        if tensor is not None:
+            _update(digest, tensor)
     return digest.digest()
+
+
+def _update(digest: hashlib._Hash, tensor: Tensor) -> None:
+    if tensor.numel():
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))

@@ -167,7 +167,8 @@ def _matrix(module: nn.Module, name: str) -> token_step.Matrix:
     found = projection(module, training=False)
     if found is None and isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
         weight = module.weight.detach().contiguous()
-        return token_step.Matrix(weight, (weight.shape[0], weight.shape[1]), module.bias)
+        scales = getattr(module, "scales", None)
+        return token_step.Matrix(weight, (weight.shape[0], weight.shape[1]), module.bias, scales=scales)
     if found is None:
         raise NotCoveredError(
             f"{name} has a {type(module).__name__} that is not a plain linear layer with one adapter"

@@ -73,9 +73,11 @@ def inventory(model: nn.Module, reasons: Mapping[str, str] | None = None, *, lar
             weight = module.quantized_weight
             key, count, size = (LINEARS, weight.quant_type), module.in_features * module.out_features, weight.nbytes
         else:
-            group = _group(tensor, module, head)
+            group, scales = _group(tensor, module, head), getattr(module, "scales", None)
             key, count, size = (group, str(tensor.dtype).removeprefix("torch.")), tensor.numel(), tensor.nbytes
-            if tensor.ndim >= 2 and size > large and isinstance(tensor, nn.Parameter):
+            if name.endswith("weight") and scales is not None:
+                size += scales.nbytes
+            elif tensor.ndim >= 2 and size > large and isinstance(tensor, nn.Parameter):
                 given = (reasons or {}).get(name.rpartition(".")[0])
                 unquantized.append((name, size, given or _reason(tensor, module, head)))
         total = totals.setdefault(key, [0, 0, 0])
@@ -103,7 +105,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
     return [
         (name, tensor, module)
         for name, tensor, module in owned
-        if isinstance(tensor, nn.Parameter) or not isinstance(module, Linear4bit)
+        if isinstance(tensor, nn.Parameter) or not (isinstance(module, Linear4bit) or name.endswith(".scales"))
     ]
 
 

@@ -18,12 +18,14 @@ from halfbyte.config.schema import check_stored
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
 from halfbyte.model.base_hash import BaseHash
+from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
 from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
+from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
 
@@ -60,7 +62,9 @@ class LoadedModel:
         recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {scales}"
         if self.source.stored_quantization is None:
             return f"base: quantized while loading to {recipe}"
-        return f"base: already in 4 bits ({recipe}) and taken as it is, the settings in [quant] are not applied to it"
+        return (
+            f"base: already in 4 bits ({recipe}) and taken as it is, 4-bit settings in [quant] are not applied to it"
+        )
 
     @property
     def stream_text(self) -> str:
@@ -79,7 +83,7 @@ def load_model(
     """Load the causal language model called `path`, quantizing every linear layer but the head on the way.
 
     A folder that already holds bitsandbytes' 4-bit weights is taken as it is. Matrices that stay unquantized
-    (embeddings, head) keep the dtype of the file; vectors (norms, biases) are held in `compute_dtype`.
+    (embeddings, head) keep the dtype of the file, or become int8 (`quant`); vectors are held in `compute_dtype`.
 
     Args:
         placement: where the 4-bit bytes live; all of them are read once, here, to check and to hash them.
@@ -98,6 +102,7 @@ def load_model(
         targets = {n.removesuffix(".weight") for n, stored in names.items() if state_names(reader, stored)}
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
+    int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
             if on_progress:
@@ -109,6 +114,8 @@ def load_model(
                 if is_streamed(module_name, streamed):
                     weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
                 _place_linear4bit(model, module_name, weight, compute_dtype)
+            elif name in int8:
+                held.append(read_int8(model, name, reader, stored_name, path, base))
             else:
                 tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
                 base.add(name, tensor)  # as stored: the base is the same in every compute dtype
@@ -118,8 +125,9 @@ def load_model(
                     tensor = tensor.to(compute_dtype)
                 _place(model, name, tensor)
     if row_table:
-        stream_rows(model, reader, names[row_table], compute_dtype)
+        stream_rows(model, reader, names[row_table], compute_dtype, int8=quant.embeddings == "int8")
     model.tie_weights()
+    use_int8(model, held, compute_dtype)
     _finish(model, compute_dtype)
     store = stream_layers(model, reader, streamed, names, placement.ring) if streamed else None
     if on_progress:
@@ -200,6 +208,8 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype != compute_dtype:
             model.set_submodule(name, FrozenLinear(weight_of(module), module.bias))
+        elif type(module) is Int8Embedding:
+            continue
         elif isinstance(module, nn.Embedding) and module.weight.dtype != compute_dtype:
             module.register_forward_hook(partial(_cast_output, compute_dtype))
         elif type(module) is Conv1D and module.weight.dtype != compute_dtype:

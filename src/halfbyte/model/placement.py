@@ -88,13 +88,19 @@ def stream_layers(
     return store
 
 
-def stream_rows(model: PreTrainedModel, stored: TensorReader, name: str, compute_dtype: torch.dtype) -> None:
-    """Have the input embedding look up its rows in the tensor `name` of `stored`, a safetensors folder."""
+def stream_rows(
+    model: PreTrainedModel, stored: TensorReader, name: str, compute_dtype: torch.dtype, *, int8: bool
+) -> None:
+    """Have the input embedding look up its rows in the tensor `name` of `stored`, a safetensors folder.
+
+    Args:
+        int8: give them the values that they would have in int8.
+    """
     assert isinstance(stored, SafetensorsFolder)
     info = stored.tensors[name]
     count, width = info.shape
     rows = RowStore(_extent(info), width * info.dtype.itemsize)
-    model.set_input_embeddings(RowEmbedding(rows, count, width, info.dtype, compute_dtype))
+    model.set_input_embeddings(RowEmbedding(rows, count, width, info.dtype, compute_dtype, int8=int8))
 
 
 def _extent(info: TensorInfo) -> Extent:

@@ -59,8 +59,7 @@ def quantize_model(
     """
     started = time.perf_counter()
     source = open_source(path)
-    if source.stored_quantization is not None:
-        raise ConfigError("is already in 4 bits", where=path, fix="Give the 16-bit model")
+    _check_wish(source, quant)
     check_target(Path(output))
     reader = source.open_tensors()
     model = skeleton(source)
@@ -105,6 +104,17 @@ def quantize_model(
         bits_per_weight=8 * counts["bytes"] / max(counts["weights"], 1), peak_memory=peak_memory(),
         seconds=time.perf_counter() - started, output=str(output),
     )  # fmt: skip
+
+
+def _check_wish(source: Source, quant: QuantConfig) -> None:
+    if source.stored_quantization is not None:
+        raise ConfigError("is already in 4 bits", where=source.label, fix="Give the 16-bit model")
+    if quant.embeddings != "as_stored":
+        raise ConfigError(
+            f"{quant.embeddings!r} is not written", where="quant.embeddings",
+            why="the folder keeps embeddings and head as they are stored, for every reader of it",
+            fix="Set it where the model is loaded: train, eval, generate, chat, plan",
+        )  # fmt: skip
 
 
 def _write_config(

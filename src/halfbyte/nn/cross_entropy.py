@@ -69,8 +69,9 @@ def chunked_cross_entropy(
     rows_per_chunk = max(CHUNK_BYTES // (4 * vocab_size), 16)
     total: Tensor
     if _is_plain(head):
+        need_dx = torch.is_grad_enabled() and rows.requires_grad
         total, _ = torch.ops.halfbyte.linear_cross_entropy(
-            rows, targets[kept], head.weight, head.bias, rows_per_chunk, torch.is_grad_enabled() and rows.requires_grad
+            rows, targets[kept], head.weight, head.bias, rows_per_chunk, need_dx, getattr(head, "scales", None)
         )
     else:
         total = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfbyte.quant.int8 import dequantize_int8, quantize_int8
+
 
 class Rows(Protocol):
     """What reads the table: `store.RowStore`."""
@@ -26,19 +28,23 @@ class RowEmbedding(nn.Module):
         num_embeddings, embedding_dim: its shape.
         dtype: that the table is stored in.
         compute_dtype: of what comes out.
+        int8: give rows the values that an `Int8Embedding` has.
     """
 
     def __init__(
-        self, rows: Rows, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, compute_dtype: torch.dtype
-    ) -> None:
+        self, rows: Rows, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, compute_dtype: torch.dtype, *,
+        int8: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._rows, self.num_embeddings, self.embedding_dim = rows, num_embeddings, embedding_dim
-        self._dtype, self._compute_dtype = dtype, compute_dtype
+        self._dtype, self._compute_dtype, self._int8 = dtype, compute_dtype, int8
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., embedding_dim) in the compute dtype."""
         unique, places = ids.unique(return_inverse=True)
         table = self._rows.read(unique.tolist()).view(self._dtype)
+        if self._int8:
+            table = dequantize_int8(*quantize_int8(table), self._dtype)
         return F.embedding(places, table).to(self._compute_dtype)
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ SLICE_ELEMENTS = 8 * 2**20
 TOKENIZER_FILE = "tokenizer.json"
 _SCALES = (".absmax", ".nested_absmax")
 _TABLES = (".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+INT8_BLOCK = 64
 _EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in"), ("lm_head", "embed_out", "output")
 
 
@@ -27,7 +28,7 @@ class Base:
         linears: 4-bit weights with their scales.
         linear_weights: how many weights these are.
         nested: of `linears`, what stays in memory when layers are streamed: the scales of scales.
-        embeddings, head: in the dtype of the file; head is 0 where it is the embedding.
+        embeddings, head: in the dtype of the file or in int8; head is 0 where it is the embedding.
         other: what stays unquantized beside them, and norms and biases in the compute dtype.
         load_extra: most that loading one tensor takes beside the result.
         tokenizer_file: bytes of tokenizer.json; None where there is none to look at.
@@ -47,6 +48,7 @@ class Base:
     tokenizer_file: int | None
     exact: bool
     in_4_bits: bool = False
+    int8_embeddings: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +60,16 @@ def four_bit_bytes(weights: int, blocksize: int, double_quant: bool) -> int:
     blocks = -(-weights // blocksize)
     scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if double_quant else 4 * blocks
     return -(-weights // 2) + scales
+
+
+def int8_bytes(shape: tuple[int, ...]) -> int:
+    """A byte a weight, and 4 for 64 columns of a row."""
+    return shape[0] * (shape[1] + 4 * -(-shape[1] // INT8_BLOCK))
+
+
+def slice_bytes(tensor: StoredTensor) -> int:
+    """What is in memory of `tensor`, as it is stored, while it is quantized."""
+    return min(tensor.elements, SLICE_ELEMENTS) * ITEMSIZE[tensor.dtype]
 
 
 def load_extra(weights: int, itemsize: int, blocksize: int) -> int:
@@ -113,7 +125,7 @@ def _base(
     tokenizer_file: int | None, exact: bool,
 ) -> Base:  # fmt: skip
     linears = weights = nested = embeddings = head = other = extra = 0
-    embedding_dtype = arch.dtype
+    embedding_dtype, int8 = arch.dtype, quant.embeddings == "int8"
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         last = module.rpartition(".")[2]
@@ -125,9 +137,11 @@ def _base(
         elif len(tensor.shape) < 2:
             other += tensor.elements * ITEMSIZE[compute_dtype]
         elif last in _EMBEDDINGS:
-            embeddings, embedding_dtype = embeddings + tensor.nbytes, tensor.dtype
+            embeddings, embedding_dtype = embeddings + _table_bytes(tensor, last, int8), tensor.dtype
+            extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif last in _HEADS and "." not in module:
-            head += 0 if arch.tied else tensor.nbytes
+            head += 0 if arch.tied else _table_bytes(tensor, last, int8)
+            extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif tensor.dtype == "uint8":  # bitsandbytes' codes
             linears, weights = linears + tensor.nbytes, weights + 2 * tensor.nbytes
         elif leaf != "weight" or len(tensor.shape) > 2 or _skipped(module, quant):
@@ -139,8 +153,13 @@ def _base(
     return Base(
         architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
         other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
-        in_4_bits=any(name.endswith(_TABLES) for name in tensors),
+        in_4_bits=any(name.endswith(_TABLES) for name in tensors), int8_embeddings=int8,
     )  # fmt: skip
+
+
+def _table_bytes(tensor: StoredTensor, last: str, int8: bool) -> int:
+    """Of embeddings or head; learned positions (wpe) stay as they are stored."""
+    return int8_bytes(tensor.shape) if int8 and last != "wpe" else tensor.nbytes
 
 
 def _skipped(module: str, quant: QuantConfig) -> bool:

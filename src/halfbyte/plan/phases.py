@@ -119,7 +119,7 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
         led.keep_history = keep_history
         led.hold("adapters", adapters=4 * adapter_parameters(own))
         rows = max(step.CHUNK_BYTES // (4 * own.arch.vocab), 16)
-        head_in_torch = own.itemsize == 2 and own.panels
+        head_in_torch = own.itemsize == 2 and own.panels and not base.int8_embeddings
         led.hold("workspace", workspace=workspace.largest(
             own, min(rows, tokens), machine.threads, backward=backward, head_in_torch=head_in_torch
         ))  # fmt: skip

@@ -92,6 +92,9 @@ def _begin(led: Ledger, p: Pass) -> None:
     """The embedding's rows, in the compute dtype, and cosines and sines of the positions."""
     s = p.sizes
     stored = ITEMSIZE[p.base.embedding_dtype]
+    if p.base.int8_embeddings:  # codes and their float32 values, beside these in the dtype of the file
+        led.hold(TEMPORARY, decoded=s.tokens * s.arch.hidden * (1 + 4 + stored))
+        led.drop("decoded")
     if stored != s.itemsize:
         led.hold(TEMPORARY, looked_up=s.tokens * s.arch.hidden * stored)
     led.hold(SAVED, x0=s.kept(s.arch.hidden))

@@ -7,6 +7,9 @@ from math import prod
 NESTED_BLOCKSIZE = 256
 """Scales that share one second-level scale under double quantization."""
 
+INT8_BLOCK = 64
+"""Columns of a row in int8 that share a scale."""
+
 
 def num_blocks(num_weights: int, blocksize: int) -> int:
     """Blocks of a weight of `num_weights` elements; the last one may be short."""
