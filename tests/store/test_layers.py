@@ -68,6 +68,20 @@ def test_a_step_reads_what_the_ring_cannot_keep(files: tuple[list[Path], list[li
     store.close()
 
 
+def test_a_smaller_ring_gives_the_same_bytes(files: tuple[list[Path], list[list[Extent]]]) -> None:
+    _, layers = files
+    store = LayerStore(layers, 4)
+    whole = store.nbytes
+    with store.use(0), store.use(5):
+        pass
+    assert [store.shrink() for _ in range(4)] == [whole // 4, whole // 4, 0, 0]
+    assert store.nbytes == whole // 2
+    for layer in (*range(9), *range(8, -1, -1)):
+        with store.use(layer, turns=True) as tensors:
+            assert [t.numpy().tobytes() for t in tensors] == expected(layers[layer])
+    store.close()
+
+
 def test_nested_uses_hold_different_buffers(files: tuple[list[Path], list[list[Extent]]]) -> None:
     _, layers = files
     store = LayerStore(layers, 2)

@@ -47,6 +47,17 @@ def test_unused_memory_is_given_back_before_the_budget_is_reached(monkeypatch: p
     assert "given back" in notes.texts[0]
 
 
+def test_where_that_is_not_enough_the_ring_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring, notes = [500, 500, 500], Notes()
+    monkeypatch.setattr(watchdog, "resident_memory", lambda: 100_000 + sum(ring))
+    with Watchdog(Budget(101_400, "memory.budget"), Buffers(), notes) as dog:
+        dog.shrink = lambda: ring.pop() if len(ring) > 2 else 0
+        dog.start()
+        wait_for(lambda: notes.texts)
+    assert len(ring) == 2
+    assert "given back" in notes.texts[0]
+
+
 def run_under(budget: int, error: type[BaseException] | None = None) -> None:
     with Watchdog(Budget(budget, "memory.budget"), Buffers(), Observer()) as dog:
         dog.start()

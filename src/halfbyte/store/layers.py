@@ -164,6 +164,20 @@ class LayerStore:
             with self._lock:
                 slot.users -= 1
 
+    def shrink(self) -> int:
+        """Give back a buffer that lies idle; two always stay, and reading ahead gets shorter by one. Results stay.
+
+        Returns:
+            its bytes, or 0 where none could go.
+        """
+        with self._lock:
+            idle = self._free(keep=set())
+            if len(self._slots) <= 2 or not idle:
+                return 0
+            slot = min(idle, key=lambda s: s.used)
+            self._slots.remove(slot)
+            return slot.buffer.tensor.nbytes
+
     def close(self) -> None:
         """Stop reading and give the memory back; tensors handed out must not be used any more."""
         self._readers.shutdown(cancel_futures=True)

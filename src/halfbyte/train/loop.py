@@ -97,6 +97,8 @@ def _train(config: RunConfig, observer: Observer, machine: Machine | None, watch
     started = time.perf_counter()
     run = prepare(config, observer, machine, watchdog.start)
     config = run.config
+    if run.loaded.store is not None:
+        watchdog.shrink = run.loaded.store.shrink
     output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)
     metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
