@@ -26,8 +26,9 @@ REST = 5.0
 class Watchdog:
     """Watches inside a ``with`` block, from `start` on; the block must be left by the thread that entered it.
 
-    At 98 % of the budget it gives back what the buffers and glibc keep unused, and where that does not do, a buffer
-    of the streamed layers. Beyond the budget it interrupts the main thread, and the block ends with a ResourceError (exit 4); checkpoints that were saved are whole.
+    At 98 % of the budget it gives back what the buffers and glibc keep unused, and where that does not do, a buffer of
+    the streamed layers. Beyond the budget it interrupts the main thread, and the block ends with a ResourceError
+    (exit 4); checkpoints that were saved are whole.
 
     Attributes:
         trims: how often memory was given back.
