@@ -3,7 +3,7 @@
 
 #define HB_PANEL_ROWS 14
 constexpr int64_t max_panel_rows = HB_PANEL_ROWS;
-// Floats from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
+// Dwords from one panel of the tile to the next: not a multiple of 4 KB, or all panels would share one cache set.
 constexpr int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 16; }
 constexpr int64_t panel_width = 2 * vec_width;
 
@@ -21,7 +21,18 @@ inline void turn_eight_rows(const uint8_t* const* rows, int64_t byte, __m256i* d
     dwords[2] = _mm256_unpacklo_epi64(b, d), dwords[3] = _mm256_unpackhi_epi64(b, d);
 }
 
-// Rows [row, row + rows) of W, columns [k0, k0 + depth), transposed: tile[panel][depth][32].
+// Rows of two neighbouring columns of W into the tile.
+inline void put(Single, float* to, __m512 first, __m512 second) {
+    _mm512_storeu_ps(to, first);
+    _mm512_storeu_ps(to + 32, second);
+}
+template <class N>
+void put(N, float* to, __m512 first, __m512 second) {
+    _mm512_storeu_ps(to, N::join(first, second));
+}
+
+// Rows [row, row + rows) of W, columns [k0, k0 + depth), transposed: tile[panel][dwords][32].
+template <class N>
 void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t rows, int64_t k0, int64_t depth,
                     float* tile) {
     const __m512 table = _mm512_loadu_ps(d.codebook);
@@ -29,7 +40,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
     for (int64_t r = 0; r < divide_up(rows, 32) * 32; r += 16) {
         const uint8_t* codes[16];
         for (int i = 0; i < 16; ++i) codes[i] = w.codes + (row + at_most(r + i, rows - 1)) * (w.cols / 2);
-        float* out = tile + r / 32 * panel_stride(depth) + r % 32;
+        float* out = tile + r / 32 * panel_stride(dwords_of<N>(depth)) + r % 32;
         __m512 scales = _mm512_setzero_ps();
         int64_t block = -1;
         for (int64_t k = 0; k < depth; k += 32) {
@@ -47,19 +58,14 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 const __m512i dwords = _mm512_inserti64x4(_mm512_castsi256_si512(first[i]), second[i], 1);
-                float* to = out + (k + 8 * i) * 32;
-#define HB_LOOKUP(element, bit)                                                                   \
-    _mm512_storeu_ps(to + element * 32, /* vpermps reads only the lowest four bits of an index */ \
-                     _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table), scales));
-                HB_LOOKUP(0, 4)
-                HB_LOOKUP(1, 0)
-                HB_LOOKUP(2, 12)
-                HB_LOOKUP(3, 8)
-                HB_LOOKUP(4, 20)
-                HB_LOOKUP(5, 16)
-                HB_LOOKUP(6, 28)
-                HB_LOOKUP(7, 24)
-#undef HB_LOOKUP
+                float* to = out + (k + 8 * i) / N::numbers * 32;
+                const auto value = [=](unsigned bit) {  // vpermps reads only the lowest four bits of an index
+                    return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table), scales);
+                };
+                put(N(), to, value(4), value(0));
+                put(N(), to + 2 / N::numbers * 32, value(12), value(8));
+                put(N(), to + 4 / N::numbers * 32, value(20), value(16));
+                put(N(), to + 6 / N::numbers * 32, value(28), value(24));
             }
         }
     }
@@ -77,26 +83,38 @@ inline void decode32(const uint8_t* codes, __m512 table, __m512* out) {
     out[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(second, shifts), table);
 }
 
-// Rows [r0, r0 + depth) of W, columns [column, column + columns), as they lie: tile[panel][depth][32].
+// The values of a row, block by block.
+struct RowValues {
+    const hb_weight& w;
+    __m512 codebook, table = _mm512_setzero_ps();
+    int64_t block = -1;
+
+    // 32 of them, from the flat index `at` on.
+    void read(int64_t at, __m512* out) {
+        if (over(at, w.blocksize) != block) {
+            block = over(at, w.blocksize);
+            table = _mm512_mul_ps(codebook, _mm512_set1_ps(scale_of(w, block)));
+        }
+        decode32(w.codes + at / 2, table, out);
+    }
+};
+
+// Rows [r0, r0 + depth) of W, columns [column, column + columns), as they lie: tile[panel][dwords][32].
+template <class N>
 void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t depth, int64_t column, int64_t columns,
                      float* tile) {
     const __m512 codebook = _mm512_loadu_ps(d.codebook);
-    for (int64_t r = 0; r < depth; ++r) {
+    for (int64_t r = 0; r < depth; r += N::numbers) {
         const int64_t start = (r0 + r) * w.cols + column;
-        const uint8_t* codes = w.codes + start / 2;
-        fetch_columns(w, r0 + r + rows_ahead, column, columns);
-        __m512 table = _mm512_setzero_ps();
-        int64_t block = -1;
-        for (int64_t c = 0; c < columns; c += 32) {
-            if (over(start + c, w.blocksize) != block) {
-                block = over(start + c, w.blocksize);
-                table = _mm512_mul_ps(codebook, _mm512_set1_ps(scale_of(w, block)));
-            }
-            __m512 v[2];
-            decode32(codes + c / 2, table, v);
-            float* out = tile + c / 32 * panel_stride(depth) + r * 32;
-            _mm512_storeu_ps(out, v[0]);
-            _mm512_storeu_ps(out + 16, v[1]);
+        RowValues first = {w, codebook}, second = {w, codebook};
+        for (int64_t i = 0; i < N::numbers; ++i) fetch_columns(w, r0 + r + i + rows_ahead, column, columns);
+        float* out = tile + r / N::numbers * 32;
+        for (int64_t c = 0; c < columns; c += 32, out += panel_stride(dwords_of<N>(depth))) {
+            __m512 v[2], below[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            first.read(start + c, v);
+            if (N::numbers == 2 && r + 1 < depth) second.read(start + w.cols + c, below);
+            _mm512_storeu_ps(out, N::join(v[0], below[0]));
+            _mm512_storeu_ps(out + 16, N::join(v[1], below[1]));
         }
     }
 }

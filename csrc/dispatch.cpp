@@ -9,6 +9,7 @@ const hb_table* table_of(int isa) {
 #if defined(HB_X86)
         case HB_AVX2: return &hb_table_avx2;
         case HB_AVX512: return &hb_table_avx512;
+        case HB_AVX512_BF16: return &hb_table_avx512_bf16;
 #elif defined(HB_ARM64)
         case HB_NEON: return &hb_table_neon;
 #endif
@@ -22,9 +23,10 @@ bool cpu_runs(int isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == HB_AVX2) return avx2;
-    if (isa == HB_AVX512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == HB_AVX512) return avx512;
+    if (isa == HB_AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #elif defined(HB_ARM64)
     if (isa == HB_NEON) return true;  // a part of the architecture
 #endif
@@ -71,13 +73,7 @@ int hb_has_fused_linear(void) { return current()->linear != nullptr; }
 
 int hb_has_attention(int64_t head_dim) { return current()->attention && head_dim % 8 == 0 && head_dim <= 256; }
 
-int hb_fast_bf16(void) {
-#if defined(HB_X86)
-    return hb_isa_current() == HB_AVX512 && __builtin_cpu_supports("avx512bf16");
-#else
-    return 0;
-#endif
-}
+int hb_fast_bf16(void) { return hb_isa_current() == HB_AVX512_BF16; }
 
 int hb_openmp(void) {
 #if defined(_OPENMP)

@@ -7,8 +7,10 @@ constexpr int64_t panel_stride(int64_t depth) { return depth * 2 * vec_width + 1
 constexpr int64_t panel_width = 2 * vec_width;
 
 // Rows [row, row + rows) of W, columns [k0, k0 + depth), transposed: tile[panel][depth][16].
+template <class N>
 void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t rows, int64_t k0, int64_t depth,
                     float* tile) {
+    static_assert(N::numbers == 1);
     const RowLookup lookup(d);
     const int64_t row_blocks = w.cols / w.blocksize;
     for (int64_t r = 0; r < rows; r += 8) {
@@ -36,8 +38,10 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
 }
 
 // Rows [r0, r0 + depth) of W, columns [column, column + columns), as they lie: tile[panel][depth][16].
+template <class N>
 void decode_backward(const hb_weight& w, const Decoder& d, int64_t r0, int64_t depth, int64_t column, int64_t columns,
                      float* tile) {
+    static_assert(N::numbers == 1);
     for (int64_t r = 0; r < depth; ++r) {
         const int64_t start = (r0 + r) * w.cols + column;
         const uint8_t* codes = w.codes + start / 2;

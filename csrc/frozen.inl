@@ -43,11 +43,14 @@ struct Stored {
     }
     int64_t rows() const { return out; }
     int64_t cols() const { return in; }
+    template <class N>
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
-        with_stored_type(dtype, [&](auto number) { dense(number).forward(row, rows, k0, depth, tile); });
+        with_stored_type(dtype, [&](auto number) { dense(number).template forward<N>(row, rows, k0, depth, tile); });
     }
+    template <class N>
     void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
-        with_stored_type(dtype, [&](auto number) { dense(number).backward(r0, depth, column, columns, tile); });
+        with_stored_type(dtype,
+                         [&](auto number) { dense(number).template backward<N>(r0, depth, column, columns, tile); });
     }
 };
 
@@ -159,25 +162,25 @@ int small_frozen(const Stored& s, const T* x, int64_t m, const T* bias, T* y, in
     return HB_OK;
 }
 
-template <class T>
+template <class N, class T>
 int frozen_forward(const Stored& w, const T* x, int64_t m, const T* bias, T* y, int threads) {
-    if (m <= max_frozen_dot_rows) return small_frozen(w, x, m, bias, y, threads);
     Group g = {};
-    add_layer(g, w, bias);
-    return forward(g, x, m, y, nullptr, threads);
+    add_layer<N>(g, w, bias);
+    return forward<N>(g, x, m, y, nullptr, threads);
 }
 
-constexpr int64_t slab_rows = 1024, slab_depth = 2048;  // of g, packed at a time: 8 MB
+constexpr int64_t slab_rows = 1024, slab_depth = 2048;  // dwords of g, packed at a time: 8 MB
 
 // dx(m, in) = g(m, out) W. Where W is an output head, g is as wide as the vocabulary: it is packed slab by slab, so that
 // W is read once for many rows and the packed copy stays in cache.
-template <class T>
+template <class N, class T>
 int frozen_backward(const Stored& w, const T* g, int64_t m, T* dx, int threads) {
     constexpr bool wide = sizeof(T) == 4;  // dx itself takes the fp32 sums
-    const int64_t part = at_most(m, slab_rows), slab = at_most(w.out, slab_depth), sums_floats = wide ? 0 : part * w.in;
-    Workspace space(threads * tile_floats + (part + max_panel_rows) * slab + sums_floats, 3);
+    const int64_t part = at_most(m, slab_rows), slab = at_most(w.out, slab_depth * N::numbers);
+    const int64_t packed_floats = (part + max_panel_rows) * dwords_of<N>(slab), sums_floats = wide ? 0 : part * w.in;
+    Workspace space(threads * tile_floats + packed_floats + sums_floats, 3);
     if (!space.base) return HB_NO_MEMORY;
-    float *tiles = space.take(threads * tile_floats), *packed = space.take((part + max_panel_rows) * slab),
+    float *tiles = space.take(threads * tile_floats), *packed = space.take(packed_floats),
           *sums = space.take(sums_floats);
     for (int64_t row = 0; row < m; row += part) {
         const Panels panels = panels_of(at_most(part, m - row));
@@ -185,20 +188,32 @@ int frozen_backward(const Stored& w, const T* g, int64_t m, T* dx, int threads) 
 #pragma omp parallel num_threads(threads_for(panels.m* w.in* w.out / 16, threads))
         {
             for (int64_t k0 = 0; k0 < w.out; k0 += slab) {
-                const int64_t depth = at_most(slab, w.out - k0);
-                const Stored rows = w.from(k0, depth);
+                const Columns columns = {k0, at_most(slab, w.out - k0)};
+                const Stored rows = w.from(k0, columns.count);
                 Product p = empty_product(panels, w.in);
                 Output& out = add_output(p, w.in, nullptr, y);
                 out.add = k0 > 0;
-                add_term(out, packed, depth, 0, depth, &rows, fill_backward<Stored>);
+                add_term(out, packed, dwords_of<N>(columns.count), 0, columns.count, &rows, fill_backward<N, Stored>);
                 divide(p, threads);
-                pack_rows(g + row * w.out + k0, panels, w.out, depth, packed);
-                run(p, tiles + thread_number() * tile_floats);
+                pack_rows<N>(g + row * w.out, panels, w.out, &columns, 1, packed);
+                run<N, float>(p, tiles + thread_number() * tile_floats, nullptr);
             }
-            if (!wide) narrow_rows(sums, panels.m, w.in, dx + row * w.in);
+            if (!wide) {
+#pragma omp for schedule(static)
+                for (int64_t r = 0; r < panels.m; ++r)
+                    narrow_rows(sums + r * w.in, 0, 1, w.in, dx + (row + r) * w.in, 0);
+            }
         }
     }
     return HB_OK;
+}
+
+// call(N()): what x of T is multiplied in with a weight that is stored as `w_dtype`.
+template <class T, class Call>
+int with_number(int w_dtype, Call call) {
+    if constexpr (sizeof(T) == 2)
+        if (w_dtype == HB_BF16 || w_dtype == HB_I8) return call(typename NumberOf<T, bf16>::type());
+    return call(Single());
 }
 
 int linear_frozen(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols, const void* x, int dtype,
@@ -207,8 +222,14 @@ int linear_frozen(const void* w, const float* scales, int w_dtype, int64_t rows,
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
         typedef decltype(number) T;
-        status = frozen_forward(weight, static_cast<const T*>(x), m, static_cast<const T*>(bias), static_cast<T*>(y),
-                                int(at_least(threads, 1)));
+        const T *from = static_cast<const T*>(x), *offset = static_cast<const T*>(bias);
+        const int useful = int(at_least(threads, 1));
+        if (m <= max_frozen_dot_rows)
+            status = small_frozen(weight, from, m, offset, static_cast<T*>(y), useful);
+        else
+            status = with_number<T>(w_dtype, [&](auto n) {
+                return frozen_forward<decltype(n)>(weight, from, m, offset, static_cast<T*>(y), useful);
+            });
     });
     return status;
 }
@@ -219,7 +240,10 @@ int linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t ro
     int status = HB_OK;
     with_type(dtype, [&](auto number) {
         typedef decltype(number) T;
-        status = frozen_backward(weight, static_cast<const T*>(g), m, static_cast<T*>(dx), int(at_least(threads, 1)));
+        status = with_number<T>(w_dtype, [&](auto n) {
+            return frozen_backward<decltype(n)>(weight, static_cast<const T*>(g), m, static_cast<T*>(dx),
+                                                int(at_least(threads, 1)));
+        });
     });
     return status;
 }

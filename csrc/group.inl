@@ -1,5 +1,6 @@
 // The exported products of 4-bit layers: one, or several that share their input.
 
+template <class N>
 struct FourBitGroup {
     FourBit weights[max_members];
     Group group = {};
@@ -7,7 +8,7 @@ struct FourBitGroup {
     FourBitGroup(const hb_member* members, int count) {
         for (int i = 0; i < count; ++i) {
             weights[i] = FourBit(members[i].weight);
-            add_layer(group, weights[i], members[i].bias);
+            add_layer<N>(group, weights[i], members[i].bias);
             if (members[i].rank) add_adapter(group, members[i]);
         }
     }
@@ -29,11 +30,12 @@ int with_rows(int64_t m, Call call) {
 
 template <class T>
 int linear_of(const hb_member* members, int count, const T* x, int64_t m, T* y, float* u, int threads) {
-    const FourBitGroup all(members, count);
+    typedef typename NumberOf<T>::type N;
+    const FourBitGroup<N> all(members, count);
     const Group& g = all.group;
-    if (m > max_dot_rows) return forward(g, x, m, y, u, threads);
+    if (m > max_dot_rows) return forward<N>(g, x, m, y, u, threads);
     if (g.rank) {
-        const int status = forward(g, x, m, static_cast<T*>(nullptr), u, threads);
+        const int status = forward<N>(g, x, m, static_cast<T*>(nullptr), u, threads);
         if (status != HB_OK) return status;
     }
     return with_rows<max_dot_rows>(
@@ -43,15 +45,16 @@ int linear_of(const hb_member* members, int count, const T* x, int64_t m, T* y, 
 template <class T>
 int linear_backward_of(const hb_member* members, int count, const T* grad, const T* x, const float* u, int64_t m, T* dx,
                        float* v, int threads) {
-    const FourBitGroup all(members, count);
+    typedef typename NumberOf<T>::type N;
+    const FourBitGroup<N> all(members, count);
     const Group& g = all.group;
     const bool small = m <= max_sum_rows;
     int status = HB_OK;
-    if (g.rank || (dx && !small)) status = backward(g, grad, m, v, small ? static_cast<T*>(nullptr) : dx, threads);
+    if (g.rank || (dx && !small)) status = backward<N>(g, grad, m, v, small ? static_cast<T*>(nullptr) : dx, threads);
     if (dx && small && status == HB_OK)
         status = with_rows<max_sum_rows>(
             m, [&](auto rows) { return small_backward<decltype(rows)::value>(g, all.weights, grad, v, dx, threads); });
-    if (g.rank && status == HB_OK) status = adapter_gradients(g, grad, x, u, v, m, threads);
+    if (g.rank && status == HB_OK) status = adapter_gradients<N>(g, grad, x, u, v, m, threads);
     return status;
 }
 

@@ -12,10 +12,10 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 4, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 5, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
-enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_NEON = 3 };
+enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
 enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
 enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
 

@@ -12,6 +12,7 @@ namespace hb_avx2 {
 #include "avx2_codec.inl"
 #include "eight_codec.inl"
 #include "avx2_vec.inl"
+#include "number.inl"
 #include "avx2_tile.inl"
 #include "eight_tile.inl"
 #include "eight_dot.inl"

@@ -7,16 +7,7 @@
 namespace {
 namespace hb_avx512 {
 
-#include "numbers.inl"
-#include "avx2_convert.inl"
-#include "avx2_codec.inl"
-#include "eight_codec.inl"
-#include "avx512_vec.inl"
-#include "avx512_tile.inl"
-#include "avx512_dot.inl"
-#include "row_scales.inl"
-#include "avx512_dot_one.inl"
-
+#include "avx512.inl"
 #include "kernels.inl"
 
 }  // namespace hb_avx512

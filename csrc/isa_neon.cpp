@@ -12,6 +12,7 @@ namespace hb_neon {
 #include "neon_codec.inl"
 #include "eight_codec.inl"
 #include "neon_vec.inl"
+#include "number.inl"
 #include "neon_tile.inl"
 #include "eight_tile.inl"
 #include "eight_dot.inl"

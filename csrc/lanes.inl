@@ -2,6 +2,7 @@
 // a lambda over (position, lanes), and loads and stores through `lanes`.
 
 struct Whole {
+    int64_t count() const { return vec_width; }
     template <class T>
     vec load(const T* p) const {
         return vload(p);
@@ -14,6 +15,7 @@ struct Whole {
 
 struct Part {
     int64_t n;
+    int64_t count() const { return n; }
     template <class T>
     vec load(const T* p) const {  // zeros beyond
         T all[vec_width] = {};

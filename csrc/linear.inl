@@ -3,6 +3,7 @@
 
 constexpr int64_t packed_bytes = 16 << 20;  // rows are packed in parts of about this size
 constexpr int64_t min_packed_rows = 192;    // and never fewer: each part decodes the weights anew
+constexpr int64_t max_packed_rows = 1024;   // nor more: decoding is a hundredth of the work by then
 
 // A weight in 4 bits.
 struct FourBit {
@@ -13,11 +14,13 @@ struct FourBit {
     explicit FourBit(const hb_weight& weight) : w(&weight), decoder(weight.codebook) {}
     int64_t rows() const { return w->rows; }
     int64_t cols() const { return w->cols; }
+    template <class N>
     void forward(int64_t row, int64_t rows, int64_t k0, int64_t depth, float* tile) const {
-        decode_forward(*w, decoder, row, rows, k0, depth, tile);
+        decode_forward<N>(*w, decoder, row, rows, k0, depth, tile);
     }
+    template <class N>
     void backward(int64_t r0, int64_t depth, int64_t column, int64_t columns, float* tile) const {
-        decode_backward(*w, decoder, r0, depth, column, columns, tile);
+        decode_backward<N>(*w, decoder, r0, depth, column, columns, tile);
     }
 };
 
@@ -38,11 +41,11 @@ struct Group {
     int64_t cols, rows, rank;  // in_features; sums over the layers
 };
 
-template <class W>
+template <class N, class W>
 void add_layer(Group& g, const W& w, const void* bias) {
     Layer& layer = g.layers[g.count++];
     layer = {};
-    layer.source = &w, layer.forward = fill_forward<W>, layer.backward = fill_backward<W>;
+    layer.source = &w, layer.forward = fill_forward<N, W>, layer.backward = fill_backward<N, W>;
     layer.rows = w.rows(), layer.bias = bias;
     g.cols = w.cols(), g.rows += w.rows();
 }
@@ -56,19 +59,12 @@ inline void add_adapter(Group& g, const hb_member& member) {
     g.rank += member.rank;
 }
 
-inline int64_t rows_of_part(int64_t m, int64_t depth) {
-    const int64_t rows = at_least(packed_bytes / 4 / at_least(depth, 1), min_packed_rows);
-    return at_most(rows / max_panel_rows * max_panel_rows, m);
-}
-
-template <class T>
-void narrow_rows(const float* sums, int64_t m, int64_t width, T* y) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; ++r)
-        for_lanes(width, [=](int64_t i, auto lanes) {
-            const int64_t at = r * width + i;
-            lanes.store(y + at, lanes.load(sums + at));
-        });
+// Rows that are packed at a time, of m: equal parts.
+template <class N>
+int64_t rows_of_part(int64_t m, int64_t depth) {
+    const int64_t fitting = packed_bytes / 4 / at_least(dwords_of<N>(depth), 1);
+    const int64_t rows = at_most(at_least(fitting, min_packed_rows), max_packed_rows);
+    return at_most(divide_up(divide_up(m, divide_up(m, rows)), max_panel_rows) * max_panel_rows, m);
 }
 
 inline Product empty_product(const Panels& panels, int64_t stride) {
@@ -77,16 +73,36 @@ inline Product empty_product(const Panels& panels, int64_t stride) {
     return p;
 }
 
-// u = x A^T of all adapters (m, rank) and y (m, rows), or u alone when y is NULL.
+// What a task that writes T sums into.
 template <class T>
+constexpr int64_t scratch_floats(int64_t rows) {
+    return sizeof(T) == 4 ? 0 : (rows + max_panel_rows) * max_tile_columns;
+}
+
+struct LayerColumns {  // of a group's outputs and of its adapters' ranks, packed layer by layer
+    Columns outputs[max_members], ranks[max_members];
+
+    explicit LayerColumns(const Group& g) {
+        int64_t column = 0, low = 0;
+        for (int i = 0; i < g.count; ++i) {
+            outputs[i] = {column, g.layers[i].rows}, ranks[i] = {low, g.layers[i].rank};
+            column += g.layers[i].rows, low += g.layers[i].rank;
+        }
+    }
+};
+
+// u = x A^T of all adapters (m, rank) and y (m, rows), or u alone when y is NULL.
+template <class N, class T>
 int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) {
-    constexpr bool wide = sizeof(T) == 4;  // y itself takes the fp32 sums
-    const int64_t part = rows_of_part(m, wide ? g.cols : at_least(g.cols, g.rows)), padded = part + max_panel_rows;
-    const int64_t sums_floats = wide || !y ? 0 : part * g.rows, bias_floats = g.rows + g.count * panel_width;
-    Workspace space(threads * tile_floats + padded * (g.cols + g.rank) + bias_floats + sums_floats, 5);
+    const LayerColumns columns(g);
+    const Columns all = {0, g.cols};
+    const int64_t depth = dwords_of<N>(g.cols), low_depth = packed_depth<N>(columns.ranks, g.count);
+    const int64_t part = rows_of_part<N>(m, g.cols), padded = part + max_panel_rows;
+    const int64_t thread_floats = tile_floats + scratch_floats<T>(part), bias_floats = g.rows + g.count * panel_width;
+    Workspace space(threads * thread_floats + padded * (depth + low_depth) + bias_floats, 4);
     if (!space.base) return HB_NO_MEMORY;
-    float *tiles = space.take(threads * tile_floats), *packed_x = space.take(padded * g.cols),
-          *packed_u = space.take(padded * g.rank), *sums = space.take(sums_floats), *bias = space.take(bias_floats);
+    float *tiles = space.take(threads * thread_floats), *packed_x = space.take(padded * depth),
+          *packed_u = space.take(padded * low_depth), *bias = space.take(bias_floats);
     int64_t at = 0;
     for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
         const T* from = static_cast<const T*>(layer->bias);
@@ -95,32 +111,31 @@ int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) 
     }
     for (int64_t row = 0; row < m; row += part) {
         const Panels panels = panels_of(at_most(part, m - row));
-        float* out = wide ? reinterpret_cast<float*>(y) + row * g.rows : sums;
         Product down = empty_product(panels, g.rank), up = empty_product(panels, g.rows);
-        int64_t column = 0, low = 0;
+        int64_t low = 0;
         at = 0;
-        for (const Layer* layer = g.layers; layer < g.layers + g.count; ++layer) {
-            Output& output = add_output(up, layer->rows, bias + at, out + column);
-            add_term(output, packed_x, g.cols, 0, g.cols, layer->source, layer->forward);
-            at += divide_up(layer->rows, panel_width) * panel_width, column += layer->rows;
-            if (!layer->rank) continue;
-            add_term(output, packed_u, g.rank, low, layer->rank, &layer->up, fill_forward<Dense<float>>);
-            Output& low_output = add_output(down, layer->rank, nullptr, u + row * g.rank + low);
-            add_term(low_output, packed_x, g.cols, 0, g.cols, &layer->down, fill_forward<Dense<float>>);
-            low += layer->rank;
+        for (int i = 0; i < g.count; ++i) {
+            const Layer& layer = g.layers[i];
+            Output& output = add_output(up, layer.rows, bias + at, y + row * g.rows + columns.outputs[i].first);
+            add_term(output, packed_x, depth, 0, g.cols, layer.source, layer.forward);
+            at += divide_up(layer.rows, panel_width) * panel_width;
+            if (!layer.rank) continue;
+            add_term(output, packed_u, low_depth, low, layer.rank, &layer.up, fill_forward<N, Dense<float>>);
+            Output& low_output = add_output(down, layer.rank, nullptr, u + row * g.rank + columns.ranks[i].first);
+            add_term(low_output, packed_x, depth, 0, g.cols, &layer.down, fill_forward<N, Dense<float>>);
+            low += dwords_of<N>(layer.rank);
         }
         if (g.rank) divide(down, threads);
         if (y) divide(up, threads);
         const int useful = threads_for(panels.m * g.cols * (y ? g.rows + g.rank : g.rank) / 16, threads);
 #pragma omp parallel num_threads(useful)
         {
-            float* tile = tiles + thread_number() * tile_floats;
-            pack_rows(x + row * g.cols, panels, g.cols, g.cols, packed_x);
-            if (g.rank) run(down, tile);
+            float *tile = tiles + thread_number() * thread_floats, *scratch = tile + tile_floats;
+            pack_rows<N>(x + row * g.cols, panels, g.cols, &all, 1, packed_x);
+            if (g.rank) run<N, float>(down, tile, scratch);
             if (y) {
-                if (g.rank) pack_rows(u + row * g.rank, panels, g.rank, g.rank, packed_u);
-                run(up, tile);
-                if (!wide) narrow_rows(sums, panels.m, g.rows, y + row * g.rows);
+                if (g.rank) pack_rows<N>(u + row * g.rank, panels, g.rank, columns.ranks, g.count, packed_u);
+                run<N, T>(up, tile, scratch);
             }
         }
     }
@@ -128,40 +143,43 @@ int forward(const Group& g, const T* x, int64_t m, T* y, float* u, int threads) 
 }
 
 // v_i = s_i g_i B_i of all adapters (m, rank) and dx = sum of g_i W_i + v_i A_i (m, cols), or v alone when dx is NULL.
-template <class T>
+template <class N, class T>
 int backward(const Group& g, const T* grad, int64_t m, float* v, T* dx, int threads) {
-    constexpr bool wide = sizeof(T) == 4;
-    const int64_t part = rows_of_part(m, wide ? g.rows : at_least(g.cols, g.rows)), padded = part + max_panel_rows;
-    const int64_t sums_floats = wide || !dx ? 0 : part * g.cols;
-    Workspace space(threads * tile_floats + padded * (g.rows + g.rank) + sums_floats, 4);
+    const LayerColumns columns(g);
+    const int64_t depth = packed_depth<N>(columns.outputs, g.count),
+                  low_depth = packed_depth<N>(columns.ranks, g.count);
+    const int64_t part = rows_of_part<N>(m, g.rows), padded = part + max_panel_rows;
+    const int64_t thread_floats = tile_floats + scratch_floats<T>(part);
+    Workspace space(threads * thread_floats + padded * (depth + low_depth), 3);
     if (!space.base) return HB_NO_MEMORY;
-    float *tiles = space.take(threads * tile_floats), *packed_g = space.take(padded * g.rows),
-          *packed_v = space.take(padded * g.rank), *sums = space.take(sums_floats);
+    float *tiles = space.take(threads * thread_floats), *packed_g = space.take(padded * depth),
+          *packed_v = space.take(padded * low_depth);
     for (int64_t row = 0; row < m; row += part) {
         const Panels panels = panels_of(at_most(part, m - row));
         Product up = empty_product(panels, g.rank), down = empty_product(panels, g.cols);
-        Output& output = add_output(down, g.cols, nullptr, wide ? reinterpret_cast<float*>(dx) + row * g.cols : sums);
-        int64_t column = 0, low = 0;
-        for (const Layer* layer = g.layers; layer < g.layers + g.count; column += layer->rows, ++layer) {
-            add_term(output, packed_g, g.rows, column, layer->rows, layer->source, layer->backward);
-            if (!layer->rank) continue;
-            add_term(output, packed_v, g.rank, low, layer->rank, &layer->down, fill_backward<Dense<float>>);
-            Output& low_output = add_output(up, layer->rank, nullptr, v + row * g.rank + low);
-            add_term(low_output, packed_g, g.rows, column, layer->rows, &layer->up, fill_backward<Dense<float>>);
-            low += layer->rank;
+        Output& output = add_output(down, g.cols, nullptr, dx + row * g.cols);
+        int64_t high = 0, low = 0;
+        for (int i = 0; i < g.count; ++i) {
+            const Layer& layer = g.layers[i];
+            add_term(output, packed_g, depth, high, layer.rows, layer.source, layer.backward);
+            if (layer.rank) {
+                add_term(output, packed_v, low_depth, low, layer.rank, &layer.down, fill_backward<N, Dense<float>>);
+                Output& low_output = add_output(up, layer.rank, nullptr, v + row * g.rank + columns.ranks[i].first);
+                add_term(low_output, packed_g, depth, high, layer.rows, &layer.up, fill_backward<N, Dense<float>>);
+            }
+            high += dwords_of<N>(layer.rows), low += dwords_of<N>(layer.rank);
         }
         if (g.rank) divide(up, threads);
         if (dx) divide(down, threads);
         const int useful = threads_for(panels.m * g.rows * (dx ? g.cols + g.rank : g.rank) / 16, threads);
 #pragma omp parallel num_threads(useful)
         {
-            float* tile = tiles + thread_number() * tile_floats;
-            pack_rows(grad + row * g.rows, panels, g.rows, g.rows, packed_g);
-            if (g.rank) run(up, tile);
+            float *tile = tiles + thread_number() * thread_floats, *scratch = tile + tile_floats;
+            pack_rows<N>(grad + row * g.rows, panels, g.rows, columns.outputs, g.count, packed_g);
+            if (g.rank) run<N, float>(up, tile, scratch);
             if (dx) {
-                if (g.rank) pack_rows(v + row * g.rank, panels, g.rank, g.rank, packed_v);
-                run(down, tile);
-                if (!wide) narrow_rows(sums, panels.m, g.cols, dx + row * g.cols);
+                if (g.rank) pack_rows<N>(v + row * g.rank, panels, g.rank, columns.ranks, g.count, packed_v);
+                run<N, T>(down, tile, scratch);
             }
         }
     }

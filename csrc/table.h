@@ -47,6 +47,7 @@ extern const hb_table hb_table_baseline;
 #if defined(HB_X86)
 extern const hb_table hb_table_avx2;
 extern const hb_table hb_table_avx512;
+extern const hb_table hb_table_avx512_bf16;
 #elif defined(HB_ARM64)
 extern const hb_table hb_table_neon;
 #endif

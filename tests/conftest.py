@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCAB = 320
-
-# Panels or tiles decide a product's last bits: the same everywhere, and nothing is timed in tests.
-os.environ.setdefault("HALFBYTE_PANEL_ROWS", "bfloat16=32")
 
 MakeLlama = Callable[..., Path]
 

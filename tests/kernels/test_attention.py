@@ -151,7 +151,7 @@ def test_threads_do_not_change_a_bit(isa: str, dtype: torch.dtype, family: bool)
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"], indirect=True)
 def test_more_keys_than_are_packed_at_once(isa: str) -> None:
     """1600 tokens of four heads of 256 are more than 32 MB: the heads are taken in two turns."""
     torch.manual_seed(0)

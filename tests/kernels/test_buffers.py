@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 
 from halfbyte.kernels import buffers
@@ -86,39 +85,3 @@ def test_operators_use_the_buffers_of_the_block_and_torch_outside() -> None:
     assert buffers._current is None
     torch.testing.assert_close(y, torch.nn.functional.silu(x[:, :FLOATS]) * x[:, FLOATS:])
     assert torch.equal(torch.ops.halfbyte.gated(x, "silu"), y)
-
-
-@pytest.mark.parametrize("need_dx", [True, False])
-def test_panels_with_adapters_are_the_plain_products(need_dx: bool) -> None:
-    """lora_panel against the specification in float64; measured 3.4e-3 of the norm at most, as bfloat16 rounds."""
-    from halfbyte.kernels import lora_panel
-    from halfbyte.kernels.group import Member
-    from halfbyte.kernels.registry import cpu_choice
-    from halfbyte.quant import quantize
-
-    library = cpu_choice().library
-    if library is None or not library.fast_bf16:
-        pytest.skip("this CPU has no bfloat16 units")
-    torch.manual_seed(0)
-    tokens, into, outs, rank = 70, 128, (96, 32), 8
-    members, dense = [], []
-    for out in outs:
-        weight = quantize(torch.randn(out, into) / into**0.5)
-        a, b = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) / rank**0.5
-        members.append(Member(weight.op_args, out, None, a, b, 0.5))
-        dense.append((weight.dequantize(torch.float32).double(), a.double(), b.double()))
-    x, g = torch.randn(tokens, into).bfloat16(), torch.randn(tokens, sum(outs)).bfloat16()
-    y, u = lora_panel.forward(x, members, library)
-    dx, dA, dB = lora_panel.backward(g, x, u, members, library, need_dx=need_dx)
-    gs = g.double().split(list(outs), 1)
-    expected_y = torch.cat([x.double() @ (w + 0.5 * b @ a).T for w, a, b in dense], 1)
-    pairs = [(y, expected_y), (u, torch.cat([x.double() @ a.T for _, a, _ in dense], 1))]
-    pairs += [(mine, 0.5 * b.T @ g_i.T @ x.double()) for mine, g_i, (_, _, b) in zip(dA, gs, dense, strict=True)]
-    pairs += [(mine, 0.5 * g_i.T @ x.double() @ a.T) for mine, g_i, (_, a, _) in zip(dB, gs, dense, strict=True)]
-    if need_dx:
-        assert dx is not None
-        pairs.append((dx, sum(g_i @ (w + 0.5 * b @ a) for g_i, (w, a, b) in zip(gs, dense, strict=True))))
-    else:
-        assert dx is None
-    for mine, expected in pairs:
-        assert float((mine.double() - expected).norm() / expected.norm()) < 6e-3

@@ -127,7 +127,7 @@ def test_gradient(isa: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)  # torch's products promise less
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"], indirect=True)  # torch's products promise less
 def test_threads_change_nothing(isa: str) -> None:
     logits, targets = torch.randn(67, 1003), torch.randint(0, 1003, (67,))
     hidden, weight = torch.randn(67, 64), torch.randn(1003, 64).bfloat16()

@@ -82,7 +82,7 @@ def test_slabs_and_parts(isa: str) -> None:
             assert_product(torch.ops.halfbyte.linear_frozen(x, weight, bias), x, weight.t(), bias.double())
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"], indirect=True)
 def test_threads_change_nothing(isa: str) -> None:
     x, grad, _, plain = operands((2500, 300), 50, torch.float32, torch.bfloat16)
     codes, scales, _ = int8((2500, 300))

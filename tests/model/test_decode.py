@@ -48,7 +48,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["avx2", "avx512", "neon"])
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16", "neon"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     library = cpu_choice().library
     if library is None or request.param not in library.supported():

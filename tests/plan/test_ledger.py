@@ -67,7 +67,7 @@ def planned(family: str, *, checkpoint: bool) -> int:
     assert arch.fused
     adapted = frozenset(arch.linears)
     sizes = Sizes(
-        arch=arch, tokens=TOKENS, itemsize=4, rank=RANK, adapted=adapted, checkpoint=checkpoint, panels=False
+        arch=arch, tokens=TOKENS, itemsize=4, rank=RANK, adapted=adapted, checkpoint=checkpoint, pairs=False
     )  # fmt: skip
     led = Ledger()
     led.hold("outside", x0=0)  # the embedding's rows are torch's
@@ -91,7 +91,7 @@ def test_everything_is_let_go() -> None:
     """After a pass only gradients are left."""
     arch = architecture(config_of("gemma3_text").to_dict(), "gemma3_text")
     sizes = Sizes(
-        arch=arch, tokens=7, itemsize=2, rank=4, adapted=frozenset(arch.linears), checkpoint=False, panels=True
+        arch=arch, tokens=7, itemsize=2, rank=4, adapted=frozenset(arch.linears), checkpoint=False, pairs=True
     )  # fmt: skip
     led = Ledger()
     led.hold("outside", x0=1)
@@ -107,8 +107,8 @@ def test_everything_is_let_go() -> None:
 
 def test_the_workspace_is_no_smaller_than_the_formulas_of_the_sources(tmp_path: Path) -> None:
     """A product of 512 rows packs x and its sums; more rows than a part are packed part by part."""
-    one = workspace.linear(512, 4096, 4096, 16, 1, wide=True)
+    one = workspace.linear(512, 4096, 4096, 16, 1, workspace.Numbers(True, 1))
     assert 4 * 512 * 4096 < one < 20 << 20
-    assert workspace.linear(1 << 14, 4096, 4096, 16, 1, wide=True) < 24 << 20
+    assert workspace.linear(1 << 14, 4096, 4096, 16, 1, workspace.Numbers(True, 1)) < 24 << 20
     assert workspace.attention(8192, 32, 8, 128, 1) <= 40 << 20
     assert workspace.attention_backward(8192, 32, 8, 128, 1) <= 48 << 20

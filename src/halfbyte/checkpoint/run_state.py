@@ -26,7 +26,6 @@ from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_one
 from halfbyte.errors import FileError
-from halfbyte.kernels import panel_rule
 from halfbyte.kernels.registry import cpu_choice
 
 logger = logging.getLogger("halfbyte")
@@ -188,7 +187,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "isa": "reference" if library is None else library.isa,
-        "panel_rows": panel_rule().rows,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_MEMBERS = 8
 """Layers of a group at most."""
-ISAS = ("baseline", "avx2", "avx512", "neon")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 """Instruction sets in the library's numbering."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

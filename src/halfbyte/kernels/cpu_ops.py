@@ -17,7 +17,6 @@ from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.adamw import state_maps
 from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
-from halfbyte.kernels.crossover import panels_serve
 from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
@@ -32,23 +31,11 @@ def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
 
 
 def fused_library(x: Tensor, blocksize: int, in_features: int) -> Library | None:
-    """The native library, when its fused products know this case and are the fastest way."""
+    """The native library, when its fused products know this case."""
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
-    return None if panels_serve(x, library) else library
-
-
-def product_dtype(x: Tensor, blocksize: int) -> torch.dtype:
-    """What the product with x (m, n) runs in: bfloat16 in panels on a CPU that multiplies it natively, else float32.
-
-    Adapters beside it then run in bfloat16, too: in float32 they would make the layer take 1.4 times as long forward
-    and 1.9 times backward (Zen 5, 1024 rows of 2048x2048, rank 16).
-    """
-    library = _library(x.dtype, blocksize)
-    if library is None or not library.fused_linear or not panels_serve(x, library):
-        return torch.float32
-    return panel.compute_dtype(x.dtype, library)
+    return library
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")

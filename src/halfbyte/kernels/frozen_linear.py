@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES, WEIGHT_DTYPES
 from halfbyte.kernels.buffers import empty
-from halfbyte.kernels.registry import cpu_choice, run_native
+from halfbyte.kernels.registry import run_native
 from halfbyte.quant.int8 import check_int8, dequantize_int8
 
 PANEL_BYTES = 8 * 2**20
@@ -98,19 +98,10 @@ def _dx_fake(grad: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tens
     return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
-TORCH_BF16_ROWS = 9
-"""From this many rows on, torch multiplies bfloat16 with bfloat16 where the CPU does so natively. Zen 5, one thread,
-49152 x 576, ms forward / dx, torch against ours: 16 rows 5 / 7, 9 / 8; 256 rows 33 / 38, 81 / 80. Not so for float32
-(256 rows 165 / 146, 79 / 80) and float16 (608 / 7679, 77 / 80), nor for one row (forward 3.7, 2.0)."""
-
-
 def _native(x: Tensor, weight: Tensor, scales: Tensor | None) -> bool:
-    """Does the native library know this case, and is it the fastest way?"""
+    """Does the native library know this case?"""
     if 0 in (*x.shape, *weight.shape) or not (weight.is_contiguous() and (scales is None or scales.is_contiguous())):
         return False
-    if x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] >= TORCH_BF16_ROWS:
-        library = cpu_choice().library
-        return library is not None and not library.fast_bf16
     return x.dtype in DTYPES and weight.dtype in WEIGHT_DTYPES
 
 

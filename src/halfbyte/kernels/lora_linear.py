@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import lora_panel
 from halfbyte.kernels.abi import MAX_MEMBERS, NO_MEMORY
 from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.cpu import Library
-from halfbyte.kernels.cpu_ops import fused_library, product_dtype
+from halfbyte.kernels.cpu_ops import fused_library
 from halfbyte.kernels.group import GroupView, Member
-from halfbyte.kernels.registry import cpu_choice
 
 _GROUP = (
     "Tensor[] codes, Tensor[] absmax, Tensor?[] nested_absmax, float[] nested_offset, str quant_type, int blocksize, "
@@ -73,42 +71,36 @@ def _check_rows(name: str, rows: Tensor, columns: int, like: Tensor | None = Non
         torch._check(rows.shape[0] == like.shape[0], lambda: f"{name} has {rows.shape[0]} rows of {like.shape[0]}")
 
 
-def _plain_forward(
-    x: Tensor, members: list[Member], adapter_dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """`adapter_dtype`: what the adapters' products run in; float32 is the specification."""
+def _plain_forward(x: Tensor, members: list[Member]) -> tuple[Tensor, Tensor]:
     ys, us = [], [x.new_empty(x.shape[0], 0, dtype=torch.float32)]
     for member in members:
         bias = None if member.bias is None else member.bias.to(x.dtype)
         y = torch.ops.halfbyte.linear_4bit(x, *member.weight, member.out_features, bias)
         if member.lora_A is not None and member.lora_B is not None:
-            u = x.to(adapter_dtype) @ member.lora_A.to(adapter_dtype).t()
-            us.append(u.float())
-            b = member.lora_B.to(adapter_dtype).t()
-            y = torch.addmm(y.to(adapter_dtype), u, b, alpha=member.scaling).to(x.dtype)
+            us.append(x.float() @ member.lora_A.t())
+            y = torch.addmm(y.float(), us[-1], member.lora_B.t(), alpha=member.scaling).to(x.dtype)
         ys.append(y)
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1), torch.cat(us, 1)
 
 
 def _plain_backward(
-    g: Tensor, x: Tensor, u: Tensor, members: list[Member], need_dx: bool, adapter_dtype: torch.dtype = torch.float32
+    g: Tensor, x: Tensor, u: Tensor, members: list[Member], need_dx: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`adapter_dtype`: what the adapters' products and the members' sum run in; float32 is the specification."""
     dx, dA, dB = None, [], []
     gs = g.split([member.out_features for member in members], 1)
     us = iter(u.split([member.rank for member in members if member.lora_A is not None], 1))
     for member, g_i in zip(members, gs, strict=True):
         if need_dx:
-            part = torch.ops.halfbyte.linear_4bit_dx(g_i, *member.weight, x.shape[1]).to(adapter_dtype)
+            part = torch.ops.halfbyte.linear_4bit_dx(g_i, *member.weight, x.shape[1]).float()
             dx = part if dx is None else dx.add_(part)
         if member.lora_A is None or member.lora_B is None:
             continue
-        wide = g_i.to(adapter_dtype)
-        v = (wide @ member.lora_B.to(adapter_dtype)).mul_(member.scaling)
+        wide = g_i.float()
+        v = (wide @ member.lora_B).mul_(member.scaling)
         if dx is not None:
-            dx.addmm_(v, member.lora_A.to(adapter_dtype))
-        dA.append((v.t() @ x.to(adapter_dtype)).float())
-        dB.append((wide.t() @ next(us).to(adapter_dtype)).float().mul_(member.scaling))
+            dx.addmm_(v, member.lora_A)
+        dA.append(v.t() @ x.float())
+        dB.append((wide.t() @ next(us)).mul_(member.scaling))
     return x.new_empty(0, x.shape[1]) if dx is None else dx.to(x.dtype), dA, dB
 
 
@@ -169,10 +161,7 @@ def _lora_linear_4bit_cpu(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
         u = empty((x.shape[0], sum(member.rank for member in members)), torch.float32)
         if GroupView(members, x.shape[1], x.dtype).linear(library, x, y, u) != NO_MEMORY:
             return y, u
-    by_panels = _panel_library(x, members)
-    if by_panels is not None:
-        return lora_panel.forward(x.contiguous(), members, by_panels)
-    return _plain_forward(x, members, product_dtype(x, members[0].weight[5]))
+    return _plain_forward(x, members)
 
 
 @torch.library.impl("halfbyte::lora_linear_4bit_backward", "CPU")
@@ -190,22 +179,11 @@ def _lora_linear_4bit_backward_cpu(
         view = GroupView(members, x.shape[1], x.dtype, list(zip(dA, dB, strict=True)))
         if view.linear_backward(library, g, x, u, dx) != NO_MEMORY:
             return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
-    by_panels = _panel_library(x, members)
-    if by_panels is not None:
-        dx, dA, dB = lora_panel.backward(g.contiguous(), x.contiguous(), u, members, by_panels, need_dx=bool(need_dx))
-        return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
-    return _plain_backward(g, x, u, members, bool(need_dx), product_dtype(x, members[0].weight[5]))
-
-
-def _panel_library(x: Tensor, members: list[Member]) -> Library | None:
-    """The native library, when products run in decoded panels of x's own dtype."""
-    library = cpu_choice().library
-    panels = library is not None and x.numel() > 0 and product_dtype(x, members[0].weight[5]) == x.dtype
-    return library if panels and x.dtype == torch.bfloat16 else None
+    return _plain_backward(g, x, u, members, bool(need_dx))
 
 
 def _library(x: Tensor, members: list[Member]) -> Library | None:
-    """The native library, when its group products know this case and are the fastest way."""
+    """The native library, when its group products know this case."""
     if len(members) > MAX_MEMBERS or not any(member.out_features for member in members):
         return None
     return fused_library(x, members[0].weight[5], x.shape[1])

@@ -20,8 +20,6 @@ Weight = tuple[Tensor, Tensor, Tensor | None, float, str, int]
 
 PANEL_ELEMENTS = 1 << 21
 """Decoded weights held at once: 8 MB in float32."""
-WIDENED_ELEMENTS = 1 << 18
-"""Numbers whose copy in float32 is held at once: 1 MB, which stays in the cache."""
 
 
 def panel_rows(out_features: int, in_features: int, blocksize: int) -> int:
@@ -64,19 +62,6 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, library:
             product += bias[first : first + panel.shape[0]]
         if out.dtype != dtype:
             columns.copy_(product)
-
-
-def add_widened(total: Tensor, part: Tensor) -> None:
-    """total += part of another dtype, some rows at a time: torch makes a copy of what it has to widen."""
-    rows = max(WIDENED_ELEMENTS // max(part.shape[1], 1), 1)
-    for some, more in zip(total.split(rows), part.split(rows), strict=True):
-        some += more
-
-
-def add_dx(grad: Tensor, weight: Weight, total: Tensor, part: Tensor, library: Library | None) -> None:
-    """total (m, in_features) float32 += grad (m, out_features) @ W, by way of `part`, like total in grad's dtype."""
-    for first, panel in _panels(weight, grad.shape[1], total.shape[1], grad.dtype, library):
-        add_widened(total, torch.mm(grad[:, first : first + panel.shape[0]], panel, out=part))
 
 
 def linear_dx(grad: Tensor, weight: Weight, out: Tensor, library: Library | None) -> None:

@@ -3,9 +3,8 @@
 The native library is loaded at the first use of an operator on the CPU. Where it is missing or broken, or the
 environment says so, the plain-torch reference serves; the reason is kept for `halfbyte doctor`.
 
-``HALFBYTE_ISA`` = baseline, avx2, avx512, neon or reference overrides the choice (tests run every path on a machine);
-``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU. ``HALFBYTE_PANEL_ROWS`` takes the place
-of what `crossover` measures, which is kept in the user's cache folder.
+``HALFBYTE_ISA`` = baseline, avx2, avx512, avx512_bf16, neon or reference overrides the choice (tests run every path on
+a machine); ``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,6 @@ from halfbyte.kernels.abi import DTYPES, ISAS, OK
 
 ISA_VARIABLE = "HALFBYTE_ISA"
 CUDA_VARIABLE = "HALFBYTE_CUDA_KERNELS"
-PANEL_ROWS_VARIABLE = "HALFBYTE_PANEL_ROWS"
-PANEL_DTYPES = ("float32", "bfloat16")
 CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
 LAYER_OPS = (
@@ -88,32 +84,6 @@ def run_native(name: str, *arguments: Any) -> bool:
     """Call the library's function `name` with `arguments` and the number of threads; False where it does not serve."""
     library = cpu_choice().library
     return library is not None and getattr(library.call, name)(*arguments, torch.get_num_threads()) == OK
-
-
-def panel_rows_setting() -> dict[str, int | None] | None:
-    """``HALFBYTE_PANEL_ROWS``: "never", or such as "bfloat16=32": panels from 32 rows on. None where it is not set."""
-    text = os.environ.get(PANEL_ROWS_VARIABLE, "")
-    if not text:
-        return None
-    rows: dict[str, int | None] = dict.fromkeys(PANEL_DTYPES)
-    for part in text.split(",") if text != "never" else ():
-        name, _, number = part.partition("=")
-        if name not in PANEL_DTYPES or not number.isdecimal():
-            raise ConfigError(
-                f"cannot read {part!r}", where=PANEL_ROWS_VARIABLE, fix="Give never, or dtype=rows: bfloat16=32"
-            )
-        rows[name] = int(number)
-    return rows
-
-
-def cache_folder() -> Path:
-    """halfbyte's folder for what can be made again; it need not exist.
-
-    Raises:
-        RuntimeError: the user has no home.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "halfbyte"
 
 
 @dataclass(frozen=True)
@@ -188,8 +158,6 @@ def kernel_report() -> list[KernelRow]:
             reason = f"{choice.reason}; it has no fused matrix product"
         elif op.startswith("linear_4bit"):
             kernel, reason = f"{choice.library.isa} fused", choice.reason
-            if choice.library.fast_bf16:
-                reason += "; many rows of bfloat16 run in decoded panels on this CPU's native bfloat16"
         else:
             kernel, reason = choice.library.isa, choice.reason
         if choice.library is not None and not choice.library.openmp:

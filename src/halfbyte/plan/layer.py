@@ -17,8 +17,6 @@ GROUPS = {
     "gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",),
 }  # fmt: skip
 """Linear layers over one input."""
-PANEL_ELEMENTS = 1 << 21
-"""Decoded weights that a bfloat16 product holds at once (kernels/panel.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Sizes:
         rank: of the adapters.
         adapted: last names of the linear layers that have one.
         checkpoint: only x and what the down projection's backward needs is kept.
-        panels: products run in decoded panels of bfloat16 (CPUs with AVX512-BF16).
+        pairs: bfloat16 is multiplied in pairs (CPUs with AVX512-BF16), so packed rows take half the bytes.
         together: micro-batches that pass a layer one after the other before the next layer's turn.
         offloaded: what is saved for the backward pass goes to disk.
     """
@@ -42,7 +40,7 @@ class Sizes:
     rank: int
     adapted: frozenset[str]
     checkpoint: bool
-    panels: bool
+    pairs: bool
     together: int = 1
     offloaded: bool = False
 
@@ -71,43 +69,17 @@ class Sizes:
         return sum(4 * self.rank * (out + into) for name, out, into in self.members(group) if name in self.adapted)
 
 
-def _briefly(led: Ledger, **blocks: float) -> None:
-    """Blocks of an operator's own, gone when it returns."""
-    led.hold(TEMPORARY, **blocks)
-    led.drop(*blocks)
-
-
-def _product(led: Ledger, s: Sizes, group: str) -> None:
-    """A group's forward product, beside y and u: in panels the decoded rows, and u in bfloat16 (lora_panel.py)."""
-    if s.panels:
-        _briefly(led, panel=_panel(s, group), u16=s.rows(s.rank))
-
-
-def _gradient_product(led: Ledger, s: Sizes, group: str) -> None:
-    """A group's backward product, beside dx, dA and dB: v; in panels decoded rows and the float32 sum of dx, too."""
-    if s.panels:
-        _briefly(led, panel=_panel(s, group), total=s.floats(s.members(group)[0][2]), v=s.rows(2 * s.rank))
-    else:
-        _briefly(led, v=s.floats(s.ranks(group)))
-
-
-def _panel(s: Sizes, group: str) -> int:
-    return 2 * max(min(PANEL_ELEMENTS, out * into) for _, out, into in s.members(group))
-
-
 def until_down(led: Ledger, s: Sizes, p: str) -> None:
     """`_until_down`: leaves what `_Saved` names, and `rotated` where heads are normed."""
     a = s.arch
     led.hold(TEMPORARY, normed=s.rows(a.hidden))
     led.hold(SAVED, **{p + "rstd": s.floats(1)})
-    _product(led, s, "qkv")
     led.hold(SAVED, **{p + "qkv": s.rows(a.qkv), p + "u_qkv": s.floats(s.ranks("qkv"))})
     if a.head_norms:
         led.hold(TEMPORARY, rotated=s.rows(a.qkv))
         led.hold(SAVED, **{p + "head_rstd": s.floats(a.heads + a.kv_heads)})
     led.hold(SAVED, **{p + "attention": s.rows(a.query), p + "lse": s.floats(a.heads)})
     led.drop("normed")
-    _product(led, s, "o")
     led.hold(TEMPORARY, o=s.rows(a.hidden))
     led.hold(SAVED, **{p + "u_o": s.floats(s.ranks("o"))})
     if a.four_norms:
@@ -116,7 +88,6 @@ def until_down(led: Ledger, s: Sizes, p: str) -> None:
         led.hold(SAVED, **{p + "o_rstd": s.floats(1)})
     led.hold(SAVED, **{p + "h": s.rows(a.hidden), p + "h_rstd": s.floats(1)})
     led.hold(TEMPORARY, normed=s.rows(a.hidden))
-    _product(led, s, "gate_up")
     led.hold(SAVED, **{p + "gate_up": s.rows(2 * a.intermediate), p + "u_gate_up": s.floats(s.ranks("gate_up"))})
     led.drop("normed", "o")
 
@@ -134,7 +105,6 @@ def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True
     a, p = s.arch, f"{number}."
     until_down(led, s, p)
     led.hold(TEMPORARY, product=s.rows(a.intermediate))
-    _product(led, s, "down")
     led.hold(SAVED, **{f"x{number + 1}": s.kept(a.hidden), p + "u_down": s.kept(s.ranks("down"), 4)})
     led.drop("product")
     if a.four_norms:
@@ -172,7 +142,8 @@ def backward(led: Ledger, s: Sizes, number: int, *, accumulate: bool) -> None:
 
 def _gradients(led: Ledger, s: Sizes, p: str, group: str) -> None:
     led.hold(GRADIENTS, **{f"{p}d_{group}": s.adapter_bytes(group)})
-    _gradient_product(led, s, group)
+    led.hold(TEMPORARY, v=s.floats(s.ranks(group)))  # the product's own, gone when it returns
+    led.drop("v")
 
 
 def _mlp_backward(led: Ledger, s: Sizes, p: str) -> None:

@@ -69,7 +69,7 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         arch=replace(base.architecture, fused=runs_fused(config, base)), tokens=tokens,
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
         checkpoint=config.train.gradient_checkpointing,
-        panels=dtype == "bfloat16" and machine.bf16_units, together=together,
+        pairs=dtype == "bfloat16" and machine.bf16_units, together=together,
         offloaded=config.memory.activations == "disk",
     )  # fmt: skip
 
@@ -119,10 +119,7 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
         led.keep_history = keep_history
         led.hold("adapters", adapters=4 * adapter_parameters(own))
         rows = max(step.CHUNK_BYTES // (4 * own.arch.vocab), 16)
-        head_in_torch = own.itemsize == 2 and own.panels and not base.int8_embeddings
-        led.hold("workspace", workspace=workspace.largest(
-            own, min(rows, tokens), machine.threads, backward=backward, head_in_torch=head_in_torch
-        ))  # fmt: skip
+        led.hold("workspace", workspace=workspace.largest(own, min(rows, tokens), machine.threads, backward=backward))
         return led, own
 
     accumulates = config.train.gradient_accumulation_steps > 1

@@ -9,35 +9,51 @@ from dataclasses import dataclass
 
 from halfbyte.plan.layer import GROUPS, Sizes
 
-PACKED_BYTES, MIN_PACKED_ROWS, PANEL_ROWS = 16 << 20, 192, 14
-TILE_FLOATS = 640 * 128 + 8 * 5 * 16
+PACKED_BYTES, MIN_PACKED_ROWS, MAX_PACKED_ROWS, PANEL_ROWS = 16 << 20, 192, 1024, 14
+TILE_FLOATS, TILE_COLUMNS = 640 * 128 + 8 * 5 * 16, 128
 SLAB_ROWS, SLAB_DEPTH = 1024, 2048
 ATTENTION_BYTES, FORWARD_KEYS, BACKWARD_KEYS, QUERY_ROWS = 32 << 20, 112, 48, 64
 ATTENTION_TASKS, TASK_SCORES, PANEL_WIDTH = 16, 1 << 18, 32
 
 
-def _padded_rows(tokens: int, depth: int) -> int:
-    rows = max(PACKED_BYTES // 4 // max(depth, 1), MIN_PACKED_ROWS)
-    return min(rows, tokens) + PANEL_ROWS
+@dataclass(frozen=True)
+class Numbers:
+    """How a product packs and sums: what it writes is float32 itself or not (`wide`), and how many go into a dword."""
+
+    wide: bool
+    in_dword: int
+
+    def dwords(self, numbers: int) -> int:
+        return -(-numbers // self.in_dword)
+
+    def padded_rows(self, tokens: int, depth: int) -> int:
+        fitting = PACKED_BYTES // 4 // max(self.dwords(depth), 1)
+        parts = -(-tokens // min(max(fitting, MIN_PACKED_ROWS), MAX_PACKED_ROWS))
+        return min(-(-tokens // max(parts, 1)) + PANEL_ROWS, tokens) + PANEL_ROWS
+
+    def thread_floats(self, rows: int) -> int:
+        """A tile, and sums of its columns where y is not float32 itself."""
+        return TILE_FLOATS + (0 if self.wide else rows * TILE_COLUMNS)
 
 
-def linear(tokens: int, into: int, out: int, rank: int, threads: int, *, wide: bool) -> int:
-    """Forward: x (part, in) and u (part, r) packed, and the sums (part, out) where y is not float32 itself."""
-    part = _padded_rows(tokens, into if wide else max(into, out))
-    return 4 * (threads * TILE_FLOATS + part * (into + rank + (0 if wide else out)) + out)
+def linear(tokens: int, into: int, out: int, rank: int, threads: int, n: Numbers) -> int:
+    """Forward: x (part, in) and u (part, r) packed."""
+    part = n.padded_rows(tokens, into)
+    return 4 * (threads * n.thread_floats(part) + part * (n.dwords(into) + n.dwords(rank)) + out)
 
 
-def linear_backward(tokens: int, into: int, out: int, rank: int, threads: int, *, wide: bool) -> int:
+def linear_backward(tokens: int, into: int, out: int, rank: int, threads: int, n: Numbers) -> int:
     """g (part, out) and v (part, r) packed; for the adapters u and v whole, and sums of a tile a thread."""
-    part = _padded_rows(tokens, out if wide else max(into, out))
-    adapters = threads * (TILE_FLOATS + rank * 128) + 2 * tokens * rank
-    return 4 * max(threads * TILE_FLOATS + part * (out + rank + (0 if wide else into)), adapters)
+    part = n.padded_rows(tokens, out)
+    adapters = threads * (TILE_FLOATS + rank * TILE_COLUMNS) + 2 * n.dwords(tokens) * rank
+    return 4 * max(threads * n.thread_floats(part) + part * (n.dwords(out) + n.dwords(rank)), adapters)
 
 
-def frozen_backward(rows: int, into: int, out: int, threads: int, *, wide: bool) -> int:
+def frozen_backward(rows: int, into: int, out: int, threads: int, n: Numbers) -> int:
     """A slab of g, and the sums (part, in) where dx is not float32 itself."""
     part = min(rows, SLAB_ROWS)
-    return 4 * (threads * TILE_FLOATS + (part + PANEL_ROWS) * min(out, SLAB_DEPTH) + (0 if wide else part * into))
+    packed = (part + PANEL_ROWS) * min(n.dwords(out), SLAB_DEPTH)
+    return 4 * (threads * TILE_FLOATS + packed + (0 if n.wide else part * into))
 
 
 @dataclass(frozen=True)
@@ -81,20 +97,19 @@ def attention_backward(tokens: int, heads: int, kv_heads: int, dim: int, threads
     return 4 * (threads * scratch + h.at_once(floats) * floats)
 
 
-def largest(s: Sizes, loss_rows: int, threads: int, *, backward: bool, head_in_torch: bool) -> int:
+def largest(s: Sizes, loss_rows: int, threads: int, *, backward: bool) -> int:
     """Of all calls of a pass over `s.tokens` tokens, `loss_rows` of them through the head at a time."""
-    a, wide = s.arch, s.itemsize == 4
+    a, n = s.arch, Numbers(s.itemsize == 4, 2 if s.pairs else 1)
     calls = [attention(s.tokens, a.heads, a.kv_heads, a.head_dim, threads)]
     if backward:
         calls.append(attention_backward(s.tokens, a.heads, a.kv_heads, a.head_dim, threads))
-    for group in () if s.panels else GROUPS:
+    for group in GROUPS:
         members = s.members(group)
         out, into = sum(out for _, out, _ in members), members[0][2]
-        calls.append(linear(s.tokens, into, out, s.ranks(group), threads, wide=wide))
+        calls.append(linear(s.tokens, into, out, s.ranks(group), threads, n))
         if backward:
-            calls.append(linear_backward(s.tokens, into, out, s.ranks(group), threads, wide=wide))
-    if not head_in_torch:
-        calls.append(linear(loss_rows, a.hidden, a.vocab, 0, threads, wide=wide))
-        if backward:
-            calls.append(frozen_backward(loss_rows, a.hidden, a.vocab, threads, wide=wide))
+            calls.append(linear_backward(s.tokens, into, out, s.ranks(group), threads, n))
+    calls.append(linear(loss_rows, a.hidden, a.vocab, 0, threads, n))
+    if backward:
+        calls.append(frozen_backward(loss_rows, a.hidden, a.vocab, threads, n))
     return max(calls)

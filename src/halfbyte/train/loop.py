@@ -28,7 +28,6 @@ from halfbyte.config.schema import require_config
 from halfbyte.data import Batch, Cursor
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import NumericsError
-from halfbyte.kernels import keep_to
 from halfbyte.kernels.buffers import release_unused, steady_memory
 from halfbyte.model.adapt import adapter_state, load_adapter_state
 from halfbyte.model.memory import peak_memory, resident_memory
@@ -194,8 +193,6 @@ def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, C
     restore_rng(saved.rng)
     changed = "".join(f"; changed: {change}" for change in changes)
     observer.note(f"resumed from {path} after step {saved.step}{changed}")
-    for sentence in keep_to(saved.environment.get("panel_rows", {})):
-        observer.note(sentence)
     for change in environment_changes(saved):
         observer.note(f"not bit-exact with the first part of the run: {change}")
     return saved.step, Cursor(**saved.cursor)
