@@ -16,13 +16,14 @@ LONGEST = 15.0
 """Seconds after which no more tokens are written: the slow stacks on the 1B shape."""
 
 
-def halfbyte(folder: str) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
-    """Prompt and step of halfbyte's decoder, tried out."""
+def halfbyte(folder: str, embeddings: str) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
+    """Prompt and step of halfbyte's decoder, tried out; `embeddings` as in quant.embeddings."""
     from halfbyte.config import QuantConfig
     from halfbyte.model import load_model
     from halfbyte.model.decode import Decoder
 
-    decoder = Decoder(load_model(folder, QuantConfig(), compute_dtype=torch.float32).model)
+    quant = QuantConfig(embeddings=embeddings)  # type: ignore[arg-type]
+    decoder = Decoder(load_model(folder, quant, compute_dtype=torch.float32).model)
     decoder.try_out([1, 2, 3])
     return decoder.prefill, decoder.step
 
@@ -53,7 +54,10 @@ def transformers(folder: str, quantized: bool) -> tuple[Callable[[list[int]], An
 def main() -> None:
     stack, folder, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(threads)
-    prefill, step = halfbyte(folder) if stack == "halfbyte" else transformers(folder, stack == "bitsandbytes")
+    if stack.startswith("halfbyte"):
+        prefill, step = halfbyte(folder, "int8" if stack == "halfbyte-int8" else "as_stored")
+    else:
+        prefill, step = transformers(folder, stack == "bitsandbytes")
     ids = [i * 7919 % 49000 + 5 for i in range(PROMPT)]
     prefill(ids)
     started = time.perf_counter()
