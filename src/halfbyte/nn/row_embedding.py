@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from halfbyte.quant.int8 import dequantize_int8, quantize_int8
 
+AT_ONCE = 64
+"""Rows that take their int8 values at a time."""
+
 
 class Rows(Protocol):
     """What reads the table: `store.RowStore`."""
@@ -43,8 +46,8 @@ class RowEmbedding(nn.Module):
         """(...) int64 -> (..., embedding_dim) in the compute dtype."""
         unique, places = ids.unique(return_inverse=True)
         table = self._rows.read(unique.tolist()).view(self._dtype)
-        if self._int8:
-            table = dequantize_int8(*quantize_int8(table), self._dtype)
+        for few in table.split(AT_ONCE) if self._int8 else ():
+            few.copy_(dequantize_int8(*quantize_int8(few), self._dtype))
         return F.embedding(places, table).to(self._compute_dtype)
 
     def extra_repr(self) -> str:

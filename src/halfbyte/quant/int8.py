@@ -26,7 +26,10 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, cols = weight.shape
     blocks = num_blocks(cols, INT8_BLOCK)
-    padded = F.pad(weight.float(), (0, blocks * INT8_BLOCK - cols)).view(rows, blocks, INT8_BLOCK)
+    wide = weight.float()
+    if missing := blocks * INT8_BLOCK - cols:
+        wide = F.pad(wide, (0, missing))
+    padded = wide.contiguous().view(rows, blocks, INT8_BLOCK)
     scales = (padded.abs().amax(2) / 127).clamp_(min=TINY) if blocks else padded.new_empty(rows, 0)
     codes = (padded / scales.unsqueeze(2)).round_().to(torch.int8)
     return codes.flatten(1)[:, :cols].contiguous(), scales
