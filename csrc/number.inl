@@ -4,7 +4,10 @@
 struct Single {
     static constexpr int64_t numbers = 1;  // in a dword
 
-    static vec dot(vec a, vec b, vec sum) { return vfma(a, b, sum); }
+    template <class Spread>  // as vspread gives it: a vector, or a lane of one (NEON)
+    static vec dot(Spread a, vec b, vec sum) {
+        return vfma(a, b, sum);
+    }
     static float join(float first, float) { return first; }
     static vec join(vec first, vec) { return first; }
     template <class T>
