@@ -14,9 +14,11 @@ from torch import nn
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.decode import Decoder
-from halfbyte.model.load import LoadedModel, load_model
+from halfbyte.model.int8 import int8_names
+from halfbyte.model.load import LoadedModel, load_model, skeleton
 from halfbyte.model.placement import Placement
 from halfbyte.model.quantize import quantize_model
+from halfbyte.model.source import open_source
 from halfbyte.nn import FrozenLinear, chunked_cross_entropy
 from halfbyte.quant.int8 import dequantize_int8, quantize_int8
 
@@ -116,3 +118,12 @@ def test_broken_numbers_and_writing_are_refused(make_llama: MakeLlama, tmp_path:
     with pytest.raises(ConfigError, match=r"quant\.embeddings: 'int8' is not written"):
         quantize_model(str(tmp_path), tmp_path / "four", QuantConfig(embeddings="int8"))
     assert not (tmp_path / "four").exists()
+
+
+def test_other_heads_are_refused(tiny_llama: Path) -> None:
+    model = skeleton(open_source(str(tiny_llama)))
+    assert int8_names(model, QuantConfig(embeddings="int8")) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert not int8_names(model, QuantConfig())
+    model.set_output_embeddings(nn.Sequential(model.lm_head))
+    with pytest.raises(ConfigError, match="a Sequential as output head"):
+        int8_names(model, QuantConfig(embeddings="int8"))
