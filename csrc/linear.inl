@@ -1,9 +1,9 @@
 // Linear layers that read the same input, each with a frozen weight and perhaps an adapter:
 // y_i = x W_i^T + bias_i + s_i (x A_i^T) B_i^T, and the gradients. x is packed once for all of them.
 
-constexpr int64_t packed_bytes = 16 << 20;  // rows are packed in parts of about this size
-constexpr int64_t min_packed_rows = 192;    // and never fewer: each part decodes the weights anew
-constexpr int64_t max_packed_rows = 1024;   // nor more: decoding is a hundredth of the work by then
+constexpr int64_t packed_bytes = 2 << 20;  // rows are packed in parts of about this size, which stay in cache
+constexpr int64_t min_packed_rows = 96;    // and never fewer: each part decodes the weights anew
+constexpr int64_t max_packed_rows = 1024;  // nor more: decoding is a hundredth of the work by then
 
 // A weight in 4 bits.
 struct FourBit {

@@ -107,8 +107,11 @@ def test_everything_is_let_go() -> None:
 
 def test_the_workspace_is_no_smaller_than_the_formulas_of_the_sources(tmp_path: Path) -> None:
     """A product of 512 rows packs x and its sums; more rows than a part are packed part by part."""
-    one = workspace.linear(512, 4096, 4096, 16, 1, workspace.Numbers(True, 1))
-    assert 4 * 512 * 4096 < one < 20 << 20
-    assert workspace.linear(1 << 14, 4096, 4096, 16, 1, workspace.Numbers(True, 1)) < 24 << 20
+    single, pairs = workspace.Numbers(wide=True, in_dword=1), workspace.Numbers(wide=False, in_dword=2)
+    assert 2 << 20 < workspace.linear(512, 4096, 4096, 16, 1, single) < 3 << 20
+    assert workspace.linear(1 << 14, 4096, 4096, 16, 1, single) < 3 << 20
+    sums = 4 * 128 * (256 + 2 * 14)  # of a thread's columns: 2 MB are 256 rows of pairs
+    packed = workspace.linear(1 << 14, 4096, 4096, 16, 1, pairs) - sums
+    assert 2 << 20 < packed < 3 << 20
     assert workspace.attention(8192, 32, 8, 128, 1) <= 40 << 20
     assert workspace.attention_backward(8192, 32, 8, 128, 1) <= 48 << 20
