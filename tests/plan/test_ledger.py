@@ -73,8 +73,9 @@ def planned(family: str, *, checkpoint: bool) -> int:
     led.hold("outside", x0=0)  # the embedding's rows are torch's
     for number in range(3):
         layer.forward(led, sizes, number)
-    led.drop("x3")  # the final norm's, and gone with it
-    led.hold("outside", g=0)  # so is the gradient that comes from there
+    led.hold("outside", hidden=sizes.rows(arch.hidden))  # of the final norm, held to the end
+    led.hold("outside", g=sizes.rows(arch.hidden))
+    led.drop("x3")
     for number in reversed(range(3)):
         layer.backward(led, sizes, number, accumulate=False)
     return led.peak.total

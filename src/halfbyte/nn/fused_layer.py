@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.nn.decoder_layer import DecoderCall, DecoderLayer, Group
+from halfbyte.nn.fused_norm import FusedNorm, fused_norm
 from halfbyte.nn.layer_spec import LayerSpec, describe, linear_groups, projection
 from halfbyte.nn.streamed import StreamedLayer
 
@@ -134,7 +135,8 @@ class FusedLayer(nn.Module):
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Put a `FusedLayer` in the place of every decoder layer of `model` that it covers; how many there were.
+    """Put a `FusedLayer` in the place of every decoder layer of `model` that it covers, and a `FusedNorm` in that of
+    the norm behind them; how many layers there were.
 
     Covered is a layer that can be described, whose linear layers are all in 4 bits with at most one plain LoRA adapter
     each, and on which nobody has put a hook: inside a fused layer the modules are not called. Parameters keep their
@@ -149,6 +151,10 @@ def fuse_layers(model: nn.Module) -> int:
             covered[name] = FusedLayer(module, spec)
     for name, layer in covered.items():
         model.set_submodule(name, layer)
+    for decoder in {name.rpartition(".")[0].rpartition(".")[0] for name in covered}:
+        norm = fused_norm(getattr(model.get_submodule(decoder), "norm", None))
+        if norm is not None:
+            model.set_submodule(f"{decoder}.norm" if decoder else "norm", norm)
     return len(covered)
 
 
@@ -164,7 +170,7 @@ def _hooked(layer: nn.Module) -> bool:
 
 
 def unfuse_layers(model: nn.Module) -> None:
-    """Put back the layers that `fuse_layers` replaced."""
+    """Put back what `fuse_layers` replaced."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, FusedLayer):
+        if isinstance(module, FusedLayer | FusedNorm):
             model.set_submodule(name, module.plain)

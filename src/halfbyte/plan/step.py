@@ -104,15 +104,12 @@ def _begin(led: Ledger, p: Pass) -> None:
 
 
 def _loss(led: Ledger, p: Pass) -> None:
-    """The norm as transformers wrote it, the supervised rows, a chunk of logits, and the rows' gradient."""
+    """The norm, the supervised rows, a chunk of logits, and the rows' gradient."""
     s, h = p.sizes, p.sizes.arch.hidden
-    led.hold(TEMPORARY, squares=s.floats(h))
-    led.drop("squares")
-    if s.itemsize == 2:
-        led.hold(SAVED, norm_wide=s.floats(h))
-    led.hold(TEMPORARY, norm_scaled=s.floats(h))
-    led.hold(TEMPORARY, hidden=s.rows(h), **({"narrowed": s.rows(h)} if s.itemsize == 2 else {}))
-    led.drop("norm_scaled", *(["narrowed", f"x{s.arch.layers}"] if s.itemsize == 2 else []))
+    if s.arch.fused:
+        led.hold(TEMPORARY, hidden=s.rows(h))
+    else:
+        _plain_norm(led, p)
     rows = p.targets * h * s.itemsize
     led.hold(TEMPORARY, rows=rows)
     led.hold(SAVED, d_rows=rows)
@@ -121,6 +118,18 @@ def _loss(led: Ledger, p: Pass) -> None:
     else:
         led.hold(LOGITS, logits=p.loss_rows * s.arch.vocab * s.itemsize)
     led.drop("logits", "rows", "hidden")
+
+
+def _plain_norm(led: Ledger, p: Pass) -> None:
+    """As transformers wrote it: in 16 bits it keeps its input in float32, and not as it was."""
+    s, h = p.sizes, p.sizes.arch.hidden
+    led.hold(TEMPORARY, squares=s.floats(h))
+    led.drop("squares")
+    if s.itemsize == 2:
+        led.hold(SAVED, norm_wide=s.floats(h))
+    led.hold(TEMPORARY, norm_scaled=s.floats(h))
+    led.hold(TEMPORARY, hidden=s.rows(h), **({"narrowed": s.rows(h)} if s.itemsize == 2 else {}))
+    led.drop("norm_scaled", *(["narrowed", f"x{s.arch.layers}"] if s.itemsize == 2 else []))
 
 
 def _loss_backward(led: Ledger, p: Pass) -> None:
@@ -133,6 +142,10 @@ def _loss_backward(led: Ledger, p: Pass) -> None:
     led.drop("scaled")
     led.hold(TEMPORARY, padded=s.rows(h))
     led.drop("placed")
+    if s.arch.fused:
+        led.hold(TEMPORARY, g=s.rows(h))
+        led.drop("padded", f"x{s.arch.layers}")
+        return
     led.hold(TEMPORARY, norm_backward=5 * s.floats(h))
     led.drop("padded", "norm_backward", "norm_wide" if s.itemsize == 2 else f"x{s.arch.layers}")
     led.hold(TEMPORARY, g=s.rows(h))
