@@ -39,6 +39,7 @@ def test_toml_file_flags_and_settings_in_that_order(tmp_path: Path) -> None:
     assert config.model.path == "base"
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert (config.optim.lr, type(config.optim.lr), config.optim.betas) == (1.0, float, (0.8, 0.9))
+    assert load_config(memory__budget=9e8).memory.budget == "900000000"
     config = load_config(file, ["train.steps=30"], train__steps=20, train__seed=2, data__train=None)
     assert (config.train.steps, config.train.seed, config.data.train) == (30, 2, "")
 
@@ -64,6 +65,7 @@ SETTINGS: list[tuple[str, Any]] = [
     ("train.output=true", "true"),
     ("model.path=2024-01-01", "2024-01-01"),
     ("data.eval=", ""),
+    ("memory.budget=900000000", "900000000"),
 ]
 
 
@@ -127,6 +129,9 @@ BAD_SETTINGS = [
     ("train.keep=0", "at least 1"),
     ("train.seed=-1", "at least 0"),
     ("train.seed=9223372036854775808", "below 2\\*\\*63"),
+    ("memory.optimizer_budget=1kB", "at least 8192 bytes"),
+    ("memory.budget=0", "at least 1 bytes"),
+    ("memory.budget=8Q", "is not a size"),
 ]
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from halfbyte.config import RunConfig, load_config
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.plan import Machine, Work, apply_choices, disk, plan, worst_case
+from halfbyte.plan import Machine, Work, apply_choices, disk, plan, planner, worst_case
 from halfbyte.plan.base import read_base
 from halfbyte.plan.budget import container_limit
+from halfbyte.plan.picture import draw_plan
 from halfbyte.plan.time import seconds_per_step
 
 MACHINE = Machine(threads=1, bf16_units=False, runtime=400_000_000)
@@ -127,6 +128,26 @@ def test_the_smallest_budget_keeps_no_more_moments_than_were_allowed(tmp_path: P
     path = folder_of(tmp_path / "model")
     free, told = (plan(config_of(path, **more), machine=MACHINE) for more in ({}, {"memory__optimizer_budget": "1MB"}))
     assert told.smallest_memory < free.smallest_memory
+
+
+def test_what_the_model_or_the_machine_cannot_take_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder_of(tmp_path / "model", max_position_embeddings=4096)
+    monkeypatch.setattr(planner, "physical_memory", lambda: 1 << 50)
+    made = plan(config_of(path, data__max_seq_len=5000), machine=MACHINE)
+    assert any("5000 is more than the 4096 positions" in note for note in made.notes)
+    assert not any("this machine has" in note for note in made.notes)
+    monkeypatch.setattr(planner, "physical_memory", lambda: 1_000_000_000)
+    made = plan(config_of(path), machine=MACHINE)
+    assert any("this machine has 1.0 GB: give --memory" in note for note in made.notes)
+
+
+def test_no_more_layers_stay_than_there_are(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    every, more = (
+        plan(config_of(path, memory__weights="stream", memory__resident_layers=count), machine=MACHINE)
+        for count in (32, 99)
+    )
+    assert every.terms == more.terms
 
 
 def test_known_data_takes_less_than_the_worst_case(tmp_path: Path) -> None:
@@ -247,11 +268,15 @@ def test_more_micro_batches_of_streamed_layers_keep_more_inputs(tmp_path: Path) 
 
 
 def test_the_picture_is_drawn_against_the_budget(tmp_path: Path) -> None:
-    from halfbyte.plan.picture import draw_plan
-
     config = config_of(folder_of(tmp_path / "model"), memory__budget="12GB", data__max_seq_len=512)
     draw_plan(config, plan(config, machine=MACHINE), MACHINE, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = config_of(folder_of(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"p\.xyz: no picture is written under this ending\. Give \.png"):
+        draw_plan(config, plan(config, machine=MACHINE), MACHINE, tmp_path / "p.xyz")
 
 
 @pytest.mark.parametrize("weights", ["stream", "mmap"])

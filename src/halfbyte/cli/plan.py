@@ -68,7 +68,7 @@ def describe(made: Plan, steps: int) -> str:
     if made.budget is not None:
         verdict = "fits" if made.fits else "does not fit"
         lines.append(f"{verdict} into {format_bytes(made.budget)} ({made.budget_source})")
-    lines.append(f"smallest that would do: {format_bytes(made.smallest_memory)}")
+    lines.append(f"smallest that would do, with every choice made for memory: {format_bytes(made.smallest_memory)}")
     if made.largest:
         lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
     lines.append(time_text(made.seconds_per_step, steps))

@@ -59,6 +59,10 @@ def config_from_dict(values: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     return RunConfig(**{section: SECTIONS[section](**table) for section, table in known.items()})
 
 
+SIZES = ("memory.budget", "memory.host_budget", "memory.optimizer_budget")
+"""Text with a unit, or a number of bytes."""
+
+
 def field_help(section: type) -> dict[str, str]:
     """The text under each field of a config dataclass, by field name."""
     (class_def,) = ast.parse(inspect.getsource(section)).body
@@ -135,6 +139,8 @@ def _coerce(value: Any, kind: Any, key: str, where: str) -> Any:
         return float(value)
     elif kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    elif kind is str and key in SIZES and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value))
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     name = getattr(kind, "__name__", str(kind))

@@ -196,6 +196,10 @@ class TrainConfig:
         _require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
 
 
+LEAST_PAGES = 8192
+"""Bytes of two pages (store/page_pool.py)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """[memory]: what a run may take, and where things live."""
@@ -211,7 +215,7 @@ class MemoryConfig:
     activations: Activations = "resident"
     """What the backward pass needs: resident (in memory) or disk (in memory.offload_dir until it is needed)."""
     optimizer_budget: str = "1GB"
-    """What stays in memory of paged moments (optim.paged)."""
+    """What stays in memory of paged moments (optim.paged): at least 8192 bytes, two pages."""
     offload_dir: str = ""
     """Folder for what does not fit into memory; a file without a name, gone with the process. Else train.output."""
 
@@ -221,10 +225,11 @@ class MemoryConfig:
         for name in ("budget", "host_budget", "optimizer_budget"):
             key, value = f"memory.{name}", getattr(self, name)
             try:
-                size = parse_bytes(value) if value else 1
+                size = parse_bytes(value) if value else LEAST_PAGES
             except ValueError as error:
                 raise ConfigError(str(error), where=key) from None
-            _require(size > 0, key, value, "more than 0 bytes")
+            least = LEAST_PAGES if name == "optimizer_budget" else 1
+            _require(size >= least, key, value, f"at least {least} bytes")
         _require_choice("memory.activations", self.activations, get_args(Activations))
 
 

@@ -62,9 +62,7 @@ class LoadedModel:
         recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {scales}"
         if self.source.stored_quantization is None:
             return f"base: quantized while loading to {recipe}"
-        return (
-            f"base: already in 4 bits ({recipe}) and taken as it is, 4-bit settings in [quant] are not applied to it"
-        )
+        return f"base: already in 4 bits ({recipe}) and taken as it is, what [quant] says of them is not applied"
 
     @property
     def stream_text(self) -> str:

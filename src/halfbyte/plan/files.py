@@ -46,7 +46,7 @@ def locate(path: str) -> Path:
     local = Path(path).expanduser()
     if path and local.exists():
         return local
-    if path.count("/") != 1 or path.startswith("."):
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError("no such model", where=path or "model.path", fix="Give a folder, a .gguf file or a hub id")
     from huggingface_hub import hf_hub_download
 

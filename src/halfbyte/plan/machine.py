@@ -51,6 +51,14 @@ def this_machine(calibration: Path | None = None, threads: int | None = None) ->
     return replace(machine, **measured) if measured else machine
 
 
+def physical_memory() -> int | None:
+    """Bytes of RAM; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return None
+
+
 def calibration_key() -> str:
     """The versions that measurements hold for."""
     return ", ".join([f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in _PACKAGES)])

@@ -164,7 +164,8 @@ def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledg
     led.hold("runtime", runtime=runtime)
     if config.memory.weights == "stream":
         layer = layer_bytes(base)
-        led.hold("linears_4bit", linears=base.nested + config.memory.resident_layers * layer)
+        kept = min(config.memory.resident_layers, base.architecture.layers)
+        led.hold("linears_4bit", linears=base.nested + kept * layer)
         led.hold("stream_ring", ring=RING * layer)
     else:
         led.hold("linears_4bit", linears=base.linears)

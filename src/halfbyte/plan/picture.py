@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfbyte.config import RunConfig
+from halfbyte.errors import ConfigError
 from halfbyte.plan.base import read_base
 from halfbyte.plan.ledger import Moment
 from halfbyte.plan.machine import Machine
 from halfbyte.plan.phases import compute_dtype, phases, worst_case
 from halfbyte.plan.planner import Plan, apply_choices
 
+ENDINGS = (".png", ".svg", ".pdf")
 _COLOURS = {
     "runtime": "#8d99ae", "linears_4bit": "#1f5a91", "stream_ring": "#3f7fbf", "embeddings": "#4f8fc0",
     "head": "#7fb0d6", "norms_and_other": "#a9c9e4", "adapters": "#2a7f62", "optimizer_states": "#58a88a",
@@ -21,11 +23,20 @@ _COLOURS = {
 
 
 def draw_plan(config: RunConfig, made: Plan, machine: Machine, path: Path) -> None:
-    """Write the picture of `made`, the plan of `config`, to `path` (PNG, SVG, PDF by its ending)."""
+    """Write the picture of `made`, the plan of `config`, to `path` (PNG, SVG, PDF by its ending).
+
+    Raises:
+        ConfigError: another ending.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError("no picture is written under this ending", where=str(path), fix=f"Give {', '.join(ENDINGS)}")
     chosen = apply_choices(config, made)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
     history = phases(chosen, base, machine, worst_case(chosen), history=True)["train"].history
-    work = f"{chosen.train.micro_batch_size} x {chosen.data.max_seq_len} tokens, rank {chosen.lora.r}"
+    with_checkpoints = ", gradient checkpointing" if chosen.train.gradient_checkpointing else ""
+    work = (
+        f"{chosen.train.micro_batch_size} x {chosen.data.max_seq_len} tokens, rank {chosen.lora.r}{with_checkpoints}"
+    )
     _draw(history, path, budget=made.budget, title=f"{Path(config.model.path).name}: one micro-batch of {work}")
 
 
@@ -49,6 +60,7 @@ def _draw(history: list[Moment], path: Path, *, budget: int | None, title: str) 
     axis.annotate(
         f"{history[peak].total / 1e9:.2f} GB: {history[peak].where}", (peak, history[peak].total / 1e9),
         textcoords="offset points", xytext=(-6, 6), ha="right", fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}, zorder=5,
     )  # fmt: skip
     if budget is not None:
         axis.axhline(budget / 1e9, color="black", linestyle="--", linewidth=1.2, label="budget")

@@ -13,7 +13,7 @@ from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.budget import Budget, budget_of
 from halfbyte.plan.disk import read_speed
 from halfbyte.plan.files import locate
-from halfbyte.plan.machine import Machine, this_machine
+from halfbyte.plan.machine import Machine, physical_memory, this_machine
 from halfbyte.plan.phases import (
     RING,
     Work,
@@ -123,7 +123,7 @@ def plan(
         largest=_largest(chosen, base, peak, budget) if budget and fits and work is None else None,
         seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),
         pass_operations=operations(chosen, base, machine, own),
-        notes=_notes(config, base, work),
+        notes=_notes(config, base, work, budget, moment.total),
     )  # fmt: skip
 
 
@@ -143,7 +143,8 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
     states, allowed = state_bytes(sizes(least, base, machine, 1), config.optim.bits), config.memory.optimizer_budget
     kept = min(max(states // PAGED_SHARE, LEAST_PAGED), parse_bytes(allowed))
     if kept < (parse_bytes(allowed) if config.optim.paged else states):
-        memory = replace(least.memory, optimizer_budget=str(kept))
+        text = f"{-(-kept // 2**20)}MiB" if kept >= 2**20 else str(kept)
+        memory = replace(least.memory, optimizer_budget=text)
         least = replace(least, optim=replace(least.optim, paged=True), memory=memory)
         yield least
     if config.memory.activations != "disk":
@@ -203,7 +204,7 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
         changes.append("train.gradient_checkpointing false -> true: the same numbers, about a third more time")
     if (chosen.optim.paged, chosen.memory.optimizer_budget) != (config.optim.paged, config.memory.optimizer_budget):
         kept = format_bytes(parse_bytes(chosen.memory.optimizer_budget))
-        changes.append(f"optim.paged true, memory.optimizer_budget {kept}: other moments wait on disk")
+        changes.append(f"optim.paged true, memory.optimizer_budget {kept}: the other moments wait on disk")
     if chosen.memory.activations != config.memory.activations:
         changes.append("memory.activations resident -> disk: what the backward pass needs waits there")
     if chosen.memory.weights != config.memory.weights:
@@ -239,7 +240,7 @@ def _largest(config: RunConfig, base: Base, peak: Callable[[RunConfig], int], bu
     return found
 
 
-def _notes(config: RunConfig, base: Base, work: Work | None) -> tuple[str, ...]:
+def _notes(config: RunConfig, base: Base, work: Work | None, budget: Budget | None, peak: int) -> tuple[str, ...]:
     notes = []
     arch = base.architecture
     if not runs_fused(config, base):
@@ -251,6 +252,14 @@ def _notes(config: RunConfig, base: Base, work: Work | None) -> tuple[str, ...]:
         notes.append(f"{arch.experts} experts a layer are not held in 4 bits")
     if not base.exact:
         notes.append(f"sizes are from config.json alone, weights taken to be stored in {arch.dtype}")
+    longest = config.data.max_seq_len
+    if arch.context and longest > arch.context:
+        notes.append(f"data.max_seq_len {longest} is more than the {arch.context} positions the model was made for")
+    ram = physical_memory()
+    if ram and budget is None and peak > ram:
+        notes.append(f"this machine has {format_bytes(ram)}: give --memory, and the plan finds what fits")
+    if budget and peak > budget.bytes and base.exact and not base.in_4_bits:
+        notes.append("stored in 4 bits (halfbyte quantize), its layers could be streamed, which takes less")
     if work is None:
         notes.append("the data is not looked at: full packs of which every token is learned")
     return tuple(notes)

@@ -39,7 +39,7 @@ def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> f
 def disk_bytes(config: RunConfig, base: Base, machine: Machine, work: Work) -> int:
     """Read and written in an optimizer step: streamed layers forward and backward, pages and activations both ways."""
     s = sizes(config, base, machine, work.tokens)
-    layers = s.arch.layers - config.memory.resident_layers if config.memory.weights == "stream" else 0
+    layers = max(s.arch.layers - config.memory.resident_layers, 0) if config.memory.weights == "stream" else 0
     pages = state_bytes(s, config.optim.bits) - states_in_memory(config, s)
     micro_batches = config.train.gradient_accumulation_steps
     inputs = s.arch.layers * work.tokens * s.arch.hidden * s.itemsize if s.offloaded else 0

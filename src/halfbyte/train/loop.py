@@ -44,6 +44,8 @@ from halfbyte.train.setup import Run, prepare
 from halfbyte.train.watchdog import Watchdog
 
 MIN_EVAL_TOKENS = 2048
+TELLING_TOKENS = 512
+"""Of a step, from which on its speed says something of larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def _train(config: RunConfig, observer: Observer, machine: Machine | None, watch
             observer.on_eval(step, result.loss)
 
     with closing(metrics), run.objective.ready():
-        gflops = rehearse(run)
+        largest = rehearse(run)
         evaluate_now(step)
         run.model.train()
         check: FirstStepCheck | None = None
@@ -155,7 +157,7 @@ def _train(config: RunConfig, observer: Observer, machine: Machine | None, watch
     release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
     save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
     observer.on_save(output / "adapter")
-    return _finish(run, output, metrics, started, gflops, observer)
+    return _finish(run, output, metrics, started, largest, observer)
 
 
 def _accumulate_gradients(run: Run, batches: list[Batch]) -> float:
@@ -208,9 +210,17 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
     return path
 
 
-def _finish(
-    run: Run, output: Path, metrics: Metrics, started: float, gflops: float | None, observer: Observer
-) -> TrainResult:
+def _gflops(run: Run, metrics: Metrics, largest: int) -> float | None:
+    """Floating-point operations of the fastest step, 1e9 a second, `largest` being the tokens of the batch that was
+    planned for. None where all steps were small, or the disk may have set their pace."""
+    memory = run.config.memory
+    rate = metrics.best_rate(least=TELLING_TOKENS)
+    if rate is None or memory.weights != "resident" or memory.activations == "disk" or run.config.optim.paged:
+        return None
+    return rate * run.plan.pass_operations / largest / 1e9
+
+
+def _finish(run: Run, output: Path, metrics: Metrics, started: float, largest: int, observer: Observer) -> TrainResult:
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
     if run.loaded.store is not None:
@@ -237,7 +247,7 @@ def _finish(
         peak_memory=peak,
         predicted_peak_memory=planned,
         runtime=run.libraries,
-        gflops=gflops,
+        gflops=_gflops(run, metrics, largest),
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),
         answers=answers,

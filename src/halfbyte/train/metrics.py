@@ -51,6 +51,10 @@ class Metrics:
         tokens = sum(step.tokens for step in self.steps)
         return tokens / seconds, sum(step.supervised_tokens for step in self.steps) / seconds
 
+    def best_rate(self, least: int) -> float | None:
+        """Tokens a second of the fastest step of at least `least` tokens; None if there is none."""
+        return max((step.tokens / step.seconds for step in self.steps if step.tokens >= least), default=None)
+
     def train_loss(self) -> float | None:
         """Loss per supervised token over the last tenth of the steps; None when the log of a finished run is lost."""
         last = self.steps[-max(len(self.steps) // 10, 1) :]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from halfbyte.checkpoint import capture_rng, restore_rng
@@ -11,12 +9,12 @@ from halfbyte.data import make_batch
 from halfbyte.train.setup import Run
 
 
-def rehearse(run: Run) -> float | None:
+def rehearse(run: Run) -> int:
     """Forward and backward of the run's largest batch, beside the optimizer's states and, with accumulation,
     gradients: as full as memory will ever be. Random states, gradients and parameters are as before.
 
     Returns:
-        Floating-point operations it took, 1e9 a second; None where the disk may have set the pace.
+        The batch's tokens.
     """
     rng = capture_rng()
     was_training = run.model.training
@@ -27,16 +25,12 @@ def rehearse(run: Run) -> float | None:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
     batch = make_batch(run.data, run.worst.samples)
-    started = time.perf_counter()
     streamed = run.loaded.store is not None  # then all micro-batches of a step pass a layer together
     count = run.config.train.gradient_accumulation_steps if streamed else 1
     losses = run.objective.loss_sums([batch] * count)
     torch.autograd.backward([loss / batch.num_targets for loss in losses])
-    seconds = time.perf_counter() - started
     for parameter in parameters:
         parameter.grad = None
     run.model.train(was_training)
     restore_rng(rng)
-    if streamed or run.config.memory.activations == "disk":
-        return None
-    return run.plan.pass_operations / seconds / 1e9
+    return batch.num_tokens
