@@ -111,7 +111,8 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, tiny_llama: Path) -> None:
 def test_compute_dtype_is_the_hardwares(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule over features, not a timing: the same on every run; and the reason is a sentence."""
     for features, dtype in (
-        ({"avx512_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.float32), ({"avx2": True}, torch.float32), ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.float32), ({"avx2": True}, torch.float32),
+        ({}, torch.float32),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         found, reason = choose_compute_dtype("auto")

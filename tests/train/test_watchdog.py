@@ -50,7 +50,7 @@ def test_unused_memory_is_given_back_before_the_budget_is_reached(monkeypatch: p
 def test_where_that_is_not_enough_the_ring_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     ring, notes = [500, 500, 500], Notes()
     monkeypatch.setattr(watchdog, "resident_memory", lambda: 100_000 + sum(ring))
-    with Watchdog(Budget(101_400, "memory.budget"), Buffers(), notes) as dog:
+    with Watchdog(Budget(101_505, "memory.budget"), Buffers(), notes) as dog:
         dog.shrink = lambda: ring.pop() if len(ring) > 2 else 0
         dog.start()
         wait_for(lambda: notes.texts)

@@ -17,8 +17,8 @@ from halfbyte.train.observer import Observer
 
 INTERVAL = 0.02
 """Seconds between looks; one takes 20 microseconds."""
-TRIM_AT, STOP_AT = 0.98, 1.0
-"""Of the budget: unused memory is given back, and the run stops."""
+TRIM_AT, SHRINK_AT, STOP_AT = 0.98, 0.995, 1.0
+"""Of the budget, all of which a plan may use: unused memory is given back, a buffer of the ring, the run stops."""
 REST = 5.0
 """Seconds until unused memory is given back again: what is given back has to be touched anew."""
 
@@ -26,9 +26,9 @@ REST = 5.0
 class Watchdog:
     """Watches inside a ``with`` block, from `start` on; the block must be left by the thread that entered it.
 
-    At 98 % of the budget it gives back what the buffers and glibc keep unused, and where that does not do, a buffer of
-    the streamed layers. Beyond the budget it interrupts the main thread, and the block ends with a ResourceError
-    (exit 4); checkpoints that were saved are whole.
+    At 98 % of the budget it gives back what the buffers and glibc keep unused, and where 99.5 % are still in use, a
+    buffer of the streamed layers. Beyond the budget it interrupts the main thread, and the block ends with a
+    ResourceError (exit 4); checkpoints that were saved are whole.
 
     Attributes:
         trims: how often memory was given back.
@@ -82,7 +82,7 @@ class Watchdog:
             trim_heap()
             self.trims += 1
             after = resident_memory()
-            if after > TRIM_AT * self._budget.bytes and self.shrink():
+            if after > SHRINK_AT * self._budget.bytes and self.shrink():
                 after = resident_memory()
             if after > STOP_AT * self._budget.bytes:
                 self._stopped = True
