@@ -1,6 +1,7 @@
 """Generation at batch 1: halfbyte against transformers fp32, bitsandbytes NF4 and llama.cpp Q4_0, on one model.
 
-"halfbyte" has the head in bfloat16 as the file does, "halfbyte-int8" in int8 (quant.embeddings), llama.cpp in Q8_0.
+"halfbyte" has the head in bfloat16 as the file does, "halfbyte-int8" in int8 (quant.embeddings), llama.cpp in Q8_0;
+"halfbyte-bf16" computes prompts in bfloat16, all others in float32 (bitsandbytes repacks for bfloat16 by itself).
 
 usage: bench_generate.py [--threads N] [--rounds N] [--model smollm2|llama-1b] [--output FILE]
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", choices=generate_models.MODELS, default="smollm2")
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
-    parser.add_argument("--stacks", default="halfbyte,halfbyte-int8,transformers,bitsandbytes,llama.cpp")
+    parser.add_argument("--stacks", default="halfbyte,halfbyte-int8,halfbyte-bf16,transformers,bitsandbytes,llama.cpp")
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
     folder = generate_models.folder(args.model, args.work)

@@ -16,14 +16,15 @@ LONGEST = 15.0
 """Seconds after which no more tokens are written: the slow stacks on the 1B shape."""
 
 
-def halfbyte(folder: str, embeddings: str) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
-    """Prompt and step of halfbyte's decoder, tried out; `embeddings` as in quant.embeddings."""
+def halfbyte(folder: str, stack: str) -> tuple[Callable[[list[int]], Any], Callable[[int], Any]]:
+    """Prompt and step of halfbyte's decoder, tried out; the stack's name says the head or the compute dtype."""
     from halfbyte.config import QuantConfig
     from halfbyte.model import load_model
     from halfbyte.model.decode import Decoder
 
-    quant = QuantConfig(embeddings=embeddings)  # type: ignore[arg-type]
-    decoder = Decoder(load_model(folder, quant, compute_dtype=torch.float32).model)
+    quant = QuantConfig(embeddings="int8" if stack == "halfbyte-int8" else "as_stored")
+    dtype = torch.bfloat16 if stack == "halfbyte-bf16" else torch.float32
+    decoder = Decoder(load_model(folder, quant, compute_dtype=dtype).model)
     decoder.try_out([1, 2, 3])
     return decoder.prefill, decoder.step
 
@@ -55,7 +56,7 @@ def main() -> None:
     stack, folder, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(threads)
     if stack.startswith("halfbyte"):
-        prefill, step = halfbyte(folder, "int8" if stack == "halfbyte-int8" else "as_stored")
+        prefill, step = halfbyte(folder, stack)
     else:
         prefill, step = transformers(folder, stack == "bitsandbytes")
     ids = [i * 7919 % 49000 + 5 for i in range(PROMPT)]
