@@ -204,7 +204,8 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     if left:
         raise ModelError(f"{len(left)} tensors were not loaded, first {left[0]!r}")
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.weight.dtype != compute_dtype:
+        if type(module) is nn.Linear and {module.weight.dtype, compute_dtype} != {torch.float32}:
+            # Also of one 16-bit dtype: torch's bfloat16 product copies a whole head for a row of logits.
             model.set_submodule(name, FrozenLinear(weight_of(module), module.bias))
         elif type(module) is Int8Embedding:
             continue

@@ -1,4 +1,4 @@
-"""FrozenLinear: a frozen linear layer in another compute dtype than its weight's, without a second copy of it."""
+"""FrozenLinear: a frozen linear layer in whatever dtype its input has, without a second copy of its weight."""
 
 from __future__ import annotations
 
