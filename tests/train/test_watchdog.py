@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -63,7 +65,8 @@ def run_under(budget: int, error: type[BaseException] | None = None) -> None:
         dog.start()
         if error is not None:
             raise error
-        time.sleep(10)
+        for _ in range(500):
+            time.sleep(0.02)
 
 
 def test_beyond_the_budget_the_run_ends_with_exit_4(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +74,19 @@ def test_beyond_the_budget_the_run_ends_with_exit_4(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ResourceError, match=r"2\.0 MB are in use, 1\.0 MB are allowed") as stopped:
         run_under(1_000_000)
     assert stopped.value.exit_code == 4
+
+
+def test_so_it_does_where_ctrl_c_is_ignored_and_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the background of a shell."""
+    monkeypatch.setattr(watchdog, "resident_memory", lambda: 2_000_000)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(ResourceError, match="are allowed"):
+            run_under(1_000_000)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ResourceError, match="are allowed"):
+        pool.submit(run_under, 1_000_000).result()
 
 
 def test_ctrl_c_stays_ctrl_c() -> None:
@@ -86,7 +102,8 @@ class Swells(Observer):
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.resident = 10**10
-        time.sleep(10)
+        for _ in range(500):
+            time.sleep(0.02)
 
 
 def test_a_run_that_takes_more_than_planned_is_stopped(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

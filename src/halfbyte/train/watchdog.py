@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import ctypes as ct
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -27,7 +27,7 @@ class Watchdog:
     """Watches inside a ``with`` block, from `start` on; the block must be left by the thread that entered it.
 
     At 98 % of the budget it gives back what the buffers and glibc keep unused, and where 99.5 % are still in use, a
-    buffer of the streamed layers. Beyond the budget it interrupts the main thread, and the block ends with a
+    buffer of the streamed layers. Beyond the budget it interrupts the thread that entered, and the block ends with a
     ResourceError (exit 4); checkpoints that were saved are whole.
 
     Attributes:
@@ -45,6 +45,7 @@ class Watchdog:
         self.shrink: Callable[[], int] = lambda: 0
 
     def __enter__(self) -> Self:
+        self._owner = threading.get_ident()
         return self
 
     def start(self) -> None:
@@ -58,11 +59,13 @@ class Watchdog:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._stopped and isinstance(error, KeyboardInterrupt):
+        if self._stopped:
+            self._interrupt_with(None)  # what is still on its way must not arrive after the block
+        if self._stopped and (error is None or isinstance(error, KeyboardInterrupt)):
             raise self._error() from None
 
     def check(self) -> None:
-        """Where the run is not in the main thread and cannot be interrupted.
+        """Between two steps, where an interrupt may still be on its way.
 
         Raises:
             ResourceError: the budget was exceeded.
@@ -86,13 +89,17 @@ class Watchdog:
                 after = resident_memory()
             if after > STOP_AT * self._budget.bytes:
                 self._stopped = True
-                _thread.interrupt_main()
+                self._interrupt_with(ct.py_object(KeyboardInterrupt))
                 return
             self._observer.note(
                 f"memory: {format_bytes(self._seen)} of {format_bytes(self._budget.bytes)} in use; "
                 f"{format_bytes(max(self._seen - after, 0))} were given back"
             )
             pause = REST if after > TRIM_AT * self._budget.bytes else INTERVAL
+
+    def _interrupt_with(self, kind: ct.py_object[type[KeyboardInterrupt]] | None) -> None:
+        """As Ctrl-C would; a signal is not it, for a run in the background of a shell ignores SIGINT."""
+        ct.pythonapi.PyThreadState_SetAsyncExc(ct.c_ulong(self._owner), kind)
 
     def _error(self) -> ResourceError:
         assert self._budget is not None
