@@ -113,8 +113,7 @@ def budgets(result: dict[str, Any]) -> Rows:
         ]
     ]
     for row in result["rows"]:
-        dtype = "float32" if any("float32" in setting for setting in row["settings"]) else "auto"
-        case = [row["model"], row["tokens"], row["batch"], row["rank"], dtype, row["budget"]]
+        case = [row["model"], row["tokens"], row["batch"], row["rank"], row["compute_dtype"], row["budget"]]
         if row["exit"]:
             rows.append([*map(str, case), f"exit {row['exit']}", "", "", "; ".join(row["error"])])
             continue
