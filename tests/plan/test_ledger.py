@@ -11,7 +11,9 @@ import torch
 import transformers as hf
 from torch import nn
 
+import halfbyte.kernels.crossover as crossover
 from halfbyte.kernels import buffers
+from halfbyte.kernels.registry import PANEL_ROWS_VARIABLE
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.fused_layer import fuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention
@@ -31,17 +33,20 @@ FAMILIES = {
     "phi3": hf.Phi3Config,
 }  # fmt: skip
 TOKENS, RANK = 192, 8
-CLOSE = 0.006
-"""Measured: at most 0.5 % above, the norms' sums, which are not among the operators' buffers."""
+CLOSE = {None: 0.006, 64: 0.015}
+"""By the rows from which on panels serve. Measured: 0.1 to 0.5 % above, the norms' sums, which are not among the
+operators' buffers; with panels 0.7 to 1.3 %, for there the adapters' first products are not, either."""
 
 
 def config_of(family: str) -> Any:
     return FAMILIES[family](**SMALL, **({} if family == "phi3" else {"head_dim": 32}))
 
 
-def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool) -> int:
+def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool, panel_rows: int | None) -> int:
     """Most bytes that the operators' results held at once in a forward and backward pass over the layers alone."""
     monkeypatch.setattr(buffers, "LEAST_BYTES", 1)
+    monkeypatch.setattr(crossover, "_chosen", {})
+    monkeypatch.setenv(PANEL_ROWS_VARIABLE, f"float32={panel_rows}" if panel_rows else "never")
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config_of(family)).requires_grad_(False)
     for name, module in list(model.named_modules()):
@@ -61,13 +66,14 @@ def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool) 
         return pool.most
 
 
-def planned(family: str, *, checkpoint: bool) -> int:
+def planned(family: str, *, checkpoint: bool, panel_rows: int | None) -> int:
     """The same from the ledger: three layers up and down, gradients kept."""
     arch = architecture(config_of(family).to_dict(), family)
     assert arch.fused
     adapted = frozenset(arch.linears)
     sizes = Sizes(
-        arch=arch, tokens=TOKENS, itemsize=4, rank=RANK, adapted=adapted, checkpoint=checkpoint, pairs=False
+        arch=arch, tokens=TOKENS, itemsize=4, rank=RANK, adapted=adapted, checkpoint=checkpoint, pairs=False,
+        panel_rows=panel_rows,
     )  # fmt: skip
     led = Ledger()
     led.hold("outside", x0=0)  # the embedding's rows are torch's
@@ -81,11 +87,15 @@ def planned(family: str, *, checkpoint: bool) -> int:
     return led.peak.total
 
 
+@pytest.mark.parametrize("panel_rows", [None, 64], ids=["tiles", "panels"])
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["stored", "checkpointed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_ledger_is_what_the_operators_hold(family: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, real = planned(family, checkpoint=checkpoint), measured(family, monkeypatch, checkpoint=checkpoint)
-    assert abs(mine / real - 1) < CLOSE, f"planned {mine:,}, measured {real:,}"
+def test_the_ledger_is_what_the_operators_hold(
+    family: str, checkpoint: bool, panel_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = planned(family, checkpoint=checkpoint, panel_rows=panel_rows)
+    real = measured(family, monkeypatch, checkpoint=checkpoint, panel_rows=panel_rows)
+    assert 0 <= mine / real - 1 < CLOSE[panel_rows], f"planned {mine:,}, measured {real:,}"
 
 
 def test_everything_is_let_go() -> None:

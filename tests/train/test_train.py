@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import halfbyte.kernels.crossover as crossover
 from halfbyte.checkpoint import load_adapter, verify_folder
 from halfbyte.config import RunConfig
 from halfbyte.data import make_batch
 from halfbyte.errors import ConfigError, FileError, NumericsError
+from halfbyte.kernels.registry import PANEL_ROWS_VARIABLE, cpu_choice
 from halfbyte.model.adapt import attach_saved
 from halfbyte.model.load import load_model
 from halfbyte.nn import Linear4bit
@@ -271,6 +273,25 @@ def test_resumed_equals_uninterrupted(make_run: MakeRun, eval_file: Path, name: 
     for file in ("optimizer.safetensors", "rng.safetensors", "adapter_model.safetensors"):
         whole_file, cut_file = (Path(c.train.output) / last / file for c in (whole, cut))
         assert whole_file.read_bytes() == cut_file.read_bytes(), file
+
+
+def test_a_resumed_run_multiplies_as_it_did(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was measured since: panels and tiles differ in the last bits."""
+    if cpu_choice().library is None or not cpu_choice().library.fused_linear:
+        pytest.skip(f"no tiles: {cpu_choice().reason}")
+    monkeypatch.setenv(PANEL_ROWS_VARIABLE, "float32=64")
+    monkeypatch.setattr(crossover, "_chosen", {})
+    whole, cut = make_run("whole", train__save_every=2), make_run("cut", train__save_every=2)
+    train(whole)
+    with pytest.raises(KilledError):
+        train(cut, observer=KillAt(4))
+    monkeypatch.setenv(PANEL_ROWS_VARIABLE, "never")
+    crossover._chosen.clear()
+    observer = KillAt(-1)
+    train(cut, observer=observer)
+    assert any("from 64 rows on (as the checkpoint's run)" in note for note in observer.notes)
+    assert not any("not bit-exact" in note for note in observer.notes)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
 def test_epoch_one_is_reached(make_run: MakeRun) -> None:

@@ -7,7 +7,7 @@ from halfbyte.checkpoint.manifest import verify_folder
 from halfbyte.checkpoint.rng import capture_rng, restore_rng
 from halfbyte.checkpoint.run_state import (
     Checkpoint,
-    checkpoint_config,
+    checkpoint_origin,
     environment_changes,
     latest_checkpoint,
     load_checkpoint,
@@ -17,7 +17,7 @@ from halfbyte.checkpoint.run_state import (
 
 __all__ = [
     "Adapter", "Checkpoint", "Difference", "FolderWriter", "capture_rng", "check_base", "check_target",
-    "checkpoint_config", "compare_config", "environment_changes", "latest_checkpoint", "load_adapter",
+    "checkpoint_origin", "compare_config", "environment_changes", "latest_checkpoint", "load_adapter",
     "load_checkpoint", "prune_checkpoints", "restore_rng", "save_adapter", "save_checkpoint", "verify_folder",
     "versions", "write_file", "write_folder",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_one
 from halfbyte.errors import FileError
+from halfbyte.kernels import panel_rule
 from halfbyte.kernels.registry import cpu_choice
 
 logger = logging.getLogger("halfbyte")
@@ -103,15 +104,15 @@ def save_checkpoint(
     return path
 
 
-def checkpoint_config(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The config a checkpoint was made with, as `Checkpoint.config`; nothing else is read or verified.
+def checkpoint_origin(path: str | Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """`Checkpoint.config` and `environment`; nothing else is read or verified.
 
     Raises:
         FileError: it is not there, or not a checkpoint's.
     """
     state = read_json(Path(path) / RUN_STATE)
     try:
-        return dict(state["config"])
+        return dict(state["config"]), dict(state["environment"])
     except (KeyError, TypeError, ValueError) as problem:
         raise FileError("is not a checkpoint's", where=str(Path(path) / RUN_STATE), why=repr(problem)) from None
 
@@ -187,6 +188,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "isa": "reference" if library is None else library.isa,
+        "panel_rows": panel_rule().rows,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }

@@ -26,17 +26,20 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
     from halfbyte.checkpoint import versions
     from halfbyte.dtypes import format_bytes
-    from halfbyte.kernels import kernel_report
+    from halfbyte.kernels import kernel_report, panel_rule
     from halfbyte.model import choose_compute_dtype
 
     dtype, reason = choose_compute_dtype("auto")
     rows = kernel_report()
+    rule = panel_rule()
     memory = psutil.virtual_memory()
     speeds = _measure() | _measure_steps()
     result: dict[str, Any] = {
         "kernels": [vars(row) for row in rows],
         "compute_dtype": str(dtype).removeprefix("torch."),
         "compute_dtype_reason": reason,
+        "panel_rows": rule.rows,
+        "panel_rows_reasons": rule.reasons,
         "threads": torch.get_num_threads(),
         "speeds": speeds,
         "memory": {"total": memory.total, "available": memory.available},
@@ -52,6 +55,8 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         table.add_row(row.op, row.device, row.kernel, row.reason)
     out.print(table)
     out.print(f"\ncompute dtype  {result['compute_dtype']}: {reason}", markup=False)
+    for name, why in rule.reasons.items():
+        out.print(f"{name:<14} {why}", markup=False)
     out.print(f"threads        {result['threads']}")
     out.print(f"memory         {format_bytes(memory.available)} free of {format_bytes(memory.total)}")
     out.print(f"GPU            {result['cuda'] or 'no CUDA device'}")
@@ -64,12 +69,13 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 def _measure_steps() -> dict[str, float]:
     """Of a whole training step, left for `halfbyte plan` where no training run has left its own."""
     from halfbyte.dtypes import COMPUTE_DTYPES
+    from halfbyte.kernels import panel_rule
     from halfbyte.plan import write_calibration
     from halfbyte.train.calibration import step_gflops
 
     machine = known_machine()
     found = step_gflops(machine, COMPUTE_DTYPES[:2])
-    write_calibration(calibration_file(), gflops=found | machine.gflops)
+    write_calibration(calibration_file(), gflops=found | machine.gflops, panel_rows=panel_rule().rows)
     return {f"training step {dtype}, GFLOP/s": value for dtype, value in found.items()}
 
 

@@ -62,6 +62,7 @@ def train(
         memory__budget=memory, memory__host_budget=host_memory,
     )  # fmt: skip
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
+    from halfbyte.kernels import panel_rule
     from halfbyte.plan import compute_dtype, write_calibration
     from halfbyte.train import train as run_training
 
@@ -70,7 +71,7 @@ def train(
         result = run_training(run, observer=progress, machine=machine)
     dtype = compute_dtype(run, machine)
     gflops = {dtype: result.gflops} if result.gflops else {}
-    write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops)
+    write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops, panel_rows=panel_rule().rows)
     emit(result.to_dict(), as_json, summary(result))
 
 

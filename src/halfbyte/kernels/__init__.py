@@ -13,6 +13,7 @@ from halfbyte.kernels import (  # noqa: F401  (they register)
     norm_heads,
     rope,
 )
+from halfbyte.kernels.crossover import keep_to, panel_rule
 from halfbyte.kernels.registry import KernelRow, count_nonfinite, kernel_report, release_workspace
 
-__all__ = ["KernelRow", "count_nonfinite", "kernel_report", "release_workspace"]
+__all__ = ["KernelRow", "count_nonfinite", "keep_to", "kernel_report", "panel_rule", "release_workspace"]

@@ -17,6 +17,7 @@ from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.adamw import state_maps
 from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
+from halfbyte.kernels.crossover import panels_serve
 from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
@@ -31,11 +32,17 @@ def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
 
 
 def fused_library(x: Tensor, blocksize: int, in_features: int) -> Library | None:
-    """The native library, when its fused products know this case."""
+    """The native library, when its fused products know this case and are the fastest way."""
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
-    return library
+    return None if panels_serve(x, library) else library
+
+
+def panel_library(x: Tensor, blocksize: int) -> Library | None:
+    """The native library, when products with x are fastest in the panels that it decodes."""
+    library = _library(x.dtype, blocksize)
+    return library if library is not None and library.fused_linear and panels_serve(x, library) else None
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")

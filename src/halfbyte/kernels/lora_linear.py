@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import lora_panel
 from halfbyte.kernels.abi import MAX_MEMBERS, NO_MEMORY
 from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.cpu import Library
-from halfbyte.kernels.cpu_ops import fused_library
+from halfbyte.kernels.cpu_ops import fused_library, panel_library
 from halfbyte.kernels.group import GroupView, Member
 
 _GROUP = (
@@ -161,6 +162,9 @@ def _lora_linear_4bit_cpu(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
         u = empty((x.shape[0], sum(member.rank for member in members)), torch.float32)
         if GroupView(members, x.shape[1], x.dtype).linear(library, x, y, u) != NO_MEMORY:
             return y, u
+    by_panels = panel_library(x, members[0].weight[5])
+    if by_panels is not None:
+        return lora_panel.forward(x.contiguous(), members, by_panels)
     return _plain_forward(x, members)
 
 
@@ -179,11 +183,15 @@ def _lora_linear_4bit_backward_cpu(
         view = GroupView(members, x.shape[1], x.dtype, list(zip(dA, dB, strict=True)))
         if view.linear_backward(library, g, x, u, dx) != NO_MEMORY:
             return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
+    by_panels = panel_library(x, members[0].weight[5])
+    if by_panels is not None:
+        dx, dA, dB = lora_panel.backward(g.contiguous(), x.contiguous(), u, members, by_panels, need_dx=bool(need_dx))
+        return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
     return _plain_backward(g, x, u, members, bool(need_dx))
 
 
 def _library(x: Tensor, members: list[Member]) -> Library | None:
-    """The native library, when its group products know this case."""
+    """The native library, when its group products know this case and are the fastest way."""
     if len(members) > MAX_MEMBERS or not any(member.out_features for member in members):
         return None
     return fused_library(x, members[0].weight[5], x.shape[1])

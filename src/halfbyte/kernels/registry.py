@@ -4,7 +4,8 @@ The native library is loaded at the first use of an operator on the CPU. Where i
 environment says so, the plain-torch reference serves; the reason is kept for `halfbyte doctor`.
 
 ``HALFBYTE_ISA`` = baseline, avx2, avx512, avx512_bf16, neon or reference overrides the choice (tests run every path on
-a machine); ``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU.
+a machine); ``HALFBYTE_CUDA_KERNELS`` = triton, bitsandbytes or reference does so on a GPU. ``HALFBYTE_PANEL_ROWS``
+takes the place of what `crossover` measures, which is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ from halfbyte.kernels.abi import DTYPES, ISAS, OK
 
 ISA_VARIABLE = "HALFBYTE_ISA"
 CUDA_VARIABLE = "HALFBYTE_CUDA_KERNELS"
+PANEL_ROWS_VARIABLE = "HALFBYTE_PANEL_ROWS"
+LEAST_PANEL_ROWS = 64
+"""With fewer rows tiles always serve."""
+PANEL_DTYPES = ("float32", "bfloat16")
 CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
 LAYER_OPS = (
@@ -84,6 +90,30 @@ def run_native(name: str, *arguments: Any) -> bool:
     """Call the library's function `name` with `arguments` and the number of threads; False where it does not serve."""
     library = cpu_choice().library
     return library is not None and getattr(library.call, name)(*arguments, torch.get_num_threads()) == OK
+
+
+def panel_rows_setting() -> dict[str, int | None] | None:
+    """``HALFBYTE_PANEL_ROWS``: "never", or such as "bfloat16=256": panels from so many rows on. None: not set."""
+    text = os.environ.get(PANEL_ROWS_VARIABLE, "")
+    if not text:
+        return None
+    rows: dict[str, int | None] = dict.fromkeys(PANEL_DTYPES)
+    for part in text.split(",") if text != "never" else ():
+        name, _, number = part.partition("=")
+        if name not in PANEL_DTYPES or not number.isdecimal() or int(number) < LEAST_PANEL_ROWS:
+            raise ConfigError(
+                f"cannot read {part!r}",
+                where=PANEL_ROWS_VARIABLE,
+                fix=f"Give never, or rows by dtype, at least {LEAST_PANEL_ROWS}: bfloat16=256",
+            )
+        rows[name] = int(number)
+    return rows
+
+
+def cache_folder() -> Path:
+    """halfbyte's folder for what can be made again; it need not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "halfbyte"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ GROUPS = {
     "gate_up": ("gate_proj", "up_proj", "gate_up_proj"), "down": ("down_proj",),
 }  # fmt: skip
 """Linear layers over one input."""
+PANEL_ELEMENTS = 1 << 21
+"""Decoded weights that a product in panels holds at once (kernels/panel.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Sizes:
         adapted: last names of the linear layers that have one.
         checkpoint: only x and what the down projection's backward needs is kept.
         pairs: bfloat16 is multiplied in pairs (CPUs with AVX512-BF16), so packed rows take half the bytes.
+        panel_rows: from how many tokens on products decode panels of a weight for torch; None: never.
         together: micro-batches that pass a layer one after the other before the next layer's turn.
         offloaded: what is saved for the backward pass goes to disk.
     """
@@ -41,6 +44,7 @@ class Sizes:
     adapted: frozenset[str]
     checkpoint: bool
     pairs: bool
+    panel_rows: int | None = None
     together: int = 1
     offloaded: bool = False
 
@@ -69,12 +73,28 @@ class Sizes:
         return sum(4 * self.rank * (out + into) for name, out, into in self.members(group) if name in self.adapted)
 
 
+def _product(led: Ledger, s: Sizes, group: str, *, backward: bool = False) -> None:
+    """What a group's product holds beside its results, gone when it returns: backward v, and in panels the decoded
+    rows, forward u in the dtype of x, backward the float32 sum of dx where dx is not float32 (lora_panel.py)."""
+    blocks = {"v": s.floats(s.ranks(group))} if backward else {}
+    if s.panel_rows is not None and s.tokens >= s.panel_rows:
+        members = s.members(group)
+        blocks["panel"] = s.itemsize * max(min(PANEL_ELEMENTS, out * into) for _, out, into in members)
+        if backward and s.itemsize < 4:
+            blocks["total"] = s.floats(members[0][2])
+        elif not backward:
+            blocks["u_narrow"] = s.rows(s.rank)
+    led.hold(TEMPORARY, **blocks)
+    led.drop(*blocks)
+
+
 def until_down(led: Ledger, s: Sizes, p: str) -> None:
     """`_until_down`: leaves what `_Saved` names, and `rotated` where heads are normed."""
     a = s.arch
     led.hold(TEMPORARY, normed=s.rows(a.hidden))
     led.hold(SAVED, **{p + "rstd": s.floats(1)})
     led.hold(SAVED, **{p + "qkv": s.rows(a.qkv), p + "u_qkv": s.floats(s.ranks("qkv"))})
+    _product(led, s, "qkv")
     if a.head_norms:
         led.hold(TEMPORARY, rotated=s.rows(a.qkv))
         led.hold(SAVED, **{p + "head_rstd": s.floats(a.heads + a.kv_heads)})
@@ -82,6 +102,7 @@ def until_down(led: Ledger, s: Sizes, p: str) -> None:
     led.drop("normed")
     led.hold(TEMPORARY, o=s.rows(a.hidden))
     led.hold(SAVED, **{p + "u_o": s.floats(s.ranks("o"))})
+    _product(led, s, "o")
     if a.four_norms:
         led.move("o", p + "o_before", SAVED)
         led.hold(TEMPORARY, o=s.rows(a.hidden))
@@ -89,6 +110,7 @@ def until_down(led: Ledger, s: Sizes, p: str) -> None:
     led.hold(SAVED, **{p + "h": s.rows(a.hidden), p + "h_rstd": s.floats(1)})
     led.hold(TEMPORARY, normed=s.rows(a.hidden))
     led.hold(SAVED, **{p + "gate_up": s.rows(2 * a.intermediate), p + "u_gate_up": s.floats(s.ranks("gate_up"))})
+    _product(led, s, "gate_up")
     led.drop("normed", "o")
 
 
@@ -106,6 +128,7 @@ def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True
     until_down(led, s, p)
     led.hold(TEMPORARY, product=s.rows(a.intermediate))
     led.hold(SAVED, **{f"x{number + 1}": s.kept(a.hidden), p + "u_down": s.kept(s.ranks("down"), 4)})
+    _product(led, s, "down")
     led.drop("product")
     if a.four_norms:
         led.move(f"x{number + 1}", p + "down")
@@ -142,8 +165,7 @@ def backward(led: Ledger, s: Sizes, number: int, *, accumulate: bool) -> None:
 
 def _gradients(led: Ledger, s: Sizes, p: str, group: str) -> None:
     led.hold(GRADIENTS, **{f"{p}d_{group}": s.adapter_bytes(group)})
-    led.hold(TEMPORARY, v=s.floats(s.ranks(group)))  # the product's own, gone when it returns
-    led.drop("v")
+    _product(led, s, group, backward=True)
 
 
 def _mlp_backward(led: Ledger, s: Sizes, p: str) -> None:

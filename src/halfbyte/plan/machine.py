@@ -29,12 +29,15 @@ class Machine:
     Attributes:
         threads: of matrix products.
         bf16_units: the CPU multiplies bfloat16 natively.
+        panel_rows: by dtype, from how many rows on products decode panels of a weight (kernels/crossover.py); none
+            where tiles always serve, or nothing was measured.
         runtime: resident bytes beside tensors, measured in a process of these versions; None: the constants above.
         gflops: measured floating-point operations of a training step, 1e9/s, by compute dtype.
     """
 
     threads: int = 1
     bf16_units: bool = False
+    panel_rows: dict[str, int | None] = field(default_factory=dict)
     runtime: int | None = None
     gflops: dict[str, float] = field(default_factory=dict)
 
@@ -70,12 +73,17 @@ def default_runtime() -> int:
     return RUNTIME + (BITSANDBYTES if _version("bitsandbytes") else 0)
 
 
-def write_calibration(path: Path, *, runtime: int | None = None, gflops: dict[str, float] | None = None) -> None:
+def write_calibration(
+    path: Path, *, runtime: int | None = None, gflops: dict[str, float] | None = None,
+    panel_rows: dict[str, int | None] | None = None,
+) -> None:  # fmt: skip
     """Keep measurements for later plans; what is None stays as it was."""
     known = _read(path)
     entry = known.setdefault(calibration_key(), {})
     if runtime is not None:
         entry["runtime"] = runtime
+    if panel_rows is not None:
+        entry["panel_rows"] = panel_rows
     entry.setdefault("gflops", {}).update(gflops or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")

@@ -69,7 +69,7 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         arch=replace(base.architecture, fused=runs_fused(config, base)), tokens=tokens,
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
         checkpoint=config.train.gradient_checkpointing,
-        pairs=dtype == "bfloat16" and machine.bf16_units, together=together,
+        pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
         offloaded=config.memory.activations == "disk",
     )  # fmt: skip
 

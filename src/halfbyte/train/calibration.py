@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from halfbyte.checkpoint.shards import SINGLE_NAME
 from halfbyte.config import load_config
 from halfbyte.data import Batch
+from halfbyte.kernels import panel_rule
 from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.load import load_model
@@ -33,7 +34,9 @@ def step_gflops(machine: Machine, dtypes: tuple[str, ...]) -> dict[str, float]:
 
 def _measure(folder: str, machine: Machine, dtype: str) -> float:
     config = load_config(model__path=folder, quant__compute_dtype=dtype, data__max_seq_len=TOKENS)
-    operations = plan(config, machine=replace(machine, threads=torch.get_num_threads())).pass_operations
+    operations = plan(
+        config, machine=replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
+    ).pass_operations
     loaded = load_model(folder, config.quant, compute_dtype=getattr(torch, dtype))
     attach_lora(loaded.model, config.lora, seed=0)
     objective = Objective(loaded.model.train())

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.checkpoint import checkpoint_config
+from halfbyte.checkpoint import checkpoint_origin
 from halfbyte.config import RunConfig
 from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
+from halfbyte.kernels import keep_to, panel_rule
 from halfbyte.model.memory import resident_memory
 from halfbyte.plan import (
     Base,
@@ -55,15 +56,19 @@ def steps_of(config: RunConfig, loader: BatchLoader) -> int:
 
 def in_the_same_parts(config: RunConfig, checkpoint: Path | None, observer: Observer) -> RunConfig:
     """`config` with the micro-batches of the checkpoint it goes on from, where they make the same step: a plan may
-    have made them smaller than was asked for, and might choose otherwise today, with other memory in use.
+    have made them smaller than was asked for, and might choose otherwise today, with other memory in use. Products
+    run in tiles or panels as they did.
 
     Raises:
         FileError: the checkpoint is not one.
     """
     if checkpoint is None:
         return config
-    saved, train = checkpoint_config(checkpoint).get("train", {}), config.train
-    size, count = saved.get("micro_batch_size", 0), saved.get("gradient_accumulation_steps", 0)
+    saved, environment = checkpoint_origin(checkpoint)
+    for sentence in keep_to(environment.get("panel_rows", {})):
+        observer.note(sentence)
+    train, parts = config.train, saved.get("train", {})
+    size, count = parts.get("micro_batch_size", 0), parts.get("gradient_accumulation_steps", 0)
     if size == train.micro_batch_size or size * count != train.micro_batch_size * train.gradient_accumulation_steps:
         return config
     observer.note(f"micro-batches of {size}, as the checkpoint's")
@@ -110,7 +115,7 @@ def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer:
     Raises:
         ResourceError: nothing fits; says the smallest budget that would, and what to change.
     """
-    machine = replace(machine, threads=torch.get_num_threads())
+    machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
     return _plan(config, data, base, machine, resident_memory() + GROWTH, observer)
 

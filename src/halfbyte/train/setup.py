@@ -18,6 +18,7 @@ from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
 from halfbyte.errors import ConfigError
+from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
@@ -110,6 +111,7 @@ def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned
     on_planned()
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
+    observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype,
         placement=Placement(weights=config.memory.weights, resident_layers=config.memory.resident_layers),
