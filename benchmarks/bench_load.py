@@ -1,4 +1,5 @@
-"""Loading a 16-bit model into 4 bits in memory, and a folder that is in 4 bits already: seconds and peak memory.
+"""Loading a 16-bit model into 4 bits in memory, and a folder that is in 4 bits already, to the first token's logits:
+seconds and peak memory.
 
 usage: bench_load.py [--work DIR] [--rounds 3]
 

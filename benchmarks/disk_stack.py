@@ -3,7 +3,8 @@
 usage: disk_stack.py load|quantize plain|halfbyte|bitsandbytes FOLDER [OUTPUT]
 
 plain: what the job costs the machine at least: every byte of the input read once into one buffer; for quantize, as
-many bytes written as halfbyte writes, and synced. Seconds are of the job alone, imports left out.
+many bytes written as halfbyte writes, and synced. A load ends with the logits of one token: a stack may map files and
+read them then. Seconds are of the job alone, imports left out.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def halfbyte(folder: Path, output: Path | None) -> Callable[[], object]:
 
     if output:
         return lambda: quantize_model(str(folder), output / "halfbyte", QuantConfig())
-    return lambda: load_model(str(folder), QuantConfig(), compute_dtype=torch.float32)
+    return lambda: _one_token(load_model(str(folder), QuantConfig(), compute_dtype=torch.float32).model)
 
 
 def bitsandbytes(folder: Path, output: Path | None) -> Callable[[], object]:
@@ -67,8 +68,17 @@ def bitsandbytes(folder: Path, output: Path | None) -> Callable[[], object]:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
         if output:
             model.save_pretrained(output / "bitsandbytes")
+        else:
+            _one_token(model)
 
     return run
+
+
+def _one_token(model: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1]]))
 
 
 def peak_memory() -> int:
