@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-TESTS = ("kernels/triton_cases.py", "kernels/test_gpu.py", "optim/test_paged.py")
+TESTS = ("kernels/triton_cases.py", "kernels/test_gpu.py", "optim/test_paged.py", "store")
 ROUNDS = 30
 
 Contenders = dict[str, Callable[[], object]]

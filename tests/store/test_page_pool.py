@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import random
-import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from fake_device import FakeDevice, LateDevice
 from torch import Tensor
 
 from halfbyte.errors import ResourceError
@@ -20,50 +20,24 @@ from halfbyte.store import ALIGNMENT, DiskTier, HostTier, Memory, PagePool
 PAGE = ALIGNMENT
 
 
-class FakeDevice(Memory):
-    """A device that the disk cannot reach and that counts: bytes held and moved; `mark` must precede each transfer."""
-
-    is_host = False
-
-    def __init__(self) -> None:
-        self.held = self.moved = self.host = 0
-        self._lock = threading.Lock()
-
-    def allocate(self, nbytes: int) -> Tensor:
-        self.held += nbytes
-        return super().allocate(nbytes)
-
-    def allocate_host(self, nbytes: int) -> Tensor:
-        self.host += nbytes
-        return super().allocate_host(nbytes)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        with self._lock:
-            self.moved += target.nbytes
-        super().copy(target, source)
-
-    def mark(self) -> Callable[[], object]:
-        return lambda: None
-
-
 class Counted(DiskTier):
     """Counts pages read and written."""
 
     reads = writes = 0
 
-    def read(self, page: int, target: Tensor) -> None:
+    def read(self, start: int, target: Tensor) -> None:
         self.reads += 1
-        super().read(page, target)
+        super().read(start, target)
 
-    def write(self, page: int, source: Tensor) -> None:
+    def write(self, start: int, source: Tensor) -> None:
         self.writes += 1
-        super().write(page, source)
+        super().write(start, source)
 
 
 def make(slots: int, folder: Path, memory: Memory | None = None, host_pages: int = 0) -> tuple[PagePool, Counted]:
     memory = memory or Memory()
-    disk = Counted(memory, PAGE, folder)
-    tiers = [HostTier(memory, PAGE, host_pages * PAGE), disk] if host_pages else [disk]
+    disk = Counted(memory, folder, PAGE)
+    tiers = [HostTier(memory, host_pages * PAGE), disk] if host_pages else [disk]
     return PagePool(PAGE, slots * PAGE, memory, tiers), disk
 
 
@@ -99,8 +73,8 @@ def test_every_page_comes_back_as_it_was_left(slots: int, host_pages: int, tmp_p
         assert pool.resident_bytes <= slots * PAGE
     assert pool.resident_bytes == min(slots, pool.pages) * PAGE
     if isinstance(memory, FakeDevice):
-        assert memory.held == pool.resident_bytes
-        assert memory.host <= (host_pages + 2) * PAGE, "the host tier, and a page on the way for each worker"
+        assert memory.held == memory.peak == pool.resident_bytes
+        assert memory.host_peak <= (host_pages + 2) * PAGE, "the host tier, and a page on the way for each worker"
 
 
 @pytest.mark.parametrize(("slots", "ring"), [(2, 2), (3, 2), (9, 3), (30, 8), (40, 8)])
@@ -119,17 +93,33 @@ def test_transfers_are_those_predicted(slots: int, ring: int, tmp_path: Path) ->
     assert [int(page[0]) for _, page in pool.sweep(range(40), write=False)] == [4] * 40
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_device_that_works_late_is_waited_for(late: bool, tmp_path: Path) -> None:
+    """Copies too. If its marks waited for nothing, this would be seen."""
+    device = LateDevice(copy_seconds=0.0005, work_seconds=0.001)
+    device.mark = device.mark if late else lambda: lambda: None  # type: ignore[method-assign]
+    pool, _ = make(3, tmp_path, device, host_pages=4)
+    pool.extend(12)
+    for _ in range(4):
+        for _, page in pool.sweep(range(12)):
+            last = device.launch(partial(page.add_, 1))
+    last.result()
+    found = [device.launch(partial(page.unique)).result() for _, page in pool.sweep(range(12), write=False)]
+    assert ([values.tolist() for values in found] == [[4]] * 12) == late
+    assert device.peak == 3 * PAGE
+
+
 class SlowToWrite(Counted):
     """Takes its time over page 0."""
 
-    def write(self, page: int, source: Tensor) -> None:
-        time.sleep(0.1 if page == 0 else 0)
-        super().write(page, source)
+    def write(self, start: int, source: Tensor) -> None:
+        time.sleep(0.1 if start == 0 else 0)
+        super().write(start, source)
 
 
 def test_a_page_is_not_read_before_it_is_written(tmp_path: Path) -> None:
     memory = Memory()
-    pool = PagePool(PAGE, 2 * PAGE, memory, [SlowToWrite(memory, PAGE, tmp_path)])
+    pool = PagePool(PAGE, 2 * PAGE, memory, [SlowToWrite(memory, tmp_path)])
     pool.extend(3)
     for sweep, order in enumerate(
         [(2, 1, 0), (0, 2, 1), (0, 1, 2)]

@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeDevice
 from safetensors.torch import load_file
 
-from halfbyte.config import QuantConfig, RunConfig
+from halfbyte.config import QuantConfig, RunConfig, load_config
+from halfbyte.data import load_data, make_batch
 from halfbyte.errors import ConfigError
+from halfbyte.model.adapt import attach_lora
 from halfbyte.model.load import load_model
 from halfbyte.model.placement import Placement
 from halfbyte.model.quantize import quantize_model
+from halfbyte.model.source import load_tokenizer
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.row_embedding import RowEmbedding
+from halfbyte.store import LayerStore
+from halfbyte.store.tiers import STAGING_BYTES
 from halfbyte.train import train
+from halfbyte.train.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
@@ -83,6 +90,34 @@ def test_layers_that_stay_are_spread_and_hold_their_bytes(folder: Path) -> None:
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(some.model(ids).logits, resident.model(ids).logits)
+
+
+@pytest.mark.parametrize("copies", [0, 2, 6])
+def test_layers_that_compute_behind_a_device(folder: Path, chat_file: Path, copies: int) -> None:
+    """Host memory in a GPU's place, that the disk is kept from: the same losses and gradients to the bit."""
+
+    def gradients(placement: Placement) -> tuple[list[torch.Tensor], LayerStore | None]:
+        loaded = load_model(str(folder), QuantConfig(), compute_dtype=torch.float32, placement=placement)
+        attach_lora(loaded.model, load_config(lora__r=4).lora, seed=0)
+        config = load_config(data__max_seq_len=128).data
+        data = load_data(chat_file, load_tokenizer(str(folder)), config)
+        objective = Objective(loaded.model)
+        with objective.ready():
+            losses = objective.loss_sums([make_batch(data, [number]) for number in range(3)])
+            torch.autograd.backward(losses)
+        return [*losses, *(p.grad for p in loaded.model.parameters() if p.grad is not None)], loaded.store
+
+    expected, _ = gradients(Placement())
+    device = FakeDevice(copy_seconds=0.001)
+    budget = copies * 150_000
+    found, store = gradients(Placement(weights="stream", memory=device, host_budget=budget))
+    assert len(found) == len(expected) == 3 + 2 * 6 * 7
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert store is not None
+    assert device.peak == store.nbytes
+    assert (store.host_bytes > 0) == (copies > 0)
+    assert device.host <= budget + 2 * STAGING_BYTES
+    assert (store.traffic.bytes_from_host > 0) == (copies > 0)
 
 
 def test_an_embedding_that_is_the_head_stays(make_llama: Callable[..., Path], tmp_path: Path) -> None:

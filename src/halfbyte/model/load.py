@@ -127,7 +127,7 @@ def load_model(
     model.tie_weights()
     use_int8(model, held, compute_dtype)
     _finish(model, compute_dtype)
-    store = stream_layers(model, reader, streamed, names, placement.ring) if streamed else None
+    store = stream_layers(model, reader, streamed, names, placement) if streamed else None
     if on_progress:
         on_progress(len(names), len(names), "")
     return LoadedModel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from halfbyte.model.source import TensorReader
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.row_embedding import RowEmbedding
 from halfbyte.nn.streamed import StreamedLayer
-from halfbyte.store import Extent, LayerStore, RowStore
+from halfbyte.store import Extent, LayerStore, Memory, RowStore, spread
 
 _LAYER = re.compile(r"(.*?\.\d+)\..+")
 """The decoder layer that a module belongs to: its name up to the first number."""
@@ -29,11 +29,16 @@ class Placement:
         weights: "resident", "mmap" or "stream".
         resident_layers: of "stream", decoder layers that stay in memory all the same.
         ring: of "stream", buffers of the size of one layer.
+        memory: of "stream", where layers compute: what the buffers lie in. The rest of the model is loaded into host
+            memory, and follows with `model.to(device)`.
+        host_budget: of "stream" to a device, bytes of host memory for copies of layers; the others come from the file.
     """
 
     weights: str = "resident"
     resident_layers: int = 0
     ring: int = 3
+    memory: Memory = field(default_factory=Memory)
+    host_budget: int = 0
 
     def streamed(self, targets: Iterable[str]) -> dict[str, list[str]]:
         """The decoder layers that are streamed, in order, with the modules of each among `targets`.
@@ -47,8 +52,7 @@ class Placement:
                 layers.setdefault(found[1], []).append(name)
         count = max(len(layers) - self.resident_layers, 0)
         names = list(layers)
-        chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
-        return {name: layers[name] for name in chosen}
+        return {names[number]: layers[names[number]] for number in spread(count, len(names))}
 
     def row_table(self, model: PreTrainedModel, names: Mapping[str, str]) -> str:
         """The name of the embedding's weight if its rows are read one by one; empty if it stays in memory.
@@ -68,7 +72,7 @@ RESIDENT = Placement()
 
 
 def stream_layers(
-    model: nn.Module, stored: TensorReader, layers: dict[str, list[str]], names: dict[str, str], ring: int
+    model: nn.Module, stored: TensorReader, layers: dict[str, list[str]], names: dict[str, str], placement: Placement
 ) -> LayerStore:
     """Have the modules of `layers` borrow codes and scales from the files of `stored`, a safetensors folder.
 
@@ -82,7 +86,7 @@ def stream_layers(
          for key in ("", ".absmax")]
         for modules in layers.values()
     ]  # fmt: skip
-    store = LayerStore(extents, ring)
+    store = LayerStore(extents, placement.ring, placement.memory, placement.host_budget)
     for index, (layer, modules) in enumerate(layers.items()):
         StreamedLayer(store, index, [_linear4bit(model, name) for name in modules]).attach(model.get_submodule(layer))
     return store

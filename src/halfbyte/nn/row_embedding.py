@@ -48,7 +48,7 @@ class RowEmbedding(nn.Module):
         table = self._rows.read(unique.tolist()).view(self._dtype)
         for few in table.split(AT_ONCE) if self._int8 else ():
             few.copy_(dequantize_int8(*quantize_int8(few), self._dtype))
-        return F.embedding(places, table).to(self._compute_dtype)
+        return F.embedding(places, table.to(places.device)).to(self._compute_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, on disk in {str(self._dtype).removeprefix('torch.')}"

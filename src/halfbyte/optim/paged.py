@@ -14,7 +14,7 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.kernels.adamw import BLOCKSIZE
 from halfbyte.optim.moments import MOMENTS, Run, zero_moments
 from halfbyte.quant.blocks import num_blocks
-from halfbyte.store import ALIGNMENT, DiskTier, HostTier, PagePool, memory_of
+from halfbyte.store import ALIGNMENT, PagePool, memory_of, tiers_behind
 
 PAGE_BYTES = 1 << 20
 """Larger ones are not faster (docs/memory.md); a small budget has smaller ones."""
@@ -58,8 +58,7 @@ class PagedMoments:
         memory = memory_of(device)
         page_bytes = min(PAGE_BYTES, max(ALIGNMENT, budget // 8 // ALIGNMENT * ALIGNMENT))
         self._device = device
-        host = [] if memory.is_host else [HostTier(memory, page_bytes, host_budget)]
-        self._tiers: list[HostTier | DiskTier] = [*host, DiskTier(memory, page_bytes, folder)]
+        self._tiers = tiers_behind(memory, host_budget, folder, page_bytes)
         self._pool = PagePool(page_bytes, budget, memory, self._tiers)
         self._bits: dict[Tensor, int] = {}
         self._pages: dict[Tensor, list[int]] = {}

@@ -40,14 +40,17 @@ def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
 class AlignedBuffer:
     """Zeroed memory of its own, aligned to ALIGNMENT: what direct I/O fills. It goes when its last view goes.
 
+    Args:
+        pages: what maps the memory.
+
     Attributes:
         tensor: all of it, uint8 (nbytes,).
         view: the same bytes as a memoryview.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, pages: type[mmap.mmap] = mmap.mmap) -> None:
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        memory = mmap.mmap(-1, round_up(max(nbytes, 1)), **private)
+        memory = pages(-1, round_up(max(nbytes, 1)), **private)
         if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         self.view = memoryview(memory)[:nbytes]

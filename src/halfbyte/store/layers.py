@@ -1,13 +1,15 @@
-"""Frozen layers that stay on disk: read ahead of use into a ring of buffers, in the order of a training step.
+"""Frozen layers that are fetched ahead of use into a ring of buffers in the fast memory, in a training step's order.
 
-A step goes up through the layers and down again. Where the next use is guessed wrongly the read is waited for; what
-a user gets is always the layer asked for. Nothing is kept in the page cache where direct I/O works.
+They lie in their files. As many of a device's layers as a budget allows are copied to host memory when they are read
+first, and come from there. A step goes up through the layers and down again. Where the next use is guessed wrongly the
+layer is waited for; what a user gets is always the one asked for. Nothing is kept in the page cache where direct I/O
+works.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halfbyte.store.direct_io import ALIGNMENT, AlignedBuffer, DirectFile, round_up
+from halfbyte.store.direct_io import ALIGNMENT, DirectFile, round_up
+from halfbyte.store.memory import Memory
+from halfbyte.store.tiers import HostTier, Staging
 
 GAP = 2**18
 """Bytes between two tensors that are read over rather than read around."""
@@ -74,7 +78,9 @@ def _layout(extents: Sequence[Extent]) -> _Layout:
 
 @dataclass(eq=False)
 class _Slot:
-    buffer: AlignedBuffer
+    buffer: Tensor
+    ready: Callable[[], object]
+    """Waits for the work on it."""
     layer: int | None = None
     read: Future[None] | None = None
     users: int = 0
@@ -87,6 +93,9 @@ class Traffic:
     """What a store has done so far."""
 
     bytes_read: int = 0
+    """From files."""
+    bytes_from_host: int = 0
+    """From copies in host memory."""
     uses: int = 0
     waits: int = 0
     """Uses whose layer was not asked for ahead of time."""
@@ -94,15 +103,19 @@ class Traffic:
 
 @dataclass(eq=False)
 class LayerStore:
-    """The bytes of some layers, in memory only while they are used or about to be.
+    """The bytes of some layers, in the fast memory only while they are used or about to be.
 
     Args:
         layers: the extents of each layer's tensors, in the order in which a forward pass uses the layers.
         ring: buffers, each of the size of the largest layer; at least 2, or there is no reading ahead.
+        memory: the fast one, where layers are used.
+        host_budget: bytes that copies of layers may take of host memory, where that is not the fast memory itself.
     """
 
     layers: Sequence[Sequence[Extent]]
     ring: int = 3
+    memory: Memory = field(default_factory=Memory)
+    host_budget: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
@@ -110,7 +123,10 @@ class LayerStore:
             raise ValueError(f"a ring of {self.ring} buffers leaves none to read ahead into")
         self._layouts = [_layout(extents) for extents in self.layers]
         size = max((layout.nbytes for layout in self._layouts), default=0)
-        self._slots = [_Slot(AlignedBuffer(size)) for _ in range(min(self.ring, len(self._layouts)))]
+        buffers = [self.memory.allocate(size) for _ in range(min(self.ring, len(self._layouts)))]
+        self._slots = [_Slot(buffer, self.memory.mark()) for buffer in buffers]
+        self._place_copies(0 if self.memory.is_host else self.host_budget)
+        self._staging = Staging(self.memory)
         files = {window.file for layout in self._layouts for window in layout.windows}
         self._files = {file: DirectFile(file) for file in sorted(files)}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="halfbyte-read")
@@ -118,13 +134,18 @@ class LayerStore:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the ring."""
-        return sum(slot.buffer.tensor.nbytes for slot in self._slots)
+        """What the ring takes of the fast memory."""
+        return sum(slot.buffer.nbytes for slot in self._slots)
+
+    @property
+    def host_bytes(self) -> int:
+        """What copies take of host memory."""
+        return self._host.nbytes
 
     @property
     def stored_bytes(self) -> int:
-        """What one pass over all layers reads."""
-        return sum(window.end - window.start for layout in self._layouts for window in layout.windows)
+        """What one pass over all layers fetches."""
+        return sum(layout.nbytes for layout in self._layouts)
 
     @property
     def how(self) -> str:
@@ -159,10 +180,11 @@ class LayerStore:
                 for following in ahead[: len(self._slots) - 1]:
                     if self._find(following) is None and self._free(keep={layer, *ahead}):
                         self._start(following, keep={layer, *ahead})
-            yield [slot.buffer.tensor[start:end] for start, end in self._layouts[layer].tensors]
+            yield [slot.buffer[start:end] for start, end in self._layouts[layer].tensors]
         finally:
             with self._lock:
                 slot.users -= 1
+                slot.ready = self.memory.mark()
 
     def shrink(self) -> int:
         """Give back a buffer that lies idle; two always stay, and reading ahead gets shorter by one. Results stay.
@@ -176,14 +198,27 @@ class LayerStore:
                 return 0
             slot = min(idle, key=lambda s: s.used)
             self._slots.remove(slot)
-            return slot.buffer.tensor.nbytes
+            return slot.buffer.nbytes
 
     def close(self) -> None:
         """Stop reading and give the memory back; tensors handed out must not be used any more."""
         self._readers.shutdown(cancel_futures=True)
         for file in self._files.values():
             file.close()
+        self._host.close()
         self._slots.clear()
+
+    def _place_copies(self, budget: int) -> None:
+        """Take room in host memory for as many layers as `budget` allows, those spread among the others."""
+        self._host = HostTier(self.memory, budget)
+        self._places: dict[int, int] = {}
+        """Where the copy of a layer lies."""
+        self._copied: set[int] = set()
+        """Layers whose copy is there."""
+        most = max((layout.nbytes for layout in self._layouts), default=1)
+        for layer in spread(min(budget // most, len(self._layouts)), len(self._layouts)):
+            self._places[layer] = self._host.nbytes
+            self._host.grow(self._host.nbytes + self._layouts[layer].nbytes)
 
     def _order(self, layer: int, *, backward: bool, turns: bool) -> Iterator[int]:
         """The layers after `layer`, as the passes to come use them."""
@@ -212,17 +247,29 @@ class LayerStore:
         slot = min(free, key=lambda s: s.used)
         if slot.read is not None and not slot.read.cancel():
             slot.read.exception()  # a wrong guess may still be on its way
-        layout = self._layouts[layer]
-        self.traffic.bytes_read += sum(window.end - window.start for window in layout.windows)
+        nbytes = self._layouts[layer].nbytes
+        if layer in self._copied:
+            self.traffic.bytes_from_host += nbytes
+        else:
+            self.traffic.bytes_read += nbytes
         slot.layer = layer
-        slot.read = self._readers.submit(self._fill, slot.buffer, layout)
+        slot.read = self._readers.submit(self._fill, slot.buffer, slot.ready, layer)
         return slot
 
-    def _fill(self, buffer: AlignedBuffer, layout: _Layout) -> None:
+    def _fill(self, buffer: Tensor, ready: Callable[[], object], layer: int) -> None:
+        """A worker's job: the bytes of `layer` into `buffer`, once the work on what it holds is done."""
+        ready()
+        layout, place = self._layouts[layer], self._places.get(layer)
+        if place is not None and layer in self._copied:
+            self._host.read(place, buffer[: layout.nbytes])
+            return
         for window in layout.windows:
             file = self._files[window.file]
             size = min(window.end, file.nbytes) - window.start
-            file.read_into(buffer.tensor[window.place : window.place + size], window.start)
+            self._staging.read(file, window.start, buffer[window.place : window.place + size])
+        if place is not None:
+            self._host.write(place, buffer[: layout.nbytes])
+            self._copied.add(layer)
 
     def _wait(self, slot: _Slot) -> None:
         assert slot.read is not None
@@ -231,3 +278,8 @@ class LayerStore:
         except BaseException:
             slot.layer = None  # not to be found again with half of its bytes
             raise
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly apart."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]

@@ -15,7 +15,8 @@ from heapq import heapify, heappop, heappush
 
 from torch import Tensor
 
-from halfbyte.store.tiers import Memory, Tier
+from halfbyte.store.memory import Memory
+from halfbyte.store.tiers import Tier
 
 RING = 8
 """Slots that pages pass through, at most: more hide the disk's uneven pace better, and keep fewer pages for good."""
@@ -77,8 +78,9 @@ class PagePool:
             kept = self._most_slots - min(RING, max(2, self._most_slots // 3))
             left = new.stop - kept
             for tier in self._tiers:
-                tier.grow(min(left, tier.capacity))
-                left -= min(left, tier.capacity)
+                here = min(left, tier.capacity // self.page_bytes)
+                tier.grow(here * self.page_bytes)
+                left -= here
             assert left == 0, "the last tier takes what is left"
             self._kept = kept
         self.pages = new.stop
@@ -144,12 +146,13 @@ class PagePool:
         slot.page, slot.dirty, slot.arriving = page, False, job
 
     def _home(self, page: int) -> tuple[Tier, int]:
-        """The tier of a page that passes through the ring, and its number there."""
+        """The tier of a page that passes through the ring, and where it lies there."""
         number = page - self._kept
         for tier in self._tiers:
-            if number < tier.capacity:
-                return tier, number
-            number -= tier.capacity
+            here = tier.capacity // self.page_bytes
+            if number < here:
+                return tier, number * self.page_bytes
+            number -= here
         raise AssertionError("no tier holds it")
 
 

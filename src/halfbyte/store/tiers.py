@@ -1,116 +1,126 @@
-"""The places where pages are: the fast memory, where they are worked on, and what is behind it, in order of speed."""
+"""The places behind the fast memory, in order of speed: host memory behind a device's, and files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from halfbyte.dtypes import format_bytes
-from halfbyte.store.direct_io import AlignedBuffer, DirectFile
+from halfbyte.store.direct_io import DirectFile
+from halfbyte.store.memory import Memory
+
+STAGING_BYTES = 1 << 23
+"""The piece in which bytes pass between a file and a device: a disk is at full speed with less."""
 
 
-class Memory:
-    """Host memory as the fast place: what it is on a machine without a GPU."""
+class Staging:
+    """The way between files and the fast memory: straight into host memory, else by way of a piece of it.
 
-    is_host = True
-    """The disk can be read straight into it."""
+    Args:
+        memory: the fast one.
+        most: bytes that ever pass at a time, if that is known.
+    """
 
-    def allocate(self, nbytes: int) -> Tensor:
-        """Zeros, uint8 (nbytes,)."""
-        return AlignedBuffer(nbytes).tensor
+    def __init__(self, memory: Memory, most: int = STAGING_BYTES) -> None:
+        self._memory, self._piece_bytes = memory, min(most, STAGING_BYTES)
+        self._pieces = SimpleQueue[Tensor]()
 
-    def allocate_host(self, nbytes: int) -> Tensor:
-        """Host memory that copies here are fast from, uint8 (nbytes,), zeros."""
-        return AlignedBuffer(nbytes).tensor
+    def read(self, file: DirectFile, start: int, target: Tensor) -> None:
+        """Fill `target`, uint8 in the fast memory, from the bytes at `start`; done on return."""
+        if self._memory.is_host:
+            return file.read_into(target, start)
+        with self._piece() as piece:
+            for part in target.split(self._piece_bytes):
+                file.read_into(piece[: len(part)], start)
+                self._memory.copy(part, piece[: len(part)])
+                start += len(part)
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Between here and host memory; done on return. Called by the pool's workers."""
-        target.copy_(source)
+    def write(self, file: DirectFile, start: int, source: Tensor) -> None:
+        """Write `source`, uint8 in the fast memory, to the bytes at `start`; done on return."""
+        if self._memory.is_host:
+            return file.write_from(source, start)
+        with self._piece() as piece:
+            for part in source.split(self._piece_bytes):
+                self._memory.copy(piece[: len(part)], part)
+                file.write_from(piece[: len(part)], start)
+                start += len(part)
 
-    def mark(self) -> Callable[[], object]:
-        """What a worker calls to wait until the work begun so far on this thread is done."""
-        return _nothing
-
-
-class CudaMemory(Memory):
-    """A GPU's memory: copies run beside the work, on a stream of their own. (Not run on a GPU yet: docs/gpu.md.)"""
-
-    is_host = False
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
-
-    def allocate_host(self, nbytes: int) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        self._stream.synchronize()
-
-    def mark(self) -> Callable[[], object]:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize
-
-
-def memory_of(device: torch.device) -> Memory:
-    """The fast place for what is worked on at `device`."""
-    return CudaMemory(device) if device.type == "cuda" else Memory()
+    @contextmanager
+    def _piece(self) -> Iterator[Tensor]:
+        """One for each worker that is at it."""
+        try:
+            piece = self._pieces.get_nowait()
+        except Empty:
+            piece = self._memory.allocate_host(self._piece_bytes)
+        try:
+            yield piece
+        finally:
+            self._pieces.put(piece)
 
 
 class Tier(Protocol):
-    """A place for pages behind the fast memory. Pages are numbered from 0; new ones are zeros."""
+    """A place for bytes behind the fast memory. New ones are zeros."""
 
     capacity: int
-    """Pages it may hold."""
+    """Bytes it may hold."""
 
     @property
     def nbytes(self) -> int:
-        """What its pages take."""
+        """What it takes."""
 
-    def grow(self, pages: int) -> None:
-        """Have room for `pages`, or raise."""
+    def grow(self, nbytes: int) -> None:
+        """Have room for `nbytes`, or raise. What is added is one piece: no read and no write goes over its ends."""
 
-    def read(self, page: int, target: Tensor) -> None:
-        """Fill `target`, in the fast memory; done on return."""
+    def read(self, start: int, target: Tensor) -> None:
+        """Fill `target`, uint8 in the fast memory; done on return."""
 
-    def write(self, page: int, source: Tensor) -> None:
-        """Keep `source`, in the fast memory; done on return."""
+    def write(self, start: int, source: Tensor) -> None:
+        """Keep `source`, uint8 in the fast memory; done on return."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 class HostTier:
-    """Host memory behind a device's: `budget` bytes of it."""
+    """Host memory behind a device's, `capacity` bytes of it at most."""
 
-    def __init__(self, memory: Memory, page_bytes: int, budget: int) -> None:
-        self.capacity = budget // page_bytes
-        self._memory, self._page_bytes, self._pages = memory, page_bytes, list[Tensor]()
+    def __init__(self, memory: Memory, capacity: int) -> None:
+        self.capacity = capacity
+        self._memory, self._starts, self._pieces = memory, list[int](), list[Tensor]()
 
     @property
     def nbytes(self) -> int:
-        return len(self._pages) * self._page_bytes
+        return self._starts[-1] + self._pieces[-1].nbytes if self._pieces else 0
 
-    def grow(self, pages: int) -> None:
-        more = pages - len(self._pages)
-        self._pages += self._memory.allocate_host(more * self._page_bytes).split(self._page_bytes) if more > 0 else ()
+    def grow(self, nbytes: int) -> None:
+        end = self.nbytes
+        if nbytes > end:
+            self._pieces.append(self._memory.allocate_host(nbytes - end))
+            self._starts.append(end)
 
-    def read(self, page: int, target: Tensor) -> None:
-        self._memory.copy(target, self._pages[page])
+    def read(self, start: int, target: Tensor) -> None:
+        self._memory.copy(target, self._at(start, target.nbytes))
 
-    def write(self, page: int, source: Tensor) -> None:
-        self._memory.copy(self._pages[page], source)
+    def write(self, start: int, source: Tensor) -> None:
+        self._memory.copy(self._at(start, source.nbytes), source)
+
+    def close(self) -> None:
+        self._pieces.clear()
+        self._starts.clear()
 
     def __str__(self) -> str:
         return f"{format_bytes(self.nbytes)} in host memory"
+
+    def _at(self, start: int, nbytes: int) -> Tensor:
+        number = bisect_right(self._starts, start) - 1
+        first = start - self._starts[number]
+        return self._pieces[number][first : first + nbytes]
 
 
 class DiskTier:
@@ -118,48 +128,43 @@ class DiskTier:
 
     capacity = 1 << 62
 
-    def __init__(self, memory: Memory, page_bytes: int, folder: str | Path) -> None:
-        self._memory, self._page_bytes, self._folder = memory, page_bytes, folder
+    def __init__(self, memory: Memory, folder: str | Path, most: int = STAGING_BYTES) -> None:
+        self._folder, self._staging = folder, Staging(memory, most)
         self._file: DirectFile | None = None
-        self._staging = SimpleQueue[Tensor]()
 
     @property
     def nbytes(self) -> int:
         return self._file.nbytes if self._file else 0
 
-    def grow(self, pages: int) -> None:
+    def grow(self, nbytes: int) -> None:
         if self._file is None:
-            self._file = DirectFile.scratch(self._folder, pages * self._page_bytes)
+            self._file = DirectFile.scratch(self._folder, nbytes)
         else:
-            self._file.grow(pages * self._page_bytes)
+            self._file.grow(nbytes)
 
-    def read(self, page: int, target: Tensor) -> None:
+    def read(self, start: int, target: Tensor) -> None:
         assert self._file is not None
-        staging = target if self._memory.is_host else self._take()
-        self._file.read_into(staging, page * self._page_bytes)
-        if staging is not target:
-            self._memory.copy(target, staging)
-            self._staging.put(staging)
+        self._staging.read(self._file, start, target)
 
-    def write(self, page: int, source: Tensor) -> None:
+    def write(self, start: int, source: Tensor) -> None:
         assert self._file is not None
-        staging = source if self._memory.is_host else self._take()
-        if staging is not source:
-            self._memory.copy(staging, source)
-        self._file.write_from(staging, page * self._page_bytes)
-        if staging is not source:
-            self._staging.put(staging)
+        self._staging.write(self._file, start, source)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def __str__(self) -> str:
         return f"{format_bytes(self.nbytes)} in {self._folder}" + (f" ({self._file.why})" if self._file else "")
 
-    def _take(self) -> Tensor:
-        """Host memory on the way to a device, one page for each worker."""
-        try:
-            return self._staging.get_nowait()
-        except Empty:
-            return self._memory.allocate_host(self._page_bytes)
 
+def tiers_behind(
+    memory: Memory, host_budget: int, folder: str | Path, most: int = STAGING_BYTES
+) -> list[HostTier | DiskTier]:
+    """What is behind `memory`: `host_budget` bytes of the host's where it is a device's, then a file in `folder`.
 
-def _nothing() -> None:
-    pass
+    Args:
+        most: bytes that are read or written at a time, if that is known.
+    """
+    host = [] if memory.is_host else [HostTier(memory, host_budget)]
+    return [*host, DiskTier(memory, folder, most)]
