@@ -16,11 +16,11 @@ POISON = 0xA5
 
 
 class FakeDevice(Memory):
-    """A device that the disk cannot reach. A copy is between it and its own host memory, or it is an error; a copy's
-    target is poison until the copy is done.
+    """A device that the disk cannot reach: all memory but what `allocate_host` gave. A copy is between the two, or an
+    error; its target is poison until it is done.
 
     Attributes:
-        held, peak: bytes of the device that are allocated, and the most that were.
+        held, peak: bytes that `allocate` gave and that are there, and the most that were.
         host, host_peak: the same of host memory for copies.
         to_device, to_host: bytes moved.
     """
@@ -53,9 +53,8 @@ class FakeDevice(Memory):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.nbytes == source.nbytes
-        up = _is_in(target, self._here)
-        assert _is_in(source, self._there if up else self._here), "between the device and its own host memory only"
-        assert up or _is_in(target, self._there), "between the device and its own host memory only"
+        up = _is_in(source, self._there)
+        assert up != _is_in(target, self._there), "between the device and its own host memory only"
         with self._lock:
             self.to_device += target.nbytes if up else 0
             self.to_host += 0 if up else target.nbytes

@@ -92,6 +92,7 @@ BAD_SETTINGS = [
     ("optim.lr=fast", "optim.lr cannot be 'fast': it takes float"),
     ("optim.lr=true", "optim.lr cannot be True"),
     ("optim.lr=0", "optim.lr: 0.0 is not possible: above 0 and at most 1"),
+    ("memory.activations=host", "memory.activations cannot be 'host': choose one of resident, disk"),
     ("optim.lr=-1", "above 0"),
     ("optim.lr=nan", "above 0"),
     ("optim.lr=1e9", "at most 1"),

@@ -1,21 +1,24 @@
-"""What a forward pass saves for the backward pass, on disk in between.
+"""What a forward pass saves for the backward pass: behind the fast memory in between, on disk or in host memory.
 
 Autograd asks for it in the reverse of the order in which it was saved, so writing goes on behind the forward pass and
-reading ahead of the backward pass. At most a few tensors are in memory on either way.
+reading ahead of the backward pass. At most a few tensors are in the fast memory on either way.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.store.direct_io import ALIGNMENT, AlignedBuffer, DirectFile, round_up
+from halfbyte.store.direct_io import ALIGNMENT, round_up
+from halfbyte.store.memory import Memory
+from halfbyte.store.tiers import Tier, tiers_behind
 
 LEAST = ALIGNMENT
 """Bytes below which a tensor stays: what it would save is less than what keeping account of it takes."""
@@ -25,10 +28,15 @@ AHEAD = 2
 """Tensors that are read before they are asked for."""
 
 
-class _Entry:
-    """One saved tensor: in memory until it is written, then in the file, then in memory again if it was read ahead."""
+class _Place(NamedTuple):
+    tier: Tier
+    start: int
 
-    def __init__(self, tensor: Tensor, place: int) -> None:
+
+class _Entry:
+    """One saved tensor: in memory until it is written, then in its place, and in memory again if it was read ahead."""
+
+    def __init__(self, tensor: Tensor, place: _Place) -> None:
         self.tensor: Tensor | None = tensor
         self.place, self.shape, self.dtype, self.nbytes = place, tensor.shape, tensor.dtype, tensor.nbytes
         self.written: Future[None] | None = None
@@ -46,43 +54,49 @@ class _Ticket:
 
 
 class ActivationStore:
-    """Saved tensors in a scratch file that has no name and grows as it must.
+    """Saved tensors, in host memory behind a device's and in a scratch file that has no name; both grow as they must.
 
     Args:
         folder: where the file lies.
+        memory: the fast one, whose tensors are saved.
+        host_budget: bytes of host memory to fill before the file, where that is not the fast memory itself.
 
     Attributes:
         bytes_written, bytes_read: since it was made.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._file = DirectFile.scratch(folder, 0)
+    def __init__(self, folder: str | Path, memory: Memory | None = None, host_budget: int = 0) -> None:
+        self._memory = memory or Memory()
+        self._tiers = tiers_behind(self._memory, host_budget, folder)
+        self._tiers[-1].grow(0)  # a folder that cannot be written shows now
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="halfbyte-write")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="halfbyte-read")
-        self._places: dict[int, list[int]] = {}
-        self._end = 0
+        self._places: dict[int, list[_Place]] = {}
+        """Free ones, by their room."""
         self._entries: list[_Entry] = []
         self._unwritten: deque[_Entry] = deque()
         self.bytes_written = self.bytes_read = 0
 
     def hooks(self) -> AbstractContextManager[Any]:
-        """Inside the block, what autograd saves goes to disk: every tensor of `LEAST` bytes that is no parameter."""
+        """Inside the block, what autograd saves leaves the fast memory: tensors of `LEAST` bytes but parameters."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def close(self) -> None:
-        """Stop and delete the file."""
+        """Stop, give host memory back and delete the file."""
         self._writer.shutdown(cancel_futures=True)
         self._reader.shutdown(cancel_futures=True)
-        self._file.close()
+        for tier in self._tiers:
+            tier.close()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Ticket:
-        if tensor.nbytes < LEAST or isinstance(tensor, nn.Parameter) or not tensor.is_contiguous():
+        small = tensor.nbytes < LEAST or not self._memory.holds(tensor)
+        if small or isinstance(tensor, nn.Parameter) or not tensor.is_contiguous():
             return tensor
         tensor = tensor.detach()  # or what waits to be written would hold on to the graph
         while len(self._unwritten) > BEHIND:
             _done(self._unwritten.popleft().written)
         entry = _Entry(tensor, self._place(round_up(tensor.nbytes)))
-        entry.written = self._writer.submit(self._write, entry, tensor)
+        entry.written = self._writer.submit(self._write, entry, tensor, self._memory.mark())
         self._unwritten.append(entry)
         self._entries.append(entry)
         self.bytes_written += entry.nbytes
@@ -102,30 +116,33 @@ class ActivationStore:
                 self._start_reading(earlier)
         return tensor
 
-    def _place(self, room: int) -> int:
-        """Where in the file `room` bytes may go."""
+    def _place(self, room: int) -> _Place:
+        """Where `room` bytes may go."""
         free = self._places.get(room)
         if free:
             return free.pop()
-        self._end += room
-        self._file.grow(self._end)
-        return self._end - room
+        tier = next(tier for tier in self._tiers if tier.nbytes + room <= tier.capacity)
+        start = tier.nbytes
+        tier.grow(start + room)
+        return _Place(tier, start)
 
-    def _write(self, entry: _Entry, tensor: Tensor) -> None:
-        self._file.write_from(tensor, entry.place)
+    def _write(self, entry: _Entry, tensor: Tensor, computed: Callable[[], object]) -> None:
+        computed()
+        entry.place.tier.write(entry.place.start, tensor.view(-1).view(torch.uint8))
         entry.tensor = None
 
     def _start_reading(self, entry: _Entry) -> Future[Tensor]:
         if entry.read is None:
             self.bytes_read += entry.nbytes
-            entry.read = self._reader.submit(self._read, entry)
+            buffer = self._memory.allocate(entry.nbytes)
+            entry.read = self._reader.submit(self._read, entry, buffer, self._memory.mark())
         return entry.read
 
-    def _read(self, entry: _Entry) -> Tensor:
+    def _read(self, entry: _Entry, buffer: Tensor, free: Callable[[], object]) -> Tensor:
         _done(entry.written)
-        buffer = AlignedBuffer(entry.nbytes)
-        self._file.read_into(buffer.tensor, entry.place)
-        return buffer.tensor.view(entry.dtype).view(entry.shape)
+        free()
+        entry.place.tier.read(entry.place.start, buffer)
+        return buffer.view(entry.dtype).view(entry.shape)
 
     def _forget(self, entry: _Entry) -> None:
         """Autograd needs it no more: its place is free once nothing is on the way to or from it."""

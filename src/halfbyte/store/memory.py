@@ -17,6 +17,10 @@ class Memory:
     is_host = True
     """The disk can be read straight into it."""
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is in it."""
+        return tensor.device.type == "cpu"
+
     def allocate(self, nbytes: int) -> Tensor:
         """Zeros, uint8 (nbytes,). Other threads may write there after a `mark` of this one."""
         return AlignedBuffer(nbytes).tensor
@@ -42,6 +46,9 @@ class CudaMemory(Memory):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cuda"
 
     def allocate(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
