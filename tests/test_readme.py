@@ -44,7 +44,7 @@ def test_every_command_runs_in_order(
 ) -> None:
     lines = commands()
     assert {shlex.split(line)[1] for line in lines} >= {
-        "data", "train", "eval", "generate", "chat", "quantize", "doctor"
+        "data", "train", "eval", "generate", "chat", "merge", "quantize", "doctor"
     }  # fmt: skip
     said = iter(["What follows 3?", "/adapter", "/new", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda self, *_: next(said))

@@ -26,7 +26,7 @@ MAX_FUNCTION_LINES = 60
 FUNCTIONS_THAT_MAY_BE_LONGER = {"train/loop.py:_train": 90}
 """The loop is one function to be read from top to bottom (DESIGN.md §2)."""
 
-CALLABLE_ROOMS = {"plan", "train"}
+CALLABLE_ROOMS = {"merge", "plan", "train"}
 """`halfbyte.train` is a room and a public function of the same name, so its __init__ also makes the room callable."""
 
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.config import RunConfig, load_config
     from halfbyte.errors import HalfbyteError
+    from halfbyte.merge import merge
     from halfbyte.model.fuse import fuse
     from halfbyte.model.hf_config import HalfbyteConfig, prequantized_config
     from halfbyte.model.load import load_model
@@ -32,6 +33,7 @@ _HOMES = {
     "load_config": "halfbyte.config",
     "load_model": "halfbyte.model.load",
     "load_tokenizer": "halfbyte.model.source",
+    "merge": "halfbyte.merge",
     "plan": "halfbyte.plan",
     "prequantized_config": "halfbyte.model.hf_config",
     "quantize": "halfbyte.quant",
@@ -41,7 +43,7 @@ _HOMES = {
 
 __all__ = [
     "AdamW", "HalfbyteConfig", "HalfbyteError", "Linear4bit", "Plan", "QuantizedWeight", "RunConfig", "TrainResult",
-    "fuse", "load_config", "load_model", "load_tokenizer", "plan", "prequantized_config", "quantize",
+    "fuse", "load_config", "load_model", "load_tokenizer", "merge", "plan", "prequantized_config", "quantize",
     "quantize_model", "train",
 ]  # fmt: skip
 

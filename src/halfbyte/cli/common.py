@@ -80,7 +80,7 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
     from halfbyte.model.adapt import attach_saved
     from halfbyte.model.placement import Placement
-    from halfbyte.train.setup import tokenizer_sha256
+    from halfbyte.model.source import tokenizer_sha256
 
     model, quant = run.model.path, run.quant
     if not model:

@@ -16,6 +16,7 @@ from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
+from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.selftest import selftest
@@ -44,6 +45,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
 app.command()(quantize)
+app.command()(merge)
 app.add_typer(data_app, name="data")
 app.command()(doctor)
 app.command()(selftest)

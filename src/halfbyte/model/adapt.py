@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import peft
 import torch
@@ -39,17 +40,28 @@ def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
     Raises:
         AdapterError: its tensors and the model's layers do not match one to one.
     """
+    adapted = wrap(model, adapter)
+    load_adapter_state(adapted, adapter.state)
+    fuse_lora_layers(adapted)
+    return adapted
+
+
+def wrap(model: PreTrainedModel, adapter: Adapter, *, on_meta: bool = False) -> peft.PeftModel:
+    """`model` in PEFT's wrapper as the config of `adapter` says, its tensors not yet those of `adapter`.
+
+    Raises:
+        AdapterError: the config names no layer of this model.
+    """
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     config = peft.LoraConfig(**{key: value for key, value in adapter.config.items() if key in known})
     config.inference_mode = True
     config.base_model_name_or_path = None  # the base is known by its hash; PEFT would warn of another path
     try:
-        adapted = peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
-        raise AdapterError("does not fit this model", why=str(error).splitlines()[0]) from error
-    load_adapter_state(adapted, adapter.state)
-    fuse_lora_layers(adapted)
-    return adapted
+        raise AdapterError(
+            "does not fit this model", where=str(adapter.folder), why=str(error).splitlines()[0]
+        ) from error
 
 
 def adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
@@ -63,7 +75,12 @@ def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor]) -> None:
     Raises:
         AdapterError: names or shapes differ, listing the first five of each.
     """
-    own = adapter_state(model)
+    check_fit(adapter_state(model), state)
+    peft.set_peft_model_state_dict(model, state)
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str = "") -> None:
+    """AdapterError unless `state` has the names and shapes of `own`, listing the first five that differ."""
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} has no place" for name in state if name not in own]
     problems += [
@@ -72,8 +89,10 @@ def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor]) -> None:
         if name in state and state[name].shape != tensor.shape
     ]
     if problems:
-        raise AdapterError(f"{len(problems)} tensors do not fit this model", why="; ".join(problems[:5]))
-    peft.set_peft_model_state_dict(model, state)
+        raise AdapterError(
+            f"{len(problems)} tensors do not fit this model", where=where, why="; ".join(problems[:5]),
+            fix="Give the base that the adapter was trained on",
+        )  # fmt: skip
 
 
 def _shortest_names(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -113,6 +114,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except Exception as error:  # as above
         raise ModelError("no usable tokenizer", where=path, why=_first_line(error)) from error
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash over vocabulary, merges, special tokens and chat template: what decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((text + "\0" + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
 def locate(path: str) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.config.schema import BLOCKSIZES, QuantConfig
 from halfbyte.errors import ModelError
 from halfbyte.quant import ops
-from halfbyte.quant.absmax import compress_absmax
+from halfbyte.quant.absmax import compress_absmax, expand_absmax
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
 from halfbyte.quant.codebook import codebook, dynamic_map
 
@@ -70,6 +70,23 @@ class QuantizedWeight:
         """The decoded weight, `shape`, in `dtype` (default: `self.dtype`)."""
         result: Tensor = torch.ops.halfbyte.dequantize_4bit(*self.op_args, list(self.shape), dtype or self.dtype)
         return result
+
+    def row_slices(self, max_elements: int) -> Iterator[QuantizedWeight]:
+        """The weight in pieces of whole rows, at most `max_elements` each where pairs of blocks allow it.
+
+        Their scales are float32, under double quantization the decoded ones: each piece decodes to the same bits.
+        """
+        scales = self.absmax
+        if self.nested_absmax is not None:
+            scales = expand_absmax(self.absmax, self.nested_absmax, self.nested_offset)
+        rows, row = slice_rows(self.shape, self.blocksize, max_elements), prod(self.shape[1:])
+        for start in range(0, self.shape[0], rows):
+            count = min(rows, self.shape[0] - start)
+            first, last = start * row, (start + count) * row
+            yield replace(
+                self, codes=self.codes[first // 2 : num_code_bytes(last)], nested_absmax=None, nested_offset=0.0,
+                absmax=scales[first // self.blocksize : -(-last // self.blocksize)], shape=(count, *self.shape[1:]),
+            )  # fmt: skip
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on `device`."""

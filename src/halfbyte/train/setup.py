@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
-from halfbyte.model.source import check_weights, load_tokenizer
+from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, this_machine
 from halfbyte.store import ActivationStore
@@ -188,13 +187,6 @@ def _check_paths(config: RunConfig) -> None:
 
 def _offload_dir(config: RunConfig) -> str:
     return config.memory.offload_dir or config.train.output
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash over vocabulary, merges, special tokens and chat template: what decides which tokens a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((text + "\0" + str(tokenizer.chat_template)).encode()).hexdigest()
 
 
 def _steps_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:

@@ -1,0 +1,57 @@
+"""``halfbyte merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit
+
+
+def merge(
+    model: Model = None,
+    adapter: Adapter = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")] = None,
+    format: Annotated[str, typer.Option("--format", metavar="16bit", help="What to write.")] = "16bit",
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Samples to measure drift on; default: what the adapter's run used.")
+    ] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option("--max-drift", metavar="NATS", min=0.0, help="Most KL per token from base + adapter (exit 5)."),
+    ] = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write base and adapter as one model, and measure how far it is from what was trained.
+
+    Works tensor by tensor; nothing gets the output's name before it is whole and has been measured.
+    """
+    from halfbyte.config import load_config
+    from halfbyte.dtypes import format_bytes
+    from halfbyte.errors import ConfigError
+
+    run = load_config(config, settings or (), model__path=model, data__eval=None if data is None else str(data))
+    for value, option in ((run.model.path, "--model"), (adapter, "--adapter"), (output, "--output")):
+        if not value:
+            raise ConfigError("is not set", where=option, fix=f"Give {option}")
+    assert adapter is not None
+    assert output is not None
+    from halfbyte.cli.progress import LoadBar
+    from halfbyte.merge import merge as run_merge
+
+    out = console()
+    with LoadBar(out) as bar:
+        result = run_merge(
+            run, adapter, output, format=format, max_drift=max_drift, on_progress=bar.update,
+            say=lambda text: out.print(text, style="dim", markup=False),
+        )  # fmt: skip
+    text = (
+        f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} in "
+        f"{result.dtype}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}"
+    )
+    emit(result.to_dict(), as_json, text)

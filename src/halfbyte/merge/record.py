@@ -1,0 +1,106 @@
+"""What a merged model says of itself: halfbyte.json, a key in config.json, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint import Adapter, versions
+from halfbyte.checkpoint.adapter import WEIGHTS
+from halfbyte.errors import AdapterError, ConfigError
+from halfbyte.merge.base import MergeBase
+
+CONFIG_KEY = "halfbyte_merged"
+"""In config.json, so that it stays with the model when files are copied one by one."""
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """Of the adapter's tensor file."""
+    with (adapter.folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record(base: MergeBase, base_sha256: str, adapter: Adapter, *, form: str, onto: str) -> dict[str, Any]:
+    """What was merged on what; plain JSON values.
+
+    Args:
+        form: what was written ("16bit bfloat16").
+        onto: "quantized" or "original": which weights the update was added to.
+    """
+    return {
+        "format": form,
+        "onto": onto,
+        "base": base.source.label,
+        "base_sha256": base_sha256,
+        "base_quant": base.recipe(),
+        "adapter": str(adapter.folder),
+        "adapter_sha256": adapter_sha256(adapter),
+        "tokenizer_sha256": adapter.info.get("tokenizer_sha256"),
+        "versions": versions(),
+    }
+
+
+def refuse_merged(base: MergeBase, base_sha256: str, adapter: Adapter) -> None:
+    """See that nothing is merged twice: a merged model is a base only for an adapter that was trained on it.
+
+    Raises:
+        AdapterError: says what the model already is.
+    """
+    merged = getattr(base.source.config, CONFIG_KEY, None)
+    if not isinstance(merged, dict):
+        return
+    if merged.get("adapter_sha256") == adapter_sha256(adapter):
+        raise AdapterError(
+            "is merged into this model already", where=str(adapter.folder), why=f"{base.source.label} says so",
+            fix="Use the model as it is",
+        )  # fmt: skip
+    if adapter.info.get("base_sha256") != base_sha256:
+        raise AdapterError(
+            f"was not trained on {base.source.label}", where=str(adapter.folder),
+            why=f"that is {merged.get('base')} with {merged.get('adapter')} merged into it",
+            fix="Merge onto the base that the adapter was trained on",
+        )  # fmt: skip
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """ConfigError if `output` holds something, or lies in, or holds, one of `inputs`."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError("is there already", where=str(output), fix="Give another --output, or move this one away")
+    for folder in (path if path.is_dir() else path.parent for path in inputs):
+        mine, theirs = output.resolve(), folder.resolve()
+        if mine == theirs or theirs in mine.parents or mine in theirs.parents:
+            raise ConfigError(f"overlaps {folder}", where=str(output), fix="Give a folder of its own as --output")
+
+
+def card(merged: dict[str, Any], drift: dict[str, Any] | None, use: str) -> str:
+    """README.md of the folder, with the front matter that hubs read.
+
+    Args:
+        use: lines of code that load it.
+    """
+    base = str(merged["base"])
+    front = f"base_model: {json.dumps(base)}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    recipe = merged["base_quant"]
+    rows = {
+        "base": (
+            f"`{base}`, sha256 `{merged['base_sha256']}` in {recipe['quant_type']}, blocks of {recipe['blocksize']}"
+        ),
+        "adapter": f"`{merged['adapter']}`, sha256 `{merged['adapter_sha256']}`",
+        "added to": {
+            "quantized": "the 4-bit base, decoded: the weights that the adapter was trained on",
+            "original": "the 16-bit weights that the 4-bit base was made of",
+        }[merged["onto"]],
+        "written as": merged["format"],
+        "by": ", ".join(f"{name} {version}" for name, version in merged["versions"].items()),
+    }  # fmt: skip
+    if drift is not None:
+        rows["against base + adapter"] = (
+            f"KL {drift['kl']:.2e} nats per token, same likeliest token at {drift['greedy_agreement']:.2%}, "
+            f"largest logit difference {drift['max_logit']:.3g}, "
+            f"loss {drift['loss']:.4f} against {drift['trained_loss']:.4f}; {drift['tokens']} tokens of {drift['on']}"
+        )
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"---\n{front}tags: [halfbyte, qlora, merged]\n---\n# A merged model\n\n| | |\n|---|---|\n{table}\n{use}"
