@@ -21,6 +21,8 @@ WEIGHT = {
 }  # fmt: skip
 CAPABILITIES = [80, 90, 120]
 """Ampere, Hopper, consumer Blackwell."""
+SHARED_BYTES = 64 << 10
+"""Which every GPU since Turing has."""
 
 
 def test_results_in_the_interpreter() -> None:
@@ -73,8 +75,8 @@ class Compiled:
 
 
 @cache
-def device_code(kernel: str, capability: int, dtype: torch.dtype, rows: int = 64) -> Compiled:
-    """For a 4096 x 4096 weight in blocks of 64, double-quantized."""
+def device_code(kernel: str, capability: int, dtype: torch.dtype, rows: int = 64, number: int = 0) -> Compiled:
+    """For a 4096 x 4096 weight in blocks of 64, double-quantized; of products the tile `number` of those tried."""
     from halfbyte.kernels.triton import codec, linear, tiles
 
     floating = f"*{TYPES[dtype]}"
@@ -90,13 +92,21 @@ def device_code(kernel: str, capability: int, dtype: torch.dtype, rows: int = 64
     if kernel == "vector":
         depth = {"BLOCK_R": linear.VECTOR_ROWS, "BLOCK_C": linear.VECTOR_DEPTH}
         return Compiled(linear.vector_kernel, capability, types, **numbers, **depth, BIAS=True)
-    if kernel == "forward":
-        tile = tiles.forward_tile(rows, 4096, 4096, dtype)
-        blocks = {"BLOCK_M": tile.rows, "BLOCK_R": tile.columns, "BLOCK_C": tile.depth, "BIAS": True}
-        return Compiled(linear.forward_kernel, capability, types, **numbers, **blocks, num_warps=tile.num_warps)
-    tile = tiles.backward_tile(rows, 4096, 4096, dtype)
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_R": tile.depth, "BLOCK_C": tile.columns}
-    return Compiled(linear.backward_kernel, capability, types, **numbers, **blocks, num_warps=tile.num_warps)
+    choose, code, more = {
+        "forward": (tiles.forward_tiling, linear.forward_kernel, {"BIAS": True}),
+        "backward": (tiles.backward_tiling, linear.backward_kernel, {}),
+    }[kernel]
+    tiling = choose(rows, 4096, 4096, dtype)
+    tile = tiling.tiles[number]
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tiling.depth, "MOST_ROWS": tiling.most_rows}
+    return Compiled(code, capability, types, **numbers, **blocks, **more, num_warps=tile.num_warps)
+
+
+def tiles_tried(kernel: str, dtype: torch.dtype, rows: int) -> int:
+    from halfbyte.kernels.triton import tiles
+
+    choose = tiles.forward_tiling if kernel == "forward" else tiles.backward_tiling
+    return len(choose(rows, 4096, 4096, dtype).tiles)
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +143,16 @@ def test_tiles_reach_the_tensor_cores_and_fit_in_registers(capability: int, tmp_
     pytest.importorskip("triton")
     for kernel in ("forward", "backward"):
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
-            for rows in (16, 64, 256) if dtype == torch.bfloat16 else (16,):
-                code = device_code(kernel, capability, dtype, rows)
+            sizes = (16, 64, 256) if dtype == torch.bfloat16 else (16,)
+            for rows, number in ((m, i) for m in sizes for i in range(tiles_tried(kernel, dtype, m))):
+                code = device_code(kernel, capability, dtype, rows, number)
                 assert code.count(rf"mma.*\.f32\.{name}\.{name}") > 0, (kernel, rows)
                 # What it looks up must not travel to shared memory 4 bytes at a time (`tiles.NUM_STAGES`).
                 assert code.count("cp.async") == 0
-                assert code.stack_bytes(tmp_path) == 0, (kernel, rows)
-        assert device_code(kernel, capability, torch.float32, 16).stack_bytes(tmp_path) == 0
+                assert code.stack_bytes(tmp_path) == 0, (kernel, rows, number)
+                assert code.result.metadata.shared <= SHARED_BYTES, (kernel, rows, number)
+        for number in range(tiles_tried(kernel, torch.float32, 16)):
+            assert device_code(kernel, capability, torch.float32, 16, number).stack_bytes(tmp_path) == 0
     for kernel in ("dequantize", "quantize", "vector"):
         assert device_code(kernel, capability, torch.bfloat16).stack_bytes(tmp_path) == 0
 

@@ -11,6 +11,8 @@ subnormals in bfloat16, are tested on GPUs only, and `test_triton.py` reads the 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,12 +172,58 @@ def test_what_is_not_contiguous() -> None:
 
 @pytest.mark.parametrize(("rows", "cols", "m"), [(4096, 4096, 8), (4096, 14336, 64), (1024, 4096, 200), (64, 64, 2)])
 def test_parts_of_a_sum_cover_it_once(rows: int, cols: int, m: int) -> None:
-    for choose, depth in ((tiles.forward_tile, cols), (tiles.backward_tile, rows)):
+    for choose, depth in ((tiles.forward_tiling, cols), (tiles.backward_tiling, rows)):
         for dtype in (torch.float32, HALF):
-            tile = choose(m, rows, cols, dtype)
-            part = linear._part(tile, depth)
-            assert part % tile.depth == 0
-            assert (tile.parts - 1) * part < depth <= tile.parts * part
+            tiling = choose(m, rows, cols, dtype)
+            part = linear._part(tiling, depth)
+            assert part % tiling.depth == 0
+            assert (tiling.parts - 1) * part < depth <= tiling.parts * part
+
+
+@pytest.mark.parametrize("m", [5, 64, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_every_tile_that_is_tried_is_right(m: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on a GPU to the same bits: which one was fastest must not show in a result."""
+    rows, cols = 136, 256
+    packed, exact = packed_weight(rows, cols, "nf4", 64, double_quant=True)
+    x, grad = torch.randn(m, cols, device=DEVICE).to(dtype), torch.randn(m, rows, device=DEVICE).to(dtype)
+    forward = (linear.linear, x, packed, None, rows), (x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+    backward = (linear.linear_dx, grad, packed, cols), (grad.double() @ exact, grad.double().abs() @ exact.abs())
+    for direction, ((product, *arguments), expected) in {"forward": forward, "backward": backward}.items():
+        whole = getattr(tiles, f"{direction}_tiling")(m, rows, cols, dtype)
+        kernel, found = getattr(linear, f"{direction}_kernel"), []
+        for tile in whole.tiles:
+            only = replace(whole, tiles=(tile,))
+            tuned = linear._tuned(kernel, "x" if direction == "forward" else "grad", lambda *_, only=only: only)
+            with monkeypatch.context() as patch:
+                patch.setattr(linear, f"tuned_{direction}", tuned)
+                found.append(product(*arguments))
+            check(found[-1], *expected)
+        assert INTERPRETED or all(same_bits(result, found[0]) for result in found)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="sets the times, which a GPU would tell")
+def test_the_fastest_tile_is_found_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, exact = packed_weight(160, 256, "nf4", 64, double_quant=True)
+    timed: list[float] = []
+
+    def each_faster_than_the_last(run: Callable[[], object], quantiles: object) -> list[float]:
+        run()
+        timed.append(1.0 / (len(timed) + 1))
+        return [timed[-1]] * 3
+
+    tuned = linear._tuned(linear.forward_kernel, "x", tiles.forward_tiling)
+    tuned._do_bench = each_faster_than_the_last
+    monkeypatch.setattr(linear, "tuned_forward", tuned)
+    monkeypatch.setattr(linear, "_can_time", lambda x: True)
+    tried = tiles.forward_tiling(64, 160, 256, HALF).tiles
+    for m in (20, 40, 64):
+        x = torch.randn(m, 256, device=DEVICE, dtype=HALF)
+        check(linear.linear(x, packed, None, 160), x.double() @ exact.T, x.double().abs() @ exact.abs().T)
+        assert len(timed) == len(tried) > 1
+        assert tuned.best_config.kwargs == {"BLOCK_M": tried[-1].rows, "BLOCK_N": tried[-1].columns}
+    linear.linear(torch.randn(3, 256, device=DEVICE, dtype=HALF), packed, None, 160)
+    assert len(timed) > len(tried)  # other tiles for fewer rows
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="sets programs' numbers, which only the interpreter lets one")
@@ -220,7 +268,8 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.vector_kernel[(1,)](x, *weight, x, y, rows, 64, **numbers, BIAS=False, BLOCK_R=4, BLOCK_C=64)
     check(y[:, -4:], x.double() @ exact[-4:].T, x.double().abs() @ exact[-4:].abs().T)
     program(0, rows // 16 - 1)
-    blocks = {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_C": 64}
+    blocks = {"MOST_ROWS": 16, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64}
+    turned = {**blocks, "BLOCK_N": 64, "BLOCK_K": 16}
     linear.forward_kernel[(1,)](x, *weight, x, y, 1, rows, 64, 64, **numbers, BIAS=False, **blocks)
     check(y[:, -16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
 
@@ -232,14 +281,14 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.forward_kernel[(1,)](many, *near, many, product, many.shape[0], 16, 64, 64, **numbers, BIAS=False, **blocks)
     check(product[-16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
     back = torch.empty_like(many)
-    linear.backward_kernel[(1,)](product, *near, back, many.shape[0], 16, 64, 16, **numbers, **blocks)
+    linear.backward_kernel[(1,)](product, *near, back, many.shape[0], 16, 64, 16, **numbers, **turned)
     grad = product[-16:].double()
     check(back[-16:], grad @ exact, grad.abs() @ exact.abs())
 
     cols = count // 4  # four rows, the last of them beyond 2^31 elements
     dx, grad = torch.empty(1, cols), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     program(0, cols // 64 - 1)
-    linear.backward_kernel[(1,)](grad, *weight, dx, 1, 4, cols, 16, **numbers, **blocks)
+    linear.backward_kernel[(1,)](grad, *weight, dx, 1, 4, cols, 16, **numbers, **turned)
     assert torch.equal(dx[0, -64:], exact[-1].float())
 
 

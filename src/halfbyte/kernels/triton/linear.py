@@ -1,8 +1,12 @@
 """Products with a 4-bit weight that is decoded tile by tile in registers: ``x @ W^T`` and ``grad @ W``.
 
 One row of x: a dot product in each program. Up to `tiles.FUSED_ROWS`: tensor-core tiles, float32 sums, cut into parts
-where that fills the GPU. More rows, and blocks that cross the rows of the weight: `codec.dequantize`, then torch.
+where that fills the GPU; which tile is fastest is tried out once for a weight's shape and kept by Triton in its cache.
+More rows, and blocks that cross the rows of the weight: `codec.dequantize`, then torch.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +17,7 @@ from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
 from halfbyte.kernels.triton.codec import dequantize
 from halfbyte.kernels.triton.decode import decode_tile, on_device_of
-from halfbyte.kernels.triton.tiles import NUM_STAGES, Tile, backward_tile, forward_tile, fused
+from halfbyte.kernels.triton.tiles import NUM_STAGES, Tile, Tiling, all_tiles, backward_tiling, forward_tiling, fused
 
 VECTOR_ROWS, VECTOR_DEPTH = 4, 1024
 """Rows and columns of the weight that a program of `vector_kernel` decodes at a time: 16 bytes of codes a thread."""
@@ -44,21 +48,21 @@ def vector_kernel(
 @triton.jit
 def forward_kernel(
     x, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, bias, out, m, rows, cols, part,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, MOST_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, rows) = x (m, cols) @ W^T (rows, cols) over columns p * part and on, `part` of them; + bias."""
     line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(2) * part
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for col in range(first, min(first + part, cols), BLOCK_C):
-        at = col + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for col in range(first, min(first + part, cols), BLOCK_K):
+        at = col + tl.arange(0, BLOCK_K)
         mask = (line < m)[:, None] & (at < cols)[None, :]
         value = tl.load(x + line.to(tl.int64)[:, None] * cols + at[None, :], mask=mask, other=0.0)
         weight = decode_tile(
             codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+            BLOCKSIZE, NESTED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total = tl.dot(value, tl.trans(weight.to(value.dtype)), total, input_precision="ieee")
     if BIAS:
@@ -70,24 +74,24 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, m, rows, cols, part,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, MOST_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, cols) = grad (m, rows) @ W (rows, cols) over rows p * part and on, `part` of them."""
     line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.program_id(1) * BLOCK_C
+    col = tl.program_id(1) * BLOCK_N
     first = tl.program_id(2) * part
-    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(first, min(first + part, rows), BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, min(first + part, rows), BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
         mask = (line < m)[:, None] & (row < rows)[None, :]
         value = tl.load(grad + line.to(tl.int64)[:, None] * rows + row[None, :], mask=mask, other=0.0)
         weight = decode_tile(
             codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+            BLOCKSIZE, NESTED, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         total = tl.dot(value, weight.to(value.dtype), total, input_precision="ieee")
-    at = col + tl.arange(0, BLOCK_C)
+    at = col + tl.arange(0, BLOCK_N)
     far = (tl.program_id(2).to(tl.int64) * m + line)[:, None] * cols + at[None, :]
     tl.store(out + far, total.to(out.dtype.element_ty), mask=(line < m)[:, None] & (at < cols)[None, :])
 
@@ -102,6 +106,40 @@ def add_parts_kernel(parts, bias, out, count, columns, PARTS: tl.constexpr, BIAS
     if BIAS:
         total += tl.load(bias + at % columns, mask=at < count, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+def _config(tile: Tile) -> triton.Config:
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns}
+    return triton.Config(blocks, num_warps=tile.num_warps, num_stages=NUM_STAGES)
+
+
+def _can_time(x: Tensor) -> bool:
+    """Not in the interpreter."""
+    return x.device.type == "cuda"
+
+
+def _tuned(kernel: Any, rows_of: str, tiling: Callable[..., Tiling]) -> Any:
+    """`kernel` with the fastest of its tiling's tiles, timed once for a shape of W and kept in Triton's cache folder.
+
+    Args:
+        rows_of: the argument whose dtype and device decide.
+    """
+
+    def candidates(configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        x = named[rows_of]
+        wanted = tiling(constants["MOST_ROWS"], named["rows"], named["cols"], x.dtype).tiles
+        found = [_config(tile) for tile in wanted]
+        return found if _can_time(x) else found[:1]
+
+    tune = triton.autotune(
+        [_config(tile) for tile in all_tiles()], key=["rows", "cols", "MOST_ROWS"],
+        prune_configs_by={"early_config_prune": candidates}, cache_results=True,
+    )  # fmt: skip
+    return tune(kernel)
+
+
+tuned_forward = _tuned(forward_kernel, "x", forward_tiling)
+tuned_backward = _tuned(backward_kernel, "grad", backward_tiling)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
@@ -124,15 +162,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) ->
                 BLOCK_C=min(VECTOR_DEPTH, triton.next_power_of_2(in_features)), num_warps=4,
             )  # fmt: skip
             return out
-        tile = forward_tile(m, out_features, in_features, x.dtype)
-        partial = out if tile.parts == 1 else _room(tile, out)
-        grid = (triton.cdiv(m, tile.rows), triton.cdiv(out_features, tile.columns), tile.parts)
-        forward_kernel[grid](
-            x, *tensors, x if bias is None else bias, partial, m, out_features, in_features, _part(tile, in_features),
-            **codec, BIAS=bias is not None and tile.parts == 1, BLOCK_M=tile.rows, BLOCK_R=tile.columns,
-            BLOCK_C=tile.depth, num_warps=tile.num_warps, num_stages=NUM_STAGES,
+        tiling = forward_tiling(m, out_features, in_features, x.dtype)
+        partial = out if tiling.parts == 1 else _room(tiling, out)
+        tuned_forward[_grid(m, out_features, tiling)](
+            x, *tensors, x if bias is None else bias, partial, m, out_features, in_features,
+            _part(tiling, in_features), **codec, BIAS=bias is not None and tiling.parts == 1,
+            MOST_ROWS=tiling.most_rows, BLOCK_K=tiling.depth,
         )  # fmt: skip
-        if tile.parts > 1:
+        if tiling.parts > 1:
             _add_parts(partial, bias, out)
     return out
 
@@ -145,16 +182,15 @@ def linear_dx(grad: Tensor, weight: Weight, in_features: int) -> Tensor:
     grad, out = grad.contiguous(), grad.new_empty(m, in_features)
     if not out.numel():
         return out
-    tile = backward_tile(m, out_features, in_features, grad.dtype)
+    tiling = backward_tiling(m, out_features, in_features, grad.dtype)
     with on_device_of(grad):
-        partial = out if tile.parts == 1 else _room(tile, out)
-        grid = (triton.cdiv(m, tile.rows), triton.cdiv(in_features, tile.columns), tile.parts)
-        backward_kernel[grid](
-            grad, *_pointers(weight), partial, m, out_features, in_features, _part(tile, out_features),
-            BLOCKSIZE=weight[5], NESTED=weight[2] is not None, enable_fp_fusion=False, BLOCK_M=tile.rows,
-            BLOCK_R=tile.depth, BLOCK_C=tile.columns, num_warps=tile.num_warps, num_stages=NUM_STAGES,
+        partial = out if tiling.parts == 1 else _room(tiling, out)
+        tuned_backward[_grid(m, in_features, tiling)](
+            grad, *_pointers(weight), partial, m, out_features, in_features, _part(tiling, out_features),
+            BLOCKSIZE=weight[5], NESTED=weight[2] is not None, enable_fp_fusion=False, MOST_ROWS=tiling.most_rows,
+            BLOCK_K=tiling.depth,
         )  # fmt: skip
-        if tile.parts > 1:
+        if tiling.parts > 1:
             _add_parts(partial, None, out)
     return out
 
@@ -167,14 +203,18 @@ def _pointers(weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, f
     return codes.contiguous(), absmax.contiguous(), second.contiguous(), table.values, dynamic, nested_offset
 
 
-def _room(tile: Tile, out: Tensor) -> Tensor:
-    return out.new_empty(tile.parts, *out.shape, dtype=torch.float32)
+def _room(tiling: Tiling, out: Tensor) -> Tensor:
+    return out.new_empty(tiling.parts, *out.shape, dtype=torch.float32)
 
 
-def _part(tile: Tile, depth: int) -> int:
+def _part(tiling: Tiling, depth: int) -> int:
     """Length of each part of the sum: whole steps."""
-    steps = -(-depth // tile.depth)
-    return -(-steps // tile.parts) * tile.depth
+    steps = -(-depth // tiling.depth)
+    return -(-steps // tiling.parts) * tiling.depth
+
+
+def _grid(rows: int, columns: int, tiling: Tiling) -> Callable[[dict[str, int]], tuple[int, int, int]]:
+    return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(columns, tile["BLOCK_N"]), tiling.parts)
 
 
 def _add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -1,10 +1,12 @@
-"""Tile sizes and thresholds by shape: a small table in place of autotuning, which costs minutes in a first step.
+"""Tile sizes and thresholds by shape, and which of a few tiles are tried out on the GPU that is there.
 
 Every number is arithmetic, none is measured: no GPU has run these kernels yet (docs/gpu.md). The aims: enough
 programs and bytes in flight to keep a GPU's memory busy at few rows; 64 KB of shared memory at most, which every GPU
-since Turing has; a sum's order that depends on the shapes alone, so that a result is the same on every GPU.
+since Turing has. How a sum is cut depends on the shapes alone; the tiles that are tried differ in rows, columns and
+warps, not in the order of the sum nor in the kind of instruction (on Hopper tiles of 64 rows or more get another).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,26 +33,47 @@ class Tile:
     Attributes:
         rows: of x (or of the gradient) and the result; 16 at least, the tensor cores' tile.
         columns: of the result.
-        depth: of the sum, per step.
         num_warps: of 32 threads.
-        parts: the sum is cut into so many, each a program of its own; their results are added in order.
     """
 
     rows: int
     columns: int
-    depth: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut.
+
+    Attributes:
+        most_rows: up to how many rows of x it is meant for, and the name under which a choice of tiles is kept.
+        depth: of the sum, per step.
+        tiles: what is tried; the first where nothing can be timed.
+        parts: the sum is cut into so many, each a program of its own; their results are added in order.
+    """
+
+    most_rows: int
+    depth: int
+    tiles: tuple[Tile, ...]
     parts: int = 1
 
 
 _FORWARD = {
-    2: {16: Tile(16, 32, 256, 4), 64: Tile(64, 64, 64, 4), 128: Tile(128, 64, 64, 8)},
-    4: {16: Tile(16, 32, 64, 4)},
+    2: (
+        Tiling(16, 256, (Tile(16, 32, 4), Tile(16, 16, 4), Tile(16, 64, 4))),
+        Tiling(64, 64, (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 8), Tile(64, 128, 8))),
+        Tiling(128, 64, (Tile(128, 64, 8), Tile(64, 64, 4), Tile(64, 128, 8), Tile(128, 128, 8))),
+    ),
+    4: (Tiling(16, 64, (Tile(16, 32, 4), Tile(16, 64, 4))),),
 }
-"""Bytes of an element -> most rows of x -> tile; the last one also serves all larger numbers of rows."""
+"""Bytes of an element -> tilings, for more and more rows of x; the last one also serves all larger numbers."""
 _BACKWARD = {
-    2: {16: Tile(16, 64, 64, 4), 64: Tile(64, 64, 64, 4), 128: Tile(128, 64, 64, 8)},
-    4: {16: Tile(16, 64, 32, 4)},
+    2: (
+        Tiling(16, 64, (Tile(16, 64, 4), Tile(16, 32, 4), Tile(16, 128, 4))),
+        Tiling(64, 64, (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 128, 8))),
+        Tiling(128, 64, (Tile(128, 64, 8), Tile(64, 64, 4), Tile(64, 128, 8), Tile(128, 128, 8))),
+    ),
+    4: (Tiling(16, 32, (Tile(16, 64, 4), Tile(16, 32, 4))),),
 }
 
 
@@ -61,22 +84,29 @@ def fused(rows: int, x: torch.Tensor) -> bool:
     return rows <= FUSED_ROWS[x.dtype]
 
 
-def forward_tile(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tile:
+def forward_tiling(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tiling:
     """For ``x @ W^T``, x (rows, in_features)."""
     return _fill(_choose(_FORWARD[dtype.itemsize], rows), rows, out_features, in_features)
 
 
-def backward_tile(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tile:
+def backward_tiling(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Tiling:
     """For ``grad @ W``, grad (rows, out_features)."""
     return _fill(_choose(_BACKWARD[dtype.itemsize], rows), rows, in_features, out_features)
 
 
-def _choose(tiles: dict[int, Tile], rows: int) -> Tile:
-    return next((tile for most, tile in tiles.items() if rows <= most), list(tiles.values())[-1])
+def all_tiles() -> list[Tile]:
+    """Every tile that some product may take, each once."""
+    tables = (*_FORWARD.values(), *_BACKWARD.values())
+    return list(dict.fromkeys(tile for table in tables for tiling in table for tile in tiling.tiles))
 
 
-def _fill(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
-    """Cut the sum until there are `PROGRAMS` programs, but leave each part four steps at least."""
-    programs = -(-rows // tile.rows) * -(-columns // tile.columns)
-    parts = min(-(-PROGRAMS // programs), max(depth // (4 * tile.depth), 1))
-    return replace(tile, parts=parts)
+def _choose(tilings: Sequence[Tiling], rows: int) -> Tiling:
+    return next((tiling for tiling in tilings if rows <= tiling.most_rows), tilings[-1])
+
+
+def _fill(tiling: Tiling, rows: int, columns: int, depth: int) -> Tiling:
+    """Cut the sum until the first tile gives `PROGRAMS` programs, but leave each part four steps at least."""
+    first = tiling.tiles[0]
+    programs = -(-rows // first.rows) * -(-columns // first.columns)
+    parts = min(-(-PROGRAMS // programs), max(depth // (4 * tiling.depth), 1))
+    return replace(tiling, parts=parts)
