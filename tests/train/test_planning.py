@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halfbyte.config import MemoryConfig
 from halfbyte.data import BatchLoader
 from halfbyte.errors import ResourceError
 from halfbyte.model.source import load_tokenizer
@@ -14,6 +17,7 @@ from halfbyte.plan import plan
 from halfbyte.train import setup, train
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
+from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.setup import load_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -76,3 +80,49 @@ def test_a_model_that_turns_out_not_to_be_fused_is_planned_again(
 def test_dropout_is_planned_as_plain_layers(make_run: MakeRun) -> None:
     config = make_run(lora__dropout=0.1)
     assert any("transformers wrote it" in note for note in plan(config).notes)
+
+
+@pytest.mark.parametrize(("checkpointing", "bits", "r"), [(False, 32, 4), (True, 8, 80)])
+def test_the_disk_is_planned(make_run: MakeRun, checkpointing: bool, bits: int, r: int) -> None:
+    """Beside what a run has there: moments to the byte, saved tensors within 3 % (measured: 0.4 more, 2.7 less), which
+    lie in whole blocks; files of tensors have headers (11 % here)."""
+    config = make_run(
+        train__gradient_checkpointing=checkpointing, train__save_every=2, optim__paged=True, optim__bits=bits,
+        memory__optimizer_budget="30000", memory__activations="disk", data__max_seq_len=96, train__keep=1, lora__r=r,
+    )  # fmt: skip
+    run = setup.prepare(config, Observer())
+    with run.objective.ready():
+        rehearse(run)
+    planned, optimizer, activations = run.plan.disk, run.optimizer._pages, run.objective._activations
+    assert optimizer is not None
+    assert activations is not None
+    assert planned["moments"] == optimizer._tiers[-1].nbytes
+    assert activations._tiers[-1].nbytes == pytest.approx(planned["activations"], rel=0.03)
+    output = Path(train(config).adapter).parent
+    (checkpoint,) = output.glob("checkpoint-*")
+    tensors = [checkpoint / "adapter_model.safetensors", checkpoint / "optimizer.safetensors"]
+    assert 2 * sum(file.stat().st_size for file in tensors) == pytest.approx(planned["checkpoints"], rel=0.15)
+    assert (output / "adapter/adapter_model.safetensors").stat().st_size == pytest.approx(planned["adapter"], rel=0.15)
+
+
+def test_a_disk_without_room_is_refused_before_the_base_is_loaded(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both folders lie on one disk. Checkpoints that are there will make room for others."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    config = make_run(train__save_every=2, memory__activations="disk")
+    needed = sum(plan(config).disk.values())
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(setup, "load_model", never)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    with pytest.raises(ResourceError, match=r"run: needs .*, the disk has 100\.0 kB free.*Free some space") as refused:
+        train(config)
+    assert refused.value.exit_code == 4
+    old = Path(config.train.output) / "checkpoint-2"
+    old.mkdir(parents=True)
+    (old / "adapter_model.safetensors").write_bytes(bytes(needed))
+    with pytest.raises(AssertionError, match="loaded"):
+        train(replace(config, train=replace(config.train, resume="never"), memory=MemoryConfig()))

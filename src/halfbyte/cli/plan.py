@@ -58,6 +58,7 @@ def plan(
 def describe(made: Plan, steps: int) -> str:
     """The plan for people, of a run of `steps` steps; 0: not known."""
     from halfbyte.dtypes import format_bytes
+    from halfbyte.plan.behind import disk_text
     from halfbyte.plan.time import time_text
 
     lines = [f"{format_bytes(size):>10}  {name.replace('_', ' ')}" for name, size in _sorted(made.terms)]
@@ -71,6 +72,7 @@ def describe(made: Plan, steps: int) -> str:
     lines.append(f"smallest that would do, with every choice made for memory: {format_bytes(made.smallest_memory)}")
     if made.largest:
         lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
+    lines.append(disk_text(made.disk))
     lines.append(time_text(made.seconds_per_step, steps))
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
 

@@ -98,12 +98,28 @@ def states_in_memory(config: RunConfig, s: Sizes) -> int:
 def state_bytes(s: Sizes, bits: int) -> int:
     """Two moments a parameter: 4 bytes each, or 1 and a float32 scale for 256; small tensors stay in 32 bits."""
     total = 0
-    for group in GROUPS:
-        for name, out, into in s.members(group):
-            for count in (s.rank * into, out * s.rank) if name in s.adapted else ():
-                eight = bits == 8 and count >= LEAST_8BIT
-                total += 2 * (count + 4 * -(-count // STATE_BLOCK) if eight else 4 * count)
+    for count in _adapter_sizes(s):
+        eight = bits == 8 and count >= LEAST_8BIT
+        total += 2 * (count + 4 * -(-count // STATE_BLOCK) if eight else 4 * count)
     return s.arch.layers * total
+
+
+def state_blocks(s: Sizes, bits: int) -> dict[int, int]:
+    """How many blocks the states have, by their bits: what pages are filled with."""
+    blocks = {8: 0, 32: 0}
+    for count in _adapter_sizes(s):
+        blocks[8 if bits == 8 and count >= LEAST_8BIT else 32] += s.arch.layers * -(-count // STATE_BLOCK)
+    return blocks
+
+
+def _adapter_sizes(s: Sizes) -> list[int]:
+    """Elements of each of a layer's adapter matrices."""
+    return [
+        count
+        for group in GROUPS
+        for name, out, into in s.members(group) if name in s.adapted
+        for count in (s.rank * into, out * s.rank)
+    ]  # fmt: skip
 
 
 def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, history: bool = False) -> dict[str, Ledger]:

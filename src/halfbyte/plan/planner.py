@@ -10,6 +10,7 @@ from halfbyte.config import RunConfig
 from halfbyte.config.schema import check_stored, require_config
 from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
+from halfbyte.plan.behind import on_disk
 from halfbyte.plan.budget import Budget, budget_of
 from halfbyte.plan.disk import read_speed
 from halfbyte.plan.files import locate
@@ -49,6 +50,8 @@ class Plan:
         terms: what is held at that moment, by what it is for; they sum to `peak_memory`.
         phases: the peak of each phase.
         fullest: the phase and the moment of the peak.
+        disk: what the run has on disk at most, by what it is for, beside the base: `behind.SCRATCH` in
+            memory.offload_dir, the rest in train.output.
         choices: the settings the plan holds for: yours, or changed ones to fit.
         changes: which of them are not what you set, and why, a sentence each.
         smallest_memory: the smallest budget that would work, with every choice made for memory.
@@ -65,6 +68,7 @@ class Plan:
     terms: dict[str, int]
     phases: dict[str, int]
     fullest: str
+    disk: dict[str, int]
     choices: dict[str, Any]
     changes: tuple[str, ...]
     smallest_memory: int
@@ -119,6 +123,7 @@ def plan(
         fits=fits, budget=budget.bytes if budget else None, budget_source=budget.source if budget else "",
         peak_memory=moment.total, terms={name: size for name, size in moment.terms.items() if size},
         phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
+        disk=on_disk(chosen, base, machine, own),
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
         largest=_largest(chosen, base, peak, budget) if budget and fits and work is None else None,
         seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from halfbyte.checkpoint import checkpoint_origin
+from halfbyte.checkpoint.disk import check_space, disk_errors
 from halfbyte.config import RunConfig
 from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
@@ -15,12 +17,14 @@ from halfbyte.errors import ResourceError
 from halfbyte.kernels import keep_to, panel_rule
 from halfbyte.model.memory import resident_memory
 from halfbyte.plan import (
+    SCRATCH,
     Base,
     Machine,
     Plan,
     Work,
     apply_choices,
     compute_dtype,
+    disk_text,
     plan,
     read_base,
     runs_fused,
@@ -113,11 +117,39 @@ def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer:
     """Plan before the base is loaded, and say the plan.
 
     Raises:
-        ResourceError: nothing fits; says the smallest budget that would, and what to change.
+        ResourceError: nothing fits; says the smallest budget that would, and what to change. Or a disk has less room
+            than the run will take of it.
     """
     machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
-    return _plan(config, data, base, machine, resident_memory() + GROWTH, observer)
+    planned = _plan(config, data, base, machine, resident_memory() + GROWTH, observer)
+    check_disks(planned.config, planned.plan)
+    return planned
+
+
+def check_disks(config: RunConfig, made: Plan) -> None:
+    """See that there is room for what the run will keep on disk; checkpoints take the place of those that are there.
+
+    Raises:
+        ResourceError: a disk has less; or a folder is not there.
+    """
+    output = Path(config.train.output)
+    old = sum(file.stat().st_size for file in output.glob("checkpoint-*/*") if file.is_file())
+    needed: dict[int, tuple[Path, int]] = {}
+    for term, size in made.disk.items():
+        folder = Path(offload_dir(config)) if term in SCRATCH else output
+        with disk_errors(folder):
+            device = os.stat(folder).st_dev
+        more = max(size - old, 0) if term == "checkpoints" else size
+        first, so_far = needed.get(device, (folder, 0))
+        needed[device] = first, so_far + more
+    for folder, size in needed.values():
+        check_space(folder, size)
+
+
+def offload_dir(config: RunConfig) -> str:
+    """Where what has no room in memory lies."""
+    return config.memory.offload_dir or config.train.output
 
 
 def plan_as_found(planned: Planned, data: TokenizedData, observer: Observer, *, fused: bool) -> Planned:
@@ -171,5 +203,6 @@ def plan_text(made: Plan, steps: int) -> str:
     rows = sorted(made.terms.items(), key=lambda item: -item[1])
     lines += [f"  {name.replace('_', ' '):<{width}} {format_bytes(size):>9}" for name, size in rows]
     lines += [f"  to fit: {change}" for change in made.changes]
+    lines.append(f"  {disk_text(made.disk)}")
     lines.append(f"  {time_text(made.seconds_per_step, steps)}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from halfbyte.plan import Machine, Plan, this_machine
 from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
-from halfbyte.train.planning import in_the_same_parts, make_loader, plan_as_found, plan_run, steps_of
+from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
 
 FEW_STEPS = 20
 
@@ -122,7 +122,7 @@ def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned
     observer.note(str(loaded.inventory))
     model = _attach(loaded, config, observer)
     on_disk = config.memory.activations == "disk"
-    objective = Objective(loaded.model, ActivationStore(_offload_dir(config)) if on_disk else None)
+    objective = Objective(loaded.model, ActivationStore(offload_dir(config)) if on_disk else None)
     if loaded.store is not None:
         objective.require_fused_layers()
     for part in (data, eval_data):
@@ -169,7 +169,7 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     optimizer = AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
         budget=config.memory.optimizer_budget if optim.paged else None,
-        offload_dir=_offload_dir(config) if optim.paged else "",
+        offload_dir=offload_dir(config) if optim.paged else "",
     )  # fmt: skip
     if optim.paged:
         observer.note(f"optimizer states: {optimizer.reserve()}")
@@ -183,10 +183,6 @@ def _check_paths(config: RunConfig) -> None:
             raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
     check_weights(config.model.path)
     check_target(Path(config.train.output) / "adapter")
-
-
-def _offload_dir(config: RunConfig) -> str:
-    return config.memory.offload_dir or config.train.output
 
 
 def _steps_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
