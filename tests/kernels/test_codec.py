@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 import halfbyte.kernels as kernels
+from halfbyte.kernels import cpu
 from halfbyte.kernels.registry import cpu_choice
+from halfbyte.quant import reference
 from halfbyte.quant.absmax import compress_absmax, quantize_8bit_reference
-from halfbyte.quant.codebook import dynamic_boundaries
+from halfbyte.quant.codebook import Codebook, dynamic_boundaries
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,6 +65,32 @@ def test_all_codes_and_extreme_scales(isa: str, quant_type: str) -> None:
     for dtype in DTYPES:
         args = (codes, scales, None, 0.0, quant_type, 32, [codes.numel() * 2], dtype)
         assert same_bits(torch.ops.halfbyte.dequantize_4bit(*args), dequantize_reference(*args))
+
+
+@pytest.mark.parametrize("zero", [0, 9])
+def test_any_table_of_sixteen_values(isa: str, zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels take values, midpoints and order as they are given: quantize, decode, multiply."""
+    values = torch.tensor(
+        [0.0, -1.0, 0.7, 1.0, -0.6, 0.5, 0.4, -0.33, -0.27, 0.3, -0.2, 0.21, 0.12, -0.1, 0.05, -0.04]
+    )
+    values = values.roll(zero)
+    order = torch.argsort(values)
+    ascending = values[order]
+    table = Codebook(values, (ascending[1:] + ascending[:-1]) / 2, order.to(torch.uint8), zero)
+    for module in (reference, cpu):
+        monkeypatch.setattr(module, "codebook", lambda name: {"mine": table}[name])
+    weight = weight_of((33, 128), torch.float32)
+    codes, absmax = torch.ops.halfbyte.quantize_4bit(weight, "mine", 64)
+    codes_ref, absmax_ref = quantize_reference(weight, "mine", 64)
+    assert same_bits(codes, codes_ref)
+    assert same_bits(absmax, absmax_ref)
+    args = (codes, absmax, None, 0.0, "mine", 64)
+    decoded = dequantize_reference(*args, (33, 128), torch.float32)
+    assert same_bits(torch.ops.halfbyte.dequantize_4bit(*args, [33, 128], torch.float32), decoded)
+    for m in (1, 40):
+        x = torch.randn(m, 128)
+        y, exact = torch.ops.halfbyte.linear_4bit(x, *args, 33, None).double(), x.double() @ decoded.double().t()
+        assert ((y - exact).abs() <= 1e-6 * x.double().abs() @ decoded.double().abs().t()).all()  # as in test_linear
 
 
 def test_every_sixteen_bit_pattern(isa: str) -> None:
