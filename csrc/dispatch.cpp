@@ -238,16 +238,37 @@ bool usable(const hb_layer& layer) {
            layer.rotary_dim <= 512 && layer.heads % layer.kv_heads == 0 && layer.cache_dtype != HB_F16;
 }
 
+bool usable(const hb_decoder& decoder) {
+    bool all = usable(decoder.head) && decoder.hidden_size % 16 == 0;
+    for (int64_t i = 0; i < decoder.num_layers; ++i) all = all && usable(decoder.layers[i]);
+    return all;
+}
+
+bool usable(const hb_batch& batch, int64_t capacity) {
+    bool all = batch.count > 0;
+    for (const hb_row* row = batch.rows; row < batch.rows + batch.count; ++row) {
+        if (row->position < 0 || row->position >= capacity) return false;
+        for (int64_t i = 0; i <= row->position / HB_KEY_BLOCK; ++i)
+            all = all && row->blocks[i] >= 0 && row->blocks[i] < batch.num_blocks;
+    }
+    for (int64_t i = 0; i < batch.num_wanted; ++i) all = all && batch.wanted[i] >= 0 && batch.wanted[i] < batch.count;
+    return all;
+}
+
 }  // namespace
 
 int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, float* logits, int threads) {
     const hb_table* table = current();
-    if (!table->token_step || !usable(decoder->head) || position < 0 || position >= decoder->capacity ||
-        decoder->capacity % HB_KEY_BLOCK || decoder->hidden_size % 16)
+    if (!table->token_step || position < 0 || position >= decoder->capacity || decoder->capacity % HB_KEY_BLOCK ||
+        !usable(*decoder))
         return HB_UNSUPPORTED;
-    for (int64_t i = 0; i < decoder->num_layers; ++i)
-        if (!usable(decoder->layers[i])) return HB_UNSUPPORTED;
     return table->token_step(decoder, position, x, logits, threads);
+}
+
+int hb_batch_step(const hb_decoder* decoder, const hb_batch* batch, int threads) {
+    const hb_table* table = current();
+    if (!table->batch_step || !usable(*decoder) || !usable(*batch, decoder->capacity)) return HB_UNSUPPORTED;
+    return table->batch_step(decoder, batch, threads);
 }
 
 int64_t hb_multiply_add(int64_t iterations, int threads) {

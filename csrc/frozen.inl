@@ -58,9 +58,13 @@ constexpr int64_t max_frozen_dot_rows = 8;  // from 9 on the tiles are as fast
 
 // sums[M] += n weights times M rows of x, `stride` floats apart. The weights of the next row, `cols` on, are fetched
 // meanwhile: a processor's own prefetching stops at the end of each part.
-template <int M, class T>
+// The order of a sum depends on the number of chains: independent sums, which hide the latency of FMA.
+template <int M,
+          int chains = M == 1   ? 4
+                       : M <= 4 ? 2
+                                : 1,
+          class T>
 void add_dots(const T* w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
-    constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // independent sums hide the latency of FMA
     vec total[M][chains];
     for (int m = 0; m < M; ++m)
         for (int c = 0; c < chains; ++c) total[m][c] = vzero();
@@ -84,8 +88,9 @@ void add_dots(const T* w, int64_t n, int64_t cols, const float* x, int64_t strid
     }
 }
 
-// The same for int8: each block is summed by itself, then times its scale. `n` ends where a block or the row does.
-template <int M>
+// The same for int8: each block is summed by itself, in one chain, then times its scale. `n` ends where a block or the
+// row does.
+template <int M, int = 1>
 void add_dots(const Coded& w, int64_t n, int64_t cols, const float* x, int64_t stride, float* sums) {
     vec total[M];
     for (int m = 0; m < M; ++m) total[m] = vzero();

@@ -226,6 +226,40 @@ struct hb_decoder {
 // The token at `position`, its embedding x(hidden_size): logits(head.rows), and the token's keys and values into the
 // caches, which hold positions 0 to position - 1. Everything is computed in fp32.
 HB_API int hb_token_step(const hb_decoder* decoder, int64_t position, const float* x, float* logits, int threads);
+
+// ---- tokens of several sequences through all layers (serving) ----
+
+struct hb_low_rank {  // an adapter on one matrix
+    const float* A;   // (rank, cols)
+    const float* B;   // (ceil(rows / 16), rank, 16): blocks of 16 rows, transposed, zeros past the end
+    int64_t rank;     // 0: nothing on this matrix
+    float scaling;
+};
+
+// Where a layer's matrices stand in an adapter: qkv, o, gate_up, down.
+enum { HB_QKV = 0, HB_O = 3, HB_GATE = 4, HB_DOWN = 6, HB_ADAPTED = 7 };
+
+struct hb_row {
+    int64_t position;            // below the decoder's capacity
+    const int32_t* blocks;       // of the cache that hold positions 0 to `position`, HB_KEY_BLOCK each
+    const hb_low_rank* adapter;  // (num_layers, HB_ADAPTED), or NULL for the base; rows of one are best neighbours
+};
+
+struct hb_batch {
+    const hb_row* rows;  // those of one sequence in the order of their positions
+    int64_t count;
+    int64_t num_blocks;     // of the cache
+    const float* x;         // (count, hidden_size) embeddings
+    const int64_t* wanted;  // rows whose logits are wanted
+    int64_t num_wanted;
+    float* logits;  // (num_wanted, head.rows)
+};
+
+// As hb_token_step for all rows at once, without the adapters of hb_matrix; a row's logits are the same to the bit in
+// every batch. Other than there, capacity counts the rows of cos and sin, and each layer's keys and values are pools:
+// (num_blocks, kv_heads, head_dim, HB_KEY_BLOCK) and (num_blocks, kv_heads, HB_KEY_BLOCK, head_dim).
+HB_API int hb_batch_step(const hb_decoder* decoder, const hb_batch* batch, int threads);
+
 // For measuring the machine: multiply-adds in registers (returns how many floating-point operations each of
 // `iterations` is, on all threads together; 0 where the ISA has no vectors), and the sum of n floats.
 HB_API int64_t hb_multiply_add(int64_t iterations, int threads);

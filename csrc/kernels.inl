@@ -33,11 +33,32 @@
 #include "barrier.inl"
 #include "attend_one.inl"
 #include "token_step.inl"
+#include "attend_blocks.inl"
+#include "batch_step.inl"
 
 constexpr hb_table all_kernels = {
-    quantize,     count_nonfinite,   dequantize,     quantize_8bit,           adamw,
-    linear,       linear_backward,   linear_frozen,  linear_frozen_dx,        softmax_cross_entropy,
-    rms_norm,     rms_norm_backward, rms_norm_heads, rms_norm_heads_backward, rope,
-    gated,        gated_backward,    attention,      attention_backward,      token_step,
-    multiply_add, read_all,          vec_width,
+    quantize,
+    count_nonfinite,
+    dequantize,
+    quantize_8bit,
+    adamw,
+    linear,
+    linear_backward,
+    linear_frozen,
+    linear_frozen_dx,
+    softmax_cross_entropy,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_heads,
+    rms_norm_heads_backward,
+    rope,
+    gated,
+    gated_backward,
+    attention,
+    attention_backward,
+    token_step,
+    batch_step,
+    multiply_add,
+    read_all,
+    vec_width,
 };

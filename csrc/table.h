@@ -38,6 +38,7 @@ struct hb_table {
     int (*attention)(const hb_packed*, void*, float*, int) = nullptr;
     int (*attention_backward)(const hb_packed*, const void*, const void*, const float*, void*, int) = nullptr;
     int (*token_step)(const hb_decoder*, int64_t, const float*, float*, int) = nullptr;
+    int (*batch_step)(const hb_decoder*, const hb_batch*, int) = nullptr;
     float (*multiply_add)(int64_t, int) = nullptr;
     float (*read_all)(const float*, int64_t, int) = nullptr;
     int64_t lanes = 0;  // floats in a vector

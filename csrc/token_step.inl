@@ -8,7 +8,7 @@ struct StepShared {
 };
 
 struct StepOwn {
-    float *x, *y, *ordered;  // the residual; the input of a product, as it is and in the order of dot_one
+    float *x, *y, *ordered;  // the residual; the input of a product, as it is and in the order of dot_few
     AttendScratch attention;
 };
 
@@ -145,10 +145,8 @@ class Step {
 
     // Matrices side by side with one input; their low-rank products A x into shared_.low_rank.
     Input prepare(const hb_matrix* group, int count, const float* x) {
-        bool coded = false;
         int64_t rank = 0;
         for (int i = 0; i < count; ++i) {
-            coded = coded || group[i].w4;
             rank += group[i].rank;
         }
         if (rank) {
@@ -159,7 +157,11 @@ class Step {
                     dot_stored<1>(group[i].lora_A + r * group[i].cols, group[i].cols, x, shared_.low_rank + start + r);
             wait();
         }
-        if (coded) order_one(x, group[0].cols, own_.ordered);
+        for (int i = 0; i < count; ++i)
+            if (group[i].w4) {
+                order_for(*group[i].w4, x, own_.ordered);
+                break;
+            }
         return {x, own_.ordered};
     }
 
@@ -187,7 +189,7 @@ class Step {
 
     static void matrix_rows(const hb_matrix& m, const Input& input, int64_t first, int64_t last, float* y) {
         if (m.w4) {
-            dot_one(*m.w4, Decoder(m.w4->codebook), first, last, input.ordered, y);
+            dot_few<1>(*m.w4, Decoder(m.w4->codebook), first, last, input.ordered, 0, y, 0);
         } else {
             const Stored w = {m.dense, m.scales, m.dtype, m.rows, m.cols};
             with_stored_type(m.dtype, [=](auto number) {

@@ -20,7 +20,8 @@ from halfbyte.config import LoraConfig
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.model import decode
 from halfbyte.model.adapt import attach_lora
-from halfbyte.model.decode import Decoder, NotCoveredError
+from halfbyte.model.decode import Decoder
+from halfbyte.model.decoder_parts import NotCoveredError
 from halfbyte.nn import Linear4bit
 
 # PEFT 0.21 asks transformers for a deprecated attribute.

@@ -8,6 +8,7 @@ manifest.json               sizes and sha256 of the above
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -204,6 +205,20 @@ def problems(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str
     return found
 
 
+def pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A (r, in), B (out, r) and the scaling of ``B A`` for each module of a checked adapter, as PEFT scales it."""
+    found = {}
+    for name, lora_A in adapter.state.items():
+        match = _KEY.fullmatch(name)
+        if match is None or match[2] != "A":
+            continue
+        rank = lora_A.shape[0]
+        alpha = _by_pattern(adapter.config.get("alpha_pattern"), match[1], adapter.config["lora_alpha"])
+        root = math.sqrt(rank) if adapter.config.get("use_rslora") else rank
+        found[match[1]] = (lora_A, adapter.state[name.replace(".lora_A.", ".lora_B.")], float(alpha) / root)
+    return found
+
+
 def versions() -> dict[str, str]:
     """Versions of what shapes an adapter, for halfbyte.json."""
     found = {}
@@ -237,13 +252,16 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _rank(config: Mapping[str, Any], module: str) -> Any:
-    """The rank `config` gives `module`, as PEFT's get_pattern_key finds it."""
-    table = config.get("rank_pattern")
-    for pattern, rank in table.items() if isinstance(table, dict) else ():
+    return _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+
+
+def _by_pattern(table: Any, module: str, default: Any) -> Any:
+    """What `table` says of `module`, as PEFT's get_pattern_key finds it."""
+    for pattern, value in table.items() if isinstance(table, dict) else ():
         with suppress(re.error):
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return rank
-    return config.get("r")
+                return value
+    return default
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -148,6 +148,36 @@ class Decoder(ct.Structure):
     )
 
 
+ADAPTED = 7
+"""Matrices of a layer that an adapter may be on: q, k, v (or the three as one), o, gate, up (or both as one), down."""
+
+
+class LowRank(ct.Structure):
+    """`hb_low_rank`."""
+
+    _fields_ = (("A", ct.c_void_p), ("B", ct.c_void_p), ("rank", ct.c_int64), ("scaling", ct.c_float))
+
+
+class Row(ct.Structure):
+    """`hb_row`."""
+
+    _fields_ = (("position", ct.c_int64), ("blocks", ct.c_void_p), ("adapter", ct.c_void_p))
+
+
+class Batch(ct.Structure):
+    """`hb_batch`."""
+
+    _fields_ = (
+        ("rows", ct.c_void_p),
+        ("count", ct.c_int64),
+        ("num_blocks", ct.c_int64),
+        ("x", ct.c_void_p),
+        ("wanted", ct.c_void_p),
+        ("num_wanted", ct.c_int64),
+        ("logits", ct.c_void_p),
+    )
+
+
 class Member(ct.Structure):
     """`hb_member` of csrc/halfbyte.h."""
 
@@ -206,6 +236,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_attention": (_INT, (_POINTER, _POINTER, _POINTER, _INT)),
     "hb_attention_backward": (_INT, (*5 * [_POINTER], _INT)),
     "hb_token_step": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _INT)),
+    "hb_batch_step": (_INT, (_POINTER, _POINTER, _INT)),
     "hb_multiply_add": (_SIZE, (_SIZE, _INT)),
     "hb_read_all": (ct.c_float, (_POINTER, _SIZE, _INT)),
 }  # fmt: skip

@@ -7,66 +7,13 @@ references to every tensor that they point into.
 from __future__ import annotations
 
 import ctypes as ct
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import abi
-from halfbyte.kernels.abi import DTYPES, KEY_BLOCK, NO_MEMORY, OK, WEIGHT_DTYPES
-from halfbyte.kernels.cpu import WeightView
-from halfbyte.kernels.gated import ACTIVATIONS
-from halfbyte.kernels.registry import cpu_choice
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A frozen linear layer (rows, cols), and the adapter on it.
-
-    Attributes:
-        weight: the library's view of a 4-bit weight, or a matrix in float32, bfloat16, float16, or int8 with `scales`.
-        shape: (rows, cols).
-        lora_A, lora_B: (rank, cols) and (rows, rank).
-    """
-
-    weight: WeightView | Tensor
-    shape: tuple[int, int]
-    bias: Tensor | None = None
-    lora_A: Tensor | None = None  # noqa: N815 (PEFT's name)
-    lora_B: Tensor | None = None  # noqa: N815
-    scaling: float = 1.0
-    scales: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm: ``x / sqrt(mean(x**2) + eps) * (offset + weight)``."""
-
-    weight: Tensor
-    eps: float
-    offset: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What `hb_layer` says, but for the caches; the norms may be None where the C structure's may be empty."""
-
-    input_norm: Norm
-    q_norm: Norm | None
-    k_norm: Norm | None
-    post_attention_norm: Norm | None
-    mlp_norm: Norm
-    post_mlp_norm: Norm | None
-    qkv: tuple[Matrix, ...]
-    o: Matrix
-    gate_up: tuple[Matrix, ...]
-    down: Matrix
-    activation: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int
+from halfbyte.kernels.abi import KEY_BLOCK, NO_MEMORY, OK
+from halfbyte.kernels.decoder_structures import Layer, Matrix, Norm, Structures, step_library
 
 
 class TokenStep:
@@ -80,17 +27,13 @@ class TokenStep:
     """
 
     def __init__(self, layers: list[Layer], final_norm: Norm, head: Matrix, *, cache_dtype: torch.dtype) -> None:
-        choice = cpu_choice()
-        if choice.library is None:
-            raise ValueError(choice.reason)
-        if not choice.library.fused_linear:
-            raise ValueError(f"the kernels for {choice.library.isa} have no token step")
-        self._library = choice.library
-        self._kept: list[object] = []
-        self._layers = (abi.Layer * len(layers))(*(self._layer(layer, cache_dtype) for layer in layers))
+        self._library = step_library()
+        self._structures = Structures()
+        self._layers = (abi.Layer * len(layers))(*(self._structures.layer(layer, cache_dtype) for layer in layers))
         self.vocab_size, self.hidden_size = head.shape
         self._decoder = abi.Decoder(
-            ct.addressof(self._layers), len(layers), self.hidden_size, 0, self._norm(final_norm), self._matrix(head)
+            ct.addressof(self._layers), len(layers), self.hidden_size, 0, self._structures.norm(final_norm),
+            self._structures.matrix(head),
         )
         self._cache_dtype = cache_dtype
         self._caches: list[tuple[Tensor, Tensor]] = [
@@ -153,45 +96,6 @@ class TokenStep:
             raise ValueError("the native token step does not know these shapes")
         self.length += 1
         return logits
-
-    def _layer(self, layer: Layer, cache_dtype: torch.dtype) -> abi.Layer:
-        return abi.Layer(
-            input_norm=self._norm(layer.input_norm), q_norm=self._norm(layer.q_norm), k_norm=self._norm(layer.k_norm),
-            post_attention_norm=self._norm(layer.post_attention_norm), mlp_norm=self._norm(layer.mlp_norm),
-            post_mlp_norm=self._norm(layer.post_mlp_norm),
-            qkv=(abi.Matrix * 3)(*map(self._matrix, layer.qkv)), num_qkv=len(layer.qkv),
-            gate_up=(abi.Matrix * 2)(*map(self._matrix, layer.gate_up)), num_gate_up=len(layer.gate_up),
-            o=self._matrix(layer.o), down=self._matrix(layer.down), activation=ACTIVATIONS[layer.activation],
-            heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, cache_dtype=DTYPES[cache_dtype],
-            window=layer.window, scale=layer.scale,
-        )  # fmt: skip
-
-    def _norm(self, norm: Norm | None) -> abi.Norm:
-        if norm is None:
-            return abi.Norm()
-        return abi.Norm(self._pointer(norm.weight.detach().float() + norm.offset, torch.float32), norm.eps)
-
-    def _matrix(self, matrix: Matrix) -> abi.Matrix:
-        weight = matrix.weight
-        rank = 0 if matrix.lora_A is None else matrix.lora_A.shape[0]
-        self._kept.append(weight)
-        return abi.Matrix(
-            w4=weight.pointer if isinstance(weight, WeightView) else None,
-            dense=self._pointer(weight, weight.dtype) if isinstance(weight, Tensor) else None,
-            dtype=WEIGHT_DTYPES[weight.dtype] if isinstance(weight, Tensor) else 0,
-            scales=self._pointer(matrix.scales, torch.float32),
-            bias=self._pointer(matrix.bias, torch.float32), lora_A=self._pointer(matrix.lora_A, torch.float32),
-            lora_B=self._pointer(matrix.lora_B, torch.float32), rank=rank, rows=matrix.shape[0],
-            cols=matrix.shape[1], scaling=matrix.scaling,
-        )  # fmt: skip
-
-    def _pointer(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-        if tensor is None:
-            return None
-        tensor = tensor.detach().to(dtype).contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
 
 def _longer(cache: Tensor, size: int) -> Tensor:
     """`cache` with `size` entries along dimension 1."""

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from halfbyte.errors import ConfigError
-from halfbyte.model.decode import Decoder, NotCoveredError
+from halfbyte.model.decode import Decoder
+from halfbyte.model.decoder_parts import NotCoveredError
 
 NATIVE = "native"
 MOST_IN_TURN = 8
