@@ -18,7 +18,7 @@ from torch import nn
 
 from halfbyte.config import LoraConfig
 from halfbyte.kernels.registry import cpu_choice
-from halfbyte.model import decode
+from halfbyte.model import decode, decoder_parts
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.decode import Decoder
 from halfbyte.model.decoder_parts import NotCoveredError
@@ -161,7 +161,9 @@ def test_what_is_not_covered_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotCoveredError, match="layer 1 is not one"):
         Decoder(model)
     model = make("llama")
-    monkeypatch.setattr(decode, "describe", lambda layer, tell=decode.describe: replace(tell(layer), scale=0.1))
+    monkeypatch.setattr(
+        decoder_parts, "describe", lambda layer, tell=decoder_parts.describe: replace(tell(layer), scale=0.1)
+    )
     with pytest.raises(NotCoveredError, match="logits differ"):
         Decoder(model).try_out([1, 2, 3])
     monkeypatch.undo()

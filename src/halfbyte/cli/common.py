@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from halfbyte.checkpoint import Adapter as SavedAdapter
     from halfbyte.config import RunConfig
     from halfbyte.model import LoadedModel
     from halfbyte.plan import Machine
@@ -64,28 +65,22 @@ def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:
     sys.stdout.flush()
 
 
-def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[LoadedModel, Any, Any, list[str]]:
-    """Load the base that `run` names, and an adapter onto it after checking that it was trained on these very bytes.
-
-    An adapter that records its base's quantization decides it, so that the base is the one it was trained on.
+def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple[LoadedModel, Any, list[str]]:
+    """Load the base that `run` names, quantized as the adapter `saved` records it, if it does.
 
     Returns:
-        the loaded base, the model to run, its tokenizer, and notes for the user.
+        the loaded base, its tokenizer, and notes for the user.
     """
     from dataclasses import replace
 
-    from halfbyte.checkpoint import check_base, load_adapter
     from halfbyte.cli.progress import LoadBar
     from halfbyte.errors import ConfigError
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
-    from halfbyte.model.adapt import attach_saved
     from halfbyte.model.placement import Placement
-    from halfbyte.model.source import tokenizer_sha256
 
     model, quant = run.model.path, run.quant
     if not model:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
-    saved = load_adapter(adapter) if adapter is not None else None
     if saved is not None and saved.info.get("quant"):
         known = {key: saved.info["quant"][key] for key in ("quant_type", "blocksize", "double_quant")}
         quant = replace(quant, **known)
@@ -96,12 +91,38 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
         placement = Placement(weights=run.memory.weights, resident_layers=run.memory.resident_layers)
         loaded = load_model(model, quant, compute_dtype=dtype, placement=placement, on_progress=bar.update)
     notes += [text for text in (loaded.origin, loaded.stream_text) if text]
+    return loaded, tokenizer, notes
+
+
+def check_adapter_fits(run: RunConfig, saved: SavedAdapter, loaded: LoadedModel, tokenizer: Any) -> list[str]:
+    """Check that `saved` was trained on these very bytes; notes for the user. Raises AdapterError."""
+    from halfbyte.checkpoint import check_base
+    from halfbyte.model.source import tokenizer_sha256
+
+    notes = check_base(
+        saved, loaded.base_sha256, base=run.model.path, quant=loaded.quant,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+    )  # fmt: skip
+    trained = saved.info.get("config", {}).get("quant", {}).get("embeddings", run.quant.embeddings)
+    if trained != run.quant.embeddings:
+        notes.append(f"adapter: trained with quant.embeddings={trained}, used with {run.quant.embeddings}")
+    return notes
+
+
+def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[LoadedModel, Any, Any, list[str]]:
+    """Load the base that `run` names, and an adapter onto it after checking that it was trained on these very bytes.
+
+    An adapter that records its base's quantization decides it, so that the base is the one it was trained on.
+
+    Returns:
+        the loaded base, the model to run, its tokenizer, and notes for the user.
+    """
+    from halfbyte.checkpoint import load_adapter
+    from halfbyte.model.adapt import attach_saved
+
+    saved = load_adapter(adapter) if adapter is not None and run.model.path else None
+    loaded, tokenizer, notes = open_base(run, saved, out)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes
-    notes += check_base(
-        saved, loaded.base_sha256, base=model, quant=loaded.quant, tokenizer_sha256=tokenizer_sha256(tokenizer)
-    )
-    trained = saved.info.get("config", {}).get("quant", {}).get("embeddings", quant.embeddings)
-    if trained != quant.embeddings:
-        notes.append(f"adapter: trained with quant.embeddings={trained}, used with {quant.embeddings}")
+    notes += check_adapter_fits(run, saved, loaded, tokenizer)
     return loaded, attach_saved(loaded.model, saved), tokenizer, notes

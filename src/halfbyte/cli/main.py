@@ -20,6 +20,7 @@ from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.selftest import selftest
+from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
 from halfbyte.errors import HalfbyteError
 
@@ -44,6 +45,7 @@ app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(quantize)
 app.command()(merge)
 app.add_typer(data_app, name="data")

@@ -1,7 +1,7 @@
 """Tokens of several sequences through all layers in one native call: csrc/batch_step.inl for Python.
 
-A row's logits depend on its sequence and its adapter alone, to the bit: neither on the other rows of a call, nor on how
-a prompt was cut into calls. `BatchStep` owns the pool of cache blocks; who uses which of them is for its caller to say.
+A row's logits depend on its sequence and its adapter alone, to the bit: neither on the other rows of a call, nor on
+how a prompt was cut into calls. `BatchStep` owns the pool of cache blocks; its caller says who uses which of them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class BatchStep:
         if tuple(x.shape) != (len(rows), self.hidden_size) or not fits:
             raise ValueError(f"embeddings {tuple(x.shape)} for {len(rows)} rows, or blocks that end before a position")
         structs = (abi.Row * len(rows))(
-            *((r.position, r.blocks.data_ptr(), r.adapter.pointer if r.adapter else None) for r in rows)
+            *(abi.Row(r.position, r.blocks.data_ptr(), r.adapter.pointer if r.adapter else None) for r in rows)
         )
         chosen = (ct.c_int64 * len(wanted))(*wanted)
         logits = torch.empty(len(wanted), self.vocab_size)

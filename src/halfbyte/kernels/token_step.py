@@ -32,7 +32,11 @@ class TokenStep:
         self._layers = (abi.Layer * len(layers))(*(self._structures.layer(layer, cache_dtype) for layer in layers))
         self.vocab_size, self.hidden_size = head.shape
         self._decoder = abi.Decoder(
-            ct.addressof(self._layers), len(layers), self.hidden_size, 0, self._structures.norm(final_norm),
+            ct.addressof(self._layers),
+            len(layers),
+            self.hidden_size,
+            0,
+            self._structures.norm(final_norm),
             self._structures.matrix(head),
         )
         self._cache_dtype = cache_dtype
@@ -96,6 +100,7 @@ class TokenStep:
             raise ValueError("the native token step does not know these shapes")
         self.length += 1
         return logits
+
 
 def _longer(cache: Tensor, size: int) -> Tensor:
     """`cache` with `size` entries along dimension 1."""

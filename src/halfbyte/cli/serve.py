@@ -1,0 +1,143 @@
+"""``halfbyte serve``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, check_adapter_fits, console, emit, open_base
+
+if TYPE_CHECKING:
+    from halfbyte.model.batch import BatchDecoder
+    from halfbyte.serve.guard import Keys
+
+API_KEY, ADMIN_KEY = "HALFBYTE_API_KEY", "HALFBYTE_ADMIN_KEY"
+NEEDED = ("starlette", "uvicorn", "pydantic")
+
+
+def serve(
+    model: Model = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="Serve an adapter; repeatable.")
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option("--adapter-dir", help="Where the admin may load adapters from, by name.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Of the base, for requests; default: the model's.")] = "",
+    host: Annotated[str, typer.Option("--host", help="Any but this machine's own needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any.")] = 8000,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=64, help="Answers that are written at once.")] = 16,
+    queue: Annotated[int, typer.Option("--queue", min=1, max=10_000, help="Requests that may wait.")] = 64,
+    context: Annotated[int, typer.Option("--context", min=16, help="Longest prompt and answer, in tokens.")] = 4096,
+    cache_tokens: Annotated[
+        int, typer.Option("--cache-tokens", min=16, help="Tokens whose keys and values are kept, of all requests.")
+    ] = 16384,
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help=f"Instead of {API_KEY}.")] = None,
+    admin_key_file: Annotated[Path | None, typer.Option("--admin-key-file", help=f"Instead of {ADMIN_KEY}.")] = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """An OpenAI-compatible server: adapters by name over one 4-bit base, batched together."""
+    from halfbyte.config import load_config
+
+    _check_extra()
+    from halfbyte.checkpoint import load_adapter
+    from halfbyte.model.generate import stop_ids
+    from halfbyte.serve import Adapters, Settings
+    from halfbyte.serve import serve as run_server
+    from halfbyte.serve.start import bind
+    from halfbyte.serve.text import Texts
+
+    run, out = load_config(config, settings or (), model__path=model), console()
+    _log_to_stderr(debug)
+    chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
+    listening = bind(chosen)
+    named = [_named(text) for text in adapter or ()]
+    loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, out)
+    decoder = _decoder(loaded.model, max(cache_tokens, context), context)
+    adapters = Adapters(
+        name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir,
+        check=lambda saved: check_adapter_fits(run, saved, loaded, tokenizer),
+    )  # fmt: skip
+    for adapter_name, folder in named:
+        notes += adapters.load(adapter_name, folder)
+    texts = Texts(tokenizer, stops=stop_ids(loaded.model, tokenizer), context=decoder.context)
+
+    def ready(url: str) -> None:
+        models = [served.name for served in adapters.all()]
+        for note in [*notes, f"listening on {url}, serving {', '.join(models)}"]:
+            out.print(note, style="dim", markup=False)
+        emit({"url": url, "models": models}, as_json)
+
+    run_server(decoder, adapters, texts, chosen, listening, ready)
+
+
+def _decoder(model: Any, positions: int, context: int) -> BatchDecoder:
+    from halfbyte.errors import ModelError
+    from halfbyte.model.batch import BatchDecoder
+    from halfbyte.model.decoder_parts import NotCoveredError
+
+    model.eval()
+    try:
+        decoder = BatchDecoder(model, positions=positions, context=context)
+        decoder.try_out()
+    except NotCoveredError as error:
+        raise ModelError("cannot be served yet", where="serve", why=str(error)) from error
+    return decoder
+
+
+def base_name(path: str) -> str:
+    """The last part of a folder, file or hub id, with what a name may not have replaced."""
+    last = path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "base"
+
+
+def _check_extra() -> None:
+    from halfbyte.errors import ResourceError
+
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ResourceError(f"needs {', '.join(missing)}", where="serve", fix='Run pip install "halfbyte[serve]"')
+
+
+def _named(text: str) -> tuple[str, Path]:
+    from halfbyte.errors import ConfigError
+
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ConfigError(f"{text!r} is not NAME=DIR", where="--adapter", fix="Write --adapter NAME=DIR")
+    return name, Path(folder)
+
+
+def _keys(api_key_file: Path | None, admin_key_file: Path | None) -> Keys:
+    from halfbyte.errors import ConfigError
+    from halfbyte.serve.guard import Keys
+
+    def read(file: Path | None, variable: str) -> str | None:
+        key = file.read_text(encoding="utf-8").strip() if file else os.environ.get(variable, "")
+        if (file or key) and len(key) < 8:
+            raise ConfigError("a key of fewer than 8 characters", where=str(file or variable), fix="Take a longer one")
+        return key or None
+
+    keys = Keys(user=read(api_key_file, API_KEY), admin=read(admin_key_file, ADMIN_KEY))
+    if keys.user is not None and keys.user == keys.admin:
+        raise ConfigError("is also the users' key", where=ADMIN_KEY, fix="Take another one")
+    return keys
+
+
+def _log_to_stderr(debug: bool) -> None:
+    handler: Any = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for each in ("halfbyte.serve", "uvicorn"):
+        logging.getLogger(each).addHandler(handler)
+        logging.getLogger(each).setLevel(
+            logging.DEBUG if debug else logging.INFO if each != "uvicorn" else logging.WARNING
+        )

@@ -1,0 +1,153 @@
+"""From the engine's events to what a client reads: one request's choices, in pieces or as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from halfbyte.serve.engine import Engine, FullError, StoppedError
+from halfbyte.serve.errors import ApiError
+from halfbyte.serve.sequence import Event, Finished, Order, Sequence, Token
+from halfbyte.serve.text import Texts, Writer
+
+RETRY_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one choice, the tokens since its last piece, and why it ended, if it did."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    finish: str | None = None
+
+
+@dataclass
+class Request:
+    """One request in the engine.
+
+    Attributes:
+        ids: of the prompt of each choice.
+        orders: one for each choice, without `put`.
+        stops: texts that end an answer.
+    """
+
+    engine: Engine
+    texts: Texts
+    orders: list[dict[str, Any]]
+    stops: list[str]
+    chat: bool
+    name: str
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    _sequences: list[Sequence] = field(default_factory=list)
+    new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+
+    def start(self) -> None:
+        """Raises ApiError where the engine takes no more."""
+        loop = asyncio.get_running_loop()
+
+        def put(index: int, event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        orders = [Order(**order, put=partial(put, index)) for index, order in enumerate(self.orders)]
+        try:
+            self._sequences = self.engine.submit(orders)
+        except FullError:
+            raise ApiError(
+                429, "too many requests are waiting", code="queue_full", retry_after=RETRY_SECONDS
+            ) from None
+        except StoppedError:
+            raise ApiError(503, "the server is stopping", retry_after=RETRY_SECONDS) from None
+
+    def cancel(self) -> None:
+        self.engine.cancel(self._sequences)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompts = sum({id(order["prompt"]): len(order["prompt"]) for order in self.orders}.values())
+        return {
+            "prompt_tokens": prompts, "completion_tokens": self.new_tokens, "total_tokens": prompts + self.new_tokens,
+        }  # fmt: skip
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """As they come, until every choice has ended. Raises ApiError where the engine failed."""
+        writers = {index: Writer(self.texts, self.stops) for index in range(len(self.orders))}
+        held: dict[int, list[Token]] = {index: [] for index in writers}
+        try:
+            while writers:
+                index, event = await self._events.get()
+                writer = writers.get(index)
+                if writer is None:
+                    continue  # ended at a stop string before the engine knew
+                if isinstance(event, Token):
+                    held[index].append(event)
+                    self.new_tokens += not event.prompt
+                    text = "" if event.prompt else writer.add(event.id)
+                    finish = "stop" if writer.stopped else None
+                elif event.reason == "error":
+                    raise ApiError(500, event.error)
+                else:
+                    text, finish = writer.end(), _reason(event)
+                    finish = "stop" if writer.stopped else finish
+                if finish:
+                    del writers[index]
+                    self.engine.cancel([self._sequences[index]])
+                if text or finish:
+                    yield Piece(index, text, held[index], finish)
+                    held[index] = []
+        finally:
+            self.cancel()
+
+
+def _reason(event: Finished) -> str:
+    return {"cancelled": "stop"}.get(event.reason, event.reason)
+
+
+# ---- the bodies of OpenAI's answers ----
+
+
+def chat_logprobs(texts: Texts, tokens: list[Token]) -> dict[str, Any]:
+    """As in chat completions."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = texts.token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [
+        {**entry(token.id, token.logprob or 0.0), "top_logprobs": [entry(*top) for top in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def plain_logprobs(texts: Texts, tokens: list[Token], start: int) -> dict[str, Any]:
+    """As in completions; `start` is where the text of the first token stands."""
+    words = [texts.token(token.id) for token in tokens]
+    offsets = [start]
+    for word in words[:-1]:
+        offsets.append(offsets[-1] + len(word))
+    return {
+        "tokens": words,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{texts.token(i): p for i, p in token.top} if token.top else None for token in tokens],
+        "text_offset": offsets[: len(words)],
+    }
+
+
+def envelope(request: Request, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": request.id, "object": kind, "created": request.created, "model": request.name, "choices": choices,
+    }  # fmt: skip

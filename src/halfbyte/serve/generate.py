@@ -1,0 +1,238 @@
+"""/v1/chat/completions and /v1/completions: from a judged request to the answer, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from halfbyte.serve.adapters import Adapters
+from halfbyte.serve.answer import Piece, Request, chat_logprobs, envelope, plain_logprobs
+from halfbyte.serve.engine import Engine
+from halfbyte.serve.errors import ApiError
+from halfbyte.serve.guard import Receive, Scope, Send, read_body
+from halfbyte.serve.sampling import Sampling
+from halfbyte.serve.schema import ChatRequest, CompletionRequest, parse
+from halfbyte.serve.sequence import Token
+from halfbyte.serve.text import Texts
+
+SEND_SECONDS = 30.0
+"""A client that takes in nothing for so long is dropped."""
+
+
+class Generation:
+    """The two endpoints over one engine."""
+
+    def __init__(self, engine: Engine, adapters: Adapters, texts: Texts) -> None:
+        self._engine, self._adapters, self._texts = engine, adapters, texts
+
+    async def chat(self, http: HttpRequest) -> Response:
+        asked = parse(await read_body(http), ChatRequest)
+        served = self._served(asked.model)
+        # Newer clients call the system's role the developer's; templates know the old name.
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            for message in asked.messages
+        ]
+        prompt = await asyncio.to_thread(self._texts.chat, messages)
+        most = min(asked.max_tokens, asked.max_completion_tokens)
+        logprobs = asked.top_logprobs if asked.logprobs else None
+        orders = self._orders(asked, served, [prompt], most, logprobs=logprobs)
+        return await self._respond(
+            http, asked, Request(self._engine, self._texts, orders, asked.stops, True, asked.model)
+        )
+
+    async def complete(self, http: HttpRequest) -> Response:
+        asked = parse(await read_body(http), CompletionRequest)
+        served = self._served(asked.model)
+        prompts = [await self._prompt(prompt) for prompt in _as_list(asked.prompt)]
+        tell = asked.echo and asked.logprobs is not None
+        orders = self._orders(asked, served, prompts, asked.max_tokens, logprobs=asked.logprobs, prompt_logprobs=tell)
+        return await self._respond(
+            http, asked, Request(self._engine, self._texts, orders, asked.stops, False, asked.model)
+        )
+
+    def _served(self, name: str) -> Any:
+        served = self._adapters.find(name)
+        if served is None:
+            raise ApiError(404, "no such model: see /v1/models", param="model", code="model_not_found")
+        return served
+
+    async def _prompt(self, prompt: str | list[int]) -> list[int]:
+        ids = await asyncio.to_thread(self._texts.plain, prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError(400, "prompt: it has no tokens", param="prompt")
+        if max(ids) >= self._texts.vocab_size:
+            raise ApiError(400, f"prompt: token ids end at {self._texts.vocab_size - 1}", param="prompt")
+        return ids
+
+    def _orders(
+        self, asked: ChatRequest | CompletionRequest, served: Any, prompts: list[list[int]], most: int, **options: Any
+    ) -> list[dict[str, Any]]:
+        """One for each choice. Raises ApiError where a prompt does not fit the context."""
+        context = self._texts.context
+        given = "max_tokens" in asked.model_fields_set or "max_completion_tokens" in asked.model_fields_set
+        for prompt in prompts:
+            if len(prompt) + (most if given else 1) > context:
+                wanted = f" and {most} new ones" if given else ""
+                raise ApiError(
+                    400, f"{len(prompt)} tokens of prompt{wanted} do not fit a context of {context}",
+                    param="messages" if isinstance(asked, ChatRequest) else "prompt", code="context_length_exceeded",
+                )  # fmt: skip
+        seed = asked.seed if asked.seed is not None else secrets.randbits(63)
+        bias = {int(token): value for token, value in asked.logit_bias.items()}
+        if any(token >= self._texts.vocab_size for token in bias):
+            raise ApiError(400, f"logit_bias: token ids end at {self._texts.vocab_size - 1}", param="logit_bias")
+        names = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        )
+        chosen = {name: getattr(asked, name) for name in names}
+        return [
+            {
+                "served": served, "prompt": prompt, "max_tokens": min(most, context - len(prompt)),
+                "sampling": Sampling(**chosen, bias=bias, seed=(seed + choice) % 2**63), "stops": self._texts.stops,
+                **options,
+            }
+            for prompt in prompts
+            for choice in range(asked.n)
+        ]  # fmt: skip
+
+    async def _respond(self, http: HttpRequest, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
+        request.start()
+        if asked.stream:
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return EventStream(_stream(request, asked, usage=usage))
+        return await _while_connected(http, _whole(request, asked))
+
+
+async def _whole(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+    texts = [""] * len(request.orders)
+    tokens: list[list[Token]] = [[] for _ in request.orders]
+    finishes: list[str | None] = [None] * len(request.orders)
+    async for piece in request.pieces():
+        texts[piece.index] += piece.text
+        tokens[piece.index] += piece.tokens
+        finishes[piece.index] = piece.finish
+    choices = []
+    for index, order in enumerate(request.orders):
+        choice: dict[str, Any] = {"index": index, "finish_reason": finishes[index], "logprobs": None}
+        told = order["logprobs"] is not None
+        if request.chat:
+            choice["message"] = {"role": "assistant", "content": texts[index], "refusal": None}
+            if told:
+                choice["logprobs"] = chat_logprobs(request.texts, tokens[index])
+        else:
+            echo = isinstance(asked, CompletionRequest) and asked.echo
+            choice["text"] = (request.texts.decode(order["prompt"]) if echo else "") + texts[index]
+            if told:
+                first = [Token(order["prompt"][0], prompt=True)] if echo else []
+                choice["logprobs"] = plain_logprobs(request.texts, first + tokens[index], 0)
+        choices.append(choice)
+    kind = "chat.completion" if request.chat else "text_completion"
+    return JSONResponse({**envelope(request, kind, choices), "usage": request.usage})
+
+
+async def _stream(
+    request: Request, asked: ChatRequest | CompletionRequest, *, usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    kind = "chat.completion.chunk" if request.chat else "text_completion"
+    ends = {"usage": None} if usage else {}
+    if request.chat:
+        for index in range(len(request.orders)):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+            yield {**envelope(request, kind, [choice]), **ends}
+    offsets = [0] * len(request.orders)
+    async for piece in request.pieces():
+        yield {**envelope(request, kind, [_chunk(request, piece, offsets)]), **ends}
+    if usage:
+        yield {**envelope(request, kind, []), "usage": request.usage}
+
+
+def _chunk(request: Request, piece: Piece, offsets: list[int]) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": piece.index, "finish_reason": piece.finish, "logprobs": None}
+    told = request.orders[piece.index]["logprobs"] is not None and piece.tokens
+    if request.chat:
+        choice["delta"] = {"content": piece.text} if piece.text else {}
+        if told:
+            choice["logprobs"] = chat_logprobs(request.texts, piece.tokens)
+    else:
+        choice["text"] = piece.text
+        if told:
+            choice["logprobs"] = plain_logprobs(request.texts, piece.tokens, offsets[piece.index])
+    offsets[piece.index] += len(piece.text)
+    return choice
+
+
+class EventStream(Response):
+    """Server-sent events. Ends, and with it the answer, when the client leaves or stops reading."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, objects: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-store"
+        self._objects = objects
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            await asyncio.wait([pump, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pump, gone):
+                task.cancel()
+            await asyncio.gather(pump, gone, return_exceptions=True)
+
+    async def _pump(self, send: Send) -> None:
+        async def event(text: str) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+        try:
+            async for found in self._objects:
+                await event(json.dumps(found))
+        except ApiError as error:
+            await event(json.dumps(error.body))
+        await event("[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _while_connected(http: HttpRequest, work: Awaitable[Response]) -> Response:
+    """`work`, cancelled when the client leaves."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(http.receive))
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=499)
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)  # type: ignore[arg-type]

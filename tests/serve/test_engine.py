@@ -1,0 +1,172 @@
+"""Answers in company equal answers alone, whoever joins, leaves, shares a prompt or loses its blocks meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.checkpoint import load_adapter
+from halfbyte.kernels.batch_step import Row
+from halfbyte.model.adapt import attach_saved
+from halfbyte.model.batch import BatchDecoder
+from halfbyte.serve import Engine
+from halfbyte.serve.engine import FullError, StoppedError
+from halfbyte.serve.sampling import Sampling
+
+# PEFT 0.21 asks transformers for a deprecated attribute.
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+NAMES = ("base", "a1", "a2", "a3")
+
+
+def prompt_of(number: int, length: int) -> list[int]:
+    return [(number * 37 + 11 * i) % 300 + 3 for i in range(length)]
+
+
+def test_an_adapter_computes_what_peft_computes(decoder: BatchDecoder, base: Any, make_adapter: Any) -> None:
+    saved = load_adapter(make_adapter(1))
+    ids = prompt_of(1, 40)
+    blocks = torch.arange(3, dtype=torch.int32)
+    adapter = decoder.load(saved)
+    found = decoder.run(ids, [Row(i, blocks, adapter) for i in range(40)], list(range(40)))
+    adapted = attach_saved(base.model, saved)
+    try:
+        with torch.no_grad():
+            expected = adapted(input_ids=torch.tensor([ids])).logits[0]
+    finally:
+        adapted.unload()
+    assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())  # measured 1e-6
+
+
+def test_mixed_adapters_in_a_batch_answer_as_alone(ask: Any) -> None:
+    cases = [
+        (NAMES[i % 4], prompt_of(i, 5 + 7 * i), {"sampling": Sampling(temperature=0.9 * (i % 2), seed=i, top_p=0.9)})
+        for i in range(12)
+    ]
+    alone = [ask(name, prompt, **options).ids for name, prompt, options in cases]
+    together = [ask(name, prompt, **options) for name, prompt, options in cases]
+    assert [answer.ids for answer in together] == alone
+    assert len({tuple(ids) for ids in alone}) == 12
+
+
+def test_rows_are_the_same_to_the_bit_in_any_company(decoder: BatchDecoder, make_adapter: Any) -> None:
+    adapters = [None, *(decoder.load(load_adapter(make_adapter(seed))) for seed in (1, 2))]
+    tables = [torch.arange(4 * i, 4 * i + 4, dtype=torch.int32) for i in range(11)]
+    alone = []
+    for i, table in enumerate(tables):  # a token at a time
+        ids = prompt_of(i, 20 + i)
+        alone.append([decoder.run([t], [Row(p, table, adapters[i % 3])], [0])[0] for p, t in enumerate(ids)][-1])
+    rows, ids, wanted = [], [], []
+    for i, table in enumerate(tables):  # 11 prompts of different lengths, whole, in one call
+        prompt = prompt_of(i, 20 + i)
+        rows += [Row(p, table, adapters[i % 3]) for p in range(len(prompt))]
+        ids += prompt
+        wanted.append(len(rows) - 1)
+    assert torch.equal(decoder.run(ids, rows, wanted), torch.stack(alone))
+
+
+def test_an_answer_joins_and_another_leaves(ask: Any, engine: Engine) -> None:
+    expected = ask("a1", prompt_of(1, 30), max_tokens=60).ids
+    long = ask("a1", prompt_of(1, 30), max_tokens=60)
+    long.first.wait(30)
+    short = [ask("a2", prompt_of(i, 9), max_tokens=3) for i in range(5)]
+    assert [len(answer.ids) for answer in short] == [3] * 5
+    assert long.ids == expected
+    assert long.reason == "length"
+
+
+def test_prompts_share_blocks_of_the_same_adapter_alone(ask: Any, engine: Engine) -> None:
+    prompt = prompt_of(3, 70)
+    first = ask("a1", prompt).ids
+    assert engine.counts.reused_tokens == 0
+    assert ask("a1", prompt).ids == first
+    assert engine.counts.reused_tokens == 64
+    assert ask("a2", prompt).ids != first
+    assert engine.counts.reused_tokens == 64
+    together = [ask("a3", prompt) for _ in range(4)]  # the later ones wait for the first one's blocks
+    assert len({tuple(answer.ids) for answer in together}) == 1
+    assert engine.counts.reused_tokens == 64 * 4
+
+
+def test_a_full_cache_is_shared_by_computing_anew(base: Any, asking: Any) -> None:
+    small = BatchDecoder(base.model, positions=128, context=128)
+    engine = Engine(small, most_running=8)
+    engine.start()
+    ask = asking(engine)
+    alone = [ask(NAMES[i], prompt_of(i, 30), max_tokens=40).ids for i in range(4)]
+    together = [ask(NAMES[i], prompt_of(i, 30), max_tokens=40) for i in range(4)]
+    assert [answer.ids for answer in together] == alone
+    assert engine.counts.recomputed > 0
+    engine.stop(5)
+
+
+def test_cancelling_frees_blocks(ask: Any, engine: Engine) -> None:
+    from halfbyte.serve.sequence import Sequence
+
+    order, collected = ask.order("base", prompt_of(1, 40), max_tokens=80)
+    sequences: list[Sequence] = engine.submit([order])
+    collected.first.wait(30)
+    engine.cancel(sequences)
+    assert collected.reason == "cancelled"
+    assert len(collected.ids) < 80
+    assert engine.pool.in_use == 0
+
+
+def test_the_queue_is_bounded(decoder: BatchDecoder, asking: Any) -> None:
+    engine = Engine(decoder, most_running=1, most_waiting=2)
+    engine.start()
+    ask = asking(engine)
+    orders = [ask.order("base", prompt_of(i, 9))[0] for i in range(3)]
+    with pytest.raises(FullError):
+        engine.submit(orders)  # all of them or none
+    assert engine.waiting == 0
+    engine.stop(0)
+    with pytest.raises(StoppedError):
+        ask("base", [1, 2])
+
+
+class Broken:
+    """A runner that fails where the prompt begins with 7, and gives NaN where it begins with 8."""
+
+    def __init__(self, inner: BatchDecoder) -> None:
+        self.inner, self.num_blocks, self.context = inner, inner.num_blocks, inner.context
+        self.firsts: dict[int, int] = {}
+
+    def run(self, ids: Any, rows: Any, wanted: Any) -> torch.Tensor:
+        logits = self.inner.run(ids, rows, wanted)
+        for index, row in enumerate(wanted):
+            if ids[row] == 8:
+                logits[index] = float("nan")
+        if 7 in ids:
+            raise MemoryError
+        return logits
+
+
+def test_a_failed_answer_leaves_the_others_alone(decoder: BatchDecoder, asking: Any) -> None:
+    engine = Engine(Broken(decoder))
+    engine.start()
+    ask = asking(engine)
+    expected = ask("a1", prompt_of(5, 20)).ids
+    answers = [ask("a1", prompt_of(5, 20)), ask("a1", [20, 8])]
+    assert answers[1].reason == "error"
+    assert answers[0].ids == expected
+    assert ask("a1", [7, 9]).reason == "error"  # the whole pass is lost, the engine goes on
+    assert ask("a1", prompt_of(5, 20)).ids == expected
+    engine.stop(5)
+
+
+def test_a_dead_engine_says_so(decoder: BatchDecoder, asking: Any) -> None:
+    class Dies(Broken):
+        def run(self, ids: Any, rows: Any, wanted: Any) -> torch.Tensor:
+            raise SystemExit
+
+    dead = threading.Event()
+    engine = Engine(Dies(decoder), on_death=dead.set)
+    engine.start()
+    assert asking(engine)("base", [3, 4]).reason == "error"
+    assert dead.wait(10)
+    time.sleep(0.05)
+    assert not engine.alive
