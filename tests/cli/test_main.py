@@ -45,7 +45,10 @@ def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
         (["train", "--set", "optim.lr=0"], 2, "optim.lr: 0.0 is not possible"),
         (["eval", "--set", "quant.embeddings=4"], 2, "quant.embeddings"),
         (["train", "--set", "lora.r=0"], 2, "the rank is at least 1"),
-        (["train", "--steps", "-1"], 2, "train.steps"),
+        (["train", "--steps", "-1"], 2, "--steps: -1 is not possible"),
+        (["plan", "--memory", "9XB"], 2, "--memory: '9XB' is not a size"),
+        (["plan", "--memory", "8GB", "--set", "memory.budget=9XB"], 2, "memory.budget: '9XB'"),
+        (["quantize", "--quant-type", "nf5"], 2, "--quant-type: quant.quant_type cannot be 'nf5'"),
         (["train", "--config", "/nope.toml"], 2, "no such file"),
         (["quantize", "--model", "/nope"], 2, "--output: is not set"),
         (["eval", "--model", "/nope", "--data", "x.jsonl"], 3, "/nope: no such model"),
@@ -109,6 +112,54 @@ def test_interrupts_and_full_memory(
     monkeypatch.setattr("halfbyte.config.load_config", stop)
     assert main(["train", *options]) == code
     assert ("halfbyte: " in capsys.readouterr().err) == (code != 141)  # nobody is left to read it
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("resume", "checkpoints", "said"),
+    [
+        (
+            "auto",
+            (),
+            "no checkpoint was saved, so nothing is kept and the same command begins anew. train.save_every=N",
+        ),
+        ("auto", (2, 10), "the same command goes on from {output}/checkpoint-10"),
+        ("never", (10, 2), "--resume {output}/checkpoint-10 goes on from {output}/checkpoint-10"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    resume: str, checkpoints: tuple[int, ...], said: str,
+) -> None:  # fmt: skip
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    import halfbyte.train
+
+    monkeypatch.setattr(halfbyte.train, "train", stop)
+    output = tmp_path / "run"
+    for step in checkpoints:
+        (output / f"checkpoint-{step}").mkdir(parents=True)
+        (output / f"checkpoint-{step}/manifest.json").touch()
+    (output / "checkpoint-99").mkdir(parents=True)  # not whole
+    assert main(["train", *options, "--resume", resume]) == 130
+    assert "halfbyte: interrupted: " + said.format(output=output) in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_says_what_it_did_and_what_its_loss_is(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps now and in all; and which mean the loss is, beside the smoothed one of the progress."""
+    options = options[:-1]
+    assert main(["train", *options, "2", "--set", "train.save_every=2"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("2 steps in ")
+    assert ", the mean of the last step (while it goes on, smoothed: 0.9 of" in first
+    assert main(["train", *options, "20"]) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("18 steps (20 in all) in ")
+    assert ", the mean of the last 2 steps (" in again
 
 
 def test_json_is_the_last_line_with_the_fields_of_the_design(options: list[str], eval_file: Path) -> None:

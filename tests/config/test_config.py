@@ -174,9 +174,21 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "binary.toml")
 
 
-def test_flags_are_named_as_the_user_typed_them() -> None:
-    with pytest.raises(ConfigError, match=r"--micro-batch-size: train\.micro_batch_size cannot be 'x'"):
-        load_config(train__micro_batch_size="x")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"model__pth": "x"}, "unknown key model.pth. Did you mean 'path'."),
+        ({"modle__path": "x"}, "unknown section 'modle'. Did you mean 'model'."),
+        ({"train__steps": "x"}, "train.steps cannot be 'x': it takes int"),
+        ({"memory__budget": "9XB"}, "memory.budget: '9XB' is not a size"),
+    ],
+)
+def test_in_python_an_error_names_the_key(flags: dict[str, Any], said: str) -> None:
+    """And no flag, which nobody typed; the command line names its flags (tests/cli/test_main.py)."""
+    with pytest.raises(ConfigError) as error:
+        load_config(**flags)
+    assert str(error.value).startswith(said)
+    assert "--" not in str(error.value)
 
 
 def test_settings_that_contradict_each_other(tmp_path: Path) -> None:

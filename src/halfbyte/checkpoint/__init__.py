@@ -2,7 +2,7 @@
 
 from halfbyte.checkpoint.adapter import Adapter, check_base, load_adapter, save_adapter, versions
 from halfbyte.checkpoint.compare import Difference, compare_config
-from halfbyte.checkpoint.durable import FolderWriter, check_target, write_file, write_folder
+from halfbyte.checkpoint.durable import FolderWriter, write_file, write_folder
 from halfbyte.checkpoint.manifest import verify_folder
 from halfbyte.checkpoint.rng import capture_rng, restore_rng
 from halfbyte.checkpoint.run_state import (
@@ -14,6 +14,7 @@ from halfbyte.checkpoint.run_state import (
     prune_checkpoints,
     save_checkpoint,
 )
+from halfbyte.config.target import check_target
 
 __all__ = [
     "Adapter", "Checkpoint", "Difference", "FolderWriter", "capture_rng", "check_base", "check_target",

@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.disk import check_space, disk_errors, make_folder, sync_folder
-from halfbyte.checkpoint.manifest import FORMAT_VERSION, MANIFEST, MARKER, is_ours, list_files, strangers, verifies
-from halfbyte.errors import ConfigError, FileError
+from halfbyte.checkpoint.manifest import FORMAT_VERSION, list_files, strangers, verifies
+from halfbyte.config.target import MANIFEST, MARKER, check_target, is_ours
+from halfbyte.errors import FileError
 
 logger = logging.getLogger("halfbyte")
 
@@ -151,17 +152,6 @@ def recover(parent: Path, name: str = "") -> None:
         with suppress(OSError, FileError):
             if is_ours(path):
                 _settle(path, kind, parent / target)
-
-
-def check_target(final: Path) -> None:
-    """ConfigError unless `final` may be written: absent, an empty folder, or one that halfbyte wrote."""
-    if final.exists() and not final.is_dir():
-        raise ConfigError("is a file, not a folder", where=str(final), fix="Give another folder")
-    if final.is_dir() and any(final.iterdir()) and not is_ours(final):
-        raise ConfigError(
-            "the folder holds files that halfbyte did not write", where=str(final),
-            fix="Give another folder, or move this one away",
-        )  # fmt: skip
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

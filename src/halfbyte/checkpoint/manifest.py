@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from halfbyte.config.target import MANIFEST, MARKER
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError, FileError
 
-MANIFEST = "manifest.json"
-MARKER = ".halfbyte-writing"
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -74,16 +73,6 @@ def list_files(folder: Path) -> list[str]:
     """Every file below `folder`, as sorted relative paths with slashes; without manifest and marker."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if name not in (MANIFEST, MARKER))
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether halfbyte wrote `folder` or is writing it."""
-    if (folder / MARKER).is_file():
-        return True
-    try:
-        return read_json(folder / MANIFEST).get("written_by") == "halfbyte"
-    except FileError:
-        return False
 
 
 def strangers(folder: Path) -> list[str]:

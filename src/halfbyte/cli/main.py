@@ -26,10 +26,6 @@ from halfbyte.errors import HalfbyteError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
-STOPPED = (
-    "interrupted. Checkpoints that were saved are whole, and the same command goes on from the newest; "
-    "train.save_every=N saves one every N steps."
-)
 
 app = typer.Typer(
     help="QLoRA fine-tuning on the machine you have: the base model in 4 bits, adapters on top.",
@@ -64,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="halfbyte", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
-            return _fail(STOPPED, INTERRUPTED)
+            return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except typer.Exit as exit_:
         return exit_.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(STOPPED, INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         return CLOSED_PIPE
     except Exception as error:  # the last resort: no traceback unless it is asked for

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, emit, known_machine
+from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, emit, known_machine, load_run
 
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
@@ -33,17 +33,14 @@ def plan(
 
     MODEL may be a folder with no more than a config.json. Exit code 0 also where it does not fit: see "fits".
     """
-    from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
     from halfbyte.plan import plan as make_plan
 
-    def text(path: Path | None) -> str | None:
-        return None if path is None else str(path)
-
-    run = load_config(
-        config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
-        train__output=text(output), train__steps=steps, memory__budget=memory, memory__host_budget=host_memory,
-    )  # fmt: skip
+    run = load_run(config, settings, {
+        "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
+        "--output": ("train.output", output), "--steps": ("train.steps", steps),
+        "--memory": ("memory.budget", memory), "--host-memory": ("memory.host_budget", host_memory),
+    })  # fmt: skip
     if not run.model.path:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
     machine = known_machine()

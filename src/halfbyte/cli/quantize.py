@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit, load_run
 
 
 def quantize(
@@ -23,11 +23,12 @@ def quantize(
 
     Reads tensor by tensor, large ones slice by slice: memory holds one tensor at a time.
     """
-    from halfbyte.config import load_config
     from halfbyte.dtypes import format_bytes
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model, quant__quant_type=quant_type)
+    run = load_run(
+        config, settings, {"--model": ("model.path", model), "--quant-type": ("quant.quant_type", quant_type)}
+    )
     if output is None:
         raise ConfigError("is not set", where="--output", fix="Give a folder to write")
     from halfbyte.cli.progress import LoadBar

@@ -19,6 +19,8 @@ from halfbyte.cli.common import (
     console,
     emit,
     known_machine,
+    load_run,
+    saying_what_is_kept,
 )
 
 if TYPE_CHECKING:
@@ -51,22 +53,22 @@ def train(
 
     The adapter lands in OUTPUT/adapter, where PEFT, halfbyte eval, generate and chat read it.
     """
-    from halfbyte.config import load_config
 
-    def text(path: Path | None) -> str | None:
-        return None if path is None else str(path)
+    run = load_run(config, settings, {
+        "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
+        "--output": ("train.output", output), "--steps": ("train.steps", steps),
+        "--epochs": ("train.epochs", epochs), "--resume": ("train.resume", resume),
+        "--memory": ("memory.budget", memory), "--host-memory": ("memory.host_budget", host_memory),
+    })  # fmt: skip
+    from halfbyte.plan import check_run
 
-    run = load_config(
-        config, settings or (), model__path=model, data__train=text(data), data__eval=text(eval_data),
-        train__output=text(output), train__steps=steps, train__epochs=epochs, train__resume=resume,
-        memory__budget=memory, memory__host_budget=host_memory,
-    )  # fmt: skip
+    check_run(run)
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
     from halfbyte.kernels import panel_rule
     from halfbyte.plan import compute_dtype, write_calibration
     from halfbyte.train import train as run_training
 
-    with TrainProgress(console()) as progress:
+    with saying_what_is_kept(run), TrainProgress(console()) as progress:
         machine = known_machine()
         result = run_training(run, observer=progress, machine=machine)
     dtype = compute_dtype(run, machine)
@@ -79,16 +81,27 @@ def summary(result: TrainResult) -> str:
     """The result for people."""
     from halfbyte.dtypes import format_bytes
 
+    in_all = f" ({result.steps} in all)" if result.steps_now != result.steps else ""
     lines = [
-        f"{result.steps} steps in {result.seconds:,.0f} s, {result.tokens_per_s:,.0f} tokens/s "
+        f"{result.steps_now} steps{in_all} in {result.seconds:,.0f} s, {result.tokens_per_s:,.0f} tokens/s "
         f"({result.supervised_tokens_per_s:,.0f} learned), peak memory {format_bytes(result.peak_memory)}",
-        "training loss " + (f"{result.train_loss:.4f}" if result.train_loss is not None else "not known"),
+        _loss_text(result),
     ]
     if result.eval_loss is not None and result.eval_loss_before is not None:
         change = result.eval_loss / result.eval_loss_before - 1
         lines.append(f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})")
     lines = [*map(_answer_text, result.answers), *lines]
     return "\n".join([*lines, f"adapter  {result.adapter}", f"curves   {result.curves}"])
+
+
+def _loss_text(result: TrainResult) -> str:
+    """Says which mean it is: the progress shows another one."""
+    if result.train_loss is None:
+        return "training loss not known"
+    last = max(result.steps // 10, 1)
+    steps = "the last step" if last == 1 else f"the last {last} steps"
+    smoothed = "while it goes on, smoothed: 0.9 of what was shown before and 0.1 of the step's"
+    return f"training loss {result.train_loss:.4f}, the mean of {steps} ({smoothed})"
 
 
 def _answer_text(answer: Answer) -> str:

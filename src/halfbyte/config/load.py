@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, settings: Iterable[str] = (), **
     for name, value in flags.items():
         if value is not None:
             section, _, key = name.partition("__")
-            _put(values, section, key, value, where="--" + key.replace("_", "-"))
+            _put(values, section, key, value, where="")  # what is wrong with it names its key
     for setting in settings:
         name, equals, text = setting.partition("=")
         section, dot, key = name.strip().partition(".")

@@ -122,7 +122,12 @@ class RecordReader:
                             yield number, chunk
                     start = chunk.endswith(b"\n")
         except OSError as error:
-            raise DataError("cannot be read", where=self.path, why=error.strerror or str(error)) from None
+            raise DataError(
+                "cannot be read",
+                where=self.path,
+                why=error.strerror or str(error),
+                fix="Give a file of JSON lines (docs/data.md has an example)",
+            ) from None
         self.sha256 = digest.hexdigest()
 
     def _parse(self, line: int, raw: bytes) -> Record:

@@ -6,13 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.errors import ConfigError
+from halfbyte.config.names import check_skipped, check_targets, matches
 from halfbyte.nn import Linear4bit
-
-
-def matches(name: str, wanted: tuple[str, ...]) -> bool:
-    """Whether `name` is one of `wanted`, or ends in one of them after a dot."""
-    return any(name == want or name.endswith("." + want) for want in wanted)
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -27,9 +22,7 @@ def modules_to_quantize(model: PreTrainedModel, skip_modules: tuple[str, ...]) -
         ConfigError: an entry of `skip_modules` names nothing.
     """
     linears = linear_names(model)
-    for want in skip_modules:
-        if not any(matches(name, (want,)) for name in linears):
-            raise ConfigError(f"{want!r} names no linear layer", where="quant.skip_modules")
+    check_skipped(skip_modules, linears)
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
@@ -48,11 +41,5 @@ def modules_to_adapt(model: PreTrainedModel, target_modules: str | tuple[str, ..
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if target_modules == "all-linear":
         return [name for name in linears if isinstance(model.get_submodule(name), Linear4bit)] or linears
-    missing = [want for want in target_modules if not any(matches(name, (want,)) for name in linears)]
-    if missing:
-        last_parts = sorted({name.rpartition(".")[2] for name in linears})
-        raise ConfigError(
-            f"{', '.join(missing)} name no layer that can have an adapter", where="lora.target_modules",
-            fix="This model has " + ", ".join(last_parts),
-        )  # fmt: skip
+    check_targets(target_modules, linears)
     return [name for name in linears if matches(name, tuple(target_modules))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.config import QuantConfig
 from halfbyte.dtypes import ITEMSIZE
-from halfbyte.plan.architecture import Architecture, architecture, read_config
+from halfbyte.plan.architecture import FUSED, Architecture, architecture, read_config
 from halfbyte.plan.files import StoredTensor, locate, read_gguf, safetensors_tensors
 
 NESTED_BLOCKSIZE = 256
@@ -17,7 +17,8 @@ TOKENIZER_FILE = "tokenizer.json"
 _SCALES = (".absmax", ".nested_absmax")
 _TABLES = (".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 INT8_BLOCK = 64
-_EMBEDDINGS, _HEADS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in"), ("lm_head", "embed_out", "output")
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in")
+HEADS = ("lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Base:
         load_extra: most that loading one tensor takes beside the result.
         tokenizer_file: bytes of tokenizer.json; None where there is none to look at.
         exact: sizes are those of the files, not of the config alone.
+        linear_names: full names of the linear layers but the head, as far as they are known; empty: not at all.
         in_4_bits: the files hold the 4-bit bytes themselves, so layers can be read from them at any time.
     """
 
@@ -49,6 +51,7 @@ class Base:
     exact: bool
     in_4_bits: bool = False
     int8_embeddings: bool = False
+    linear_names: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -88,13 +91,15 @@ def read_base(path: str, quant: QuantConfig, compute_dtype: str) -> Base:
     if local.is_file():
         fields, tensors = read_gguf(local)
         arch = architecture(_gguf_config(fields, tensors), path)
-        return _base(arch, tensors, quant, compute_dtype, tokenizer_file=None, exact=True)
+        names = expected_linears(arch)
+        return _base(arch, tensors, quant, compute_dtype, tokenizer_file=None, exact=True, linear_names=names)
     config = read_config(local / "config.json")
     arch = architecture(config, path)
     tensors = safetensors_tensors(local)
     tokenizer = local / TOKENIZER_FILE
     return _base(
         arch, tensors or expected_tensors(arch), quant, compute_dtype, exact=bool(tensors),
+        linear_names=_stored_linears(tensors) if tensors else expected_linears(arch),
         tokenizer_file=tokenizer.stat().st_size if tokenizer.exists() else None,
     )  # fmt: skip
 
@@ -120,9 +125,26 @@ def expected_tensors(arch: Architecture) -> dict[str, StoredTensor]:
     return tensors
 
 
+def expected_linears(arch: Architecture) -> frozenset[str]:
+    """Full names of the linear layers of a model of a known family; empty: not a known one."""
+    if arch.family not in FUSED:
+        return frozenset()
+    blocks = {name: "mlp" if name.startswith(("gate", "up", "down")) else "self_attn" for name in arch.linears}
+    return frozenset(f"model.layers.{n}.{block}.{name}" for n in range(arch.layers) for name, block in blocks.items())
+
+
+def _stored_linears(tensors: dict[str, StoredTensor]) -> frozenset[str]:
+    """Names of the matrices but embeddings and head."""
+    modules = (
+        name.removesuffix(".weight") for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    )  # fmt: skip
+    return frozenset(name for name in modules if name.rpartition(".")[2] not in _EMBEDDINGS and name not in HEADS)
+
+
 def _base(
     arch: Architecture, tensors: dict[str, StoredTensor], quant: QuantConfig, compute_dtype: str, *,
-    tokenizer_file: int | None, exact: bool,
+    tokenizer_file: int | None, exact: bool, linear_names: frozenset[str],
 ) -> Base:  # fmt: skip
     linears = weights = nested = embeddings = head = other = extra = 0
     embedding_dtype, int8 = arch.dtype, quant.embeddings == "int8"
@@ -139,7 +161,7 @@ def _base(
         elif last in _EMBEDDINGS:
             embeddings, embedding_dtype = embeddings + _table_bytes(tensor, last, int8), tensor.dtype
             extra = max(extra, slice_bytes(tensor) if int8 else 0)
-        elif last in _HEADS and "." not in module:
+        elif last in HEADS and "." not in module:
             head += 0 if arch.tied else _table_bytes(tensor, last, int8)
             extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif tensor.dtype == "uint8":  # bitsandbytes' codes
@@ -154,6 +176,7 @@ def _base(
         architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
         other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
         in_4_bits=any(name.endswith(_TABLES) for name in tensors), int8_embeddings=int8,
+        linear_names=linear_names,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.behind import on_disk
 from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.check import check_layers
 from halfbyte.plan.disk import read_speed
 from halfbyte.plan.files import locate
 from halfbyte.plan.machine import Machine, physical_memory, this_machine
@@ -97,11 +98,13 @@ def plan(
     Raises:
         TypeError: `config` is no RunConfig.
         ModelError: the model cannot be found, or its config cannot be read.
-        ConfigError: its weights are to be left on disk, and are not stored in 4 bits.
+        ConfigError: its weights are to be left on disk, and are not stored in 4 bits; or a setting names layers that
+            it does not have.
     """
     require_config(config)
     machine = machine or this_machine()
     base = base or read_base(config.model.path, config.quant, compute_dtype(config, machine))
+    check_layers(config, base)
     if base.exact:  # of a config alone it is not known
         check_stored(config.memory.weights, config.model.path, in_4_bits=base.in_4_bits)
     budget = budget_of(config)

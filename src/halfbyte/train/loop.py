@@ -53,6 +53,9 @@ class TrainResult:
     """What a run came to; losses are per supervised token, sizes in bytes, None where not measured."""
 
     steps: int
+    """Of the whole run."""
+    steps_now: int
+    """Of these, what this process did: all, unless it went on from a checkpoint."""
     train_loss: float | None
     """Over the last tenth of the steps."""
     eval_loss_before: float | None
@@ -238,6 +241,7 @@ def _finish(run: Run, output: Path, metrics: Metrics, started: float, largest: i
     )
     result = TrainResult(
         steps=run.steps,
+        steps_now=metrics.steps_now,
         train_loss=metrics.train_loss(),
         eval_loss_before=dict(metrics.evals).get(0),
         eval_loss=dict(metrics.evals).get(run.steps),

@@ -18,12 +18,14 @@ class Metrics:
 
     Attributes:
         steps: metrics of the steps of the whole run, also those before a resume.
+        steps_now: how many of them are not from before a resume.
         evals: (step, held-out loss).
     """
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.steps: list[StepMetrics] = []
         self.evals: list[tuple[int, float]] = []
+        self.steps_now = 0
         # A fresh start keeps nothing, not even an evaluation before step 1: it may be of another model or data.
         kept = [line for line in _read_lines(path) if line["step"] < first_step] if first_step > 1 else []
         for line in kept:
@@ -38,6 +40,7 @@ class Metrics:
     def add_step(self, metrics: StepMetrics) -> None:
         """Record a finished step."""
         self.steps.append(metrics)
+        self.steps_now += 1
         self._write({"event": "step", **asdict(metrics), "time": time.time()})
 
     def add_eval(self, step: int, loss: float) -> None:

@@ -12,11 +12,10 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint import check_target, latest_checkpoint, versions
+from halfbyte.checkpoint import latest_checkpoint, versions
 from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
-from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.compute_dtype import choose_compute_dtype
@@ -24,7 +23,7 @@ from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
 from halfbyte.optim import AdamW, lora_param_groups
-from halfbyte.plan import Machine, Plan, this_machine
+from halfbyte.plan import Machine, Plan, check_run, this_machine
 from halfbyte.store import ActivationStore
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
@@ -178,11 +177,8 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
 
 def _check_paths(config: RunConfig) -> None:
     """What is set, readable and writable, before anything is loaded."""
-    for section, key in (("model", "path"), ("data", "train"), ("train", "output")):
-        if not getattr(getattr(config, section), key):
-            raise ConfigError("is not set", where=f"{section}.{key}", fix=f"Give --{_flag(section, key)}")
+    check_run(config)
     check_weights(config.model.path)
-    check_target(Path(config.train.output) / "adapter")
 
 
 def _steps_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
@@ -209,7 +205,3 @@ def _report_data(observer: Observer, data: TokenizedData, eval_data: TokenizedDa
     overlap = count_overlap(data, eval_data) if eval_data is not None else 0
     if overlap:
         observer.note(f"held-out data: {overlap} samples are in the training data too, so held-out loss flatters")
-
-
-def _flag(section: str, key: str) -> str:
-    return {"path": "model", "train": "data"}.get(key, key)

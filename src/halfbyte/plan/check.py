@@ -1,0 +1,69 @@
+"""What can be wrong with a run, as far as that shows without torch and without reading data or weights: in no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from halfbyte.config import RunConfig
+from halfbyte.config.names import check_skipped, check_targets
+from halfbyte.config.target import check_target
+from halfbyte.errors import ConfigError, DataError, FileError, ModelError
+from halfbyte.plan.base import HEADS, Base, read_base
+from halfbyte.plan.files import locate
+
+FLAGS = {"model.path": "--model", "data.train": "--data", "train.output": "--output"}
+
+
+def check_run(config: RunConfig) -> None:
+    """See that `config` names a model, data and an output that can be used, and layers that the model has.
+
+    Raises:
+        ConfigError, FileError, ResourceError: the first thing that is wrong.
+    """
+    for key, flag in FLAGS.items():
+        if not _value(config, key):
+            raise ConfigError("is not set", where=key, fix=f"Give {flag}")
+    check_target(Path(config.train.output) / "adapter")
+    for key in ("data.train", "data.eval"):
+        if _value(config, key):
+            _check_data(_value(config, key), key)
+    resume = config.train.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise FileError(
+            "no such checkpoint", where=resume, fix="Give its folder, or auto for the newest in train.output"
+        )
+    locate(config.model.path)
+    with suppress(ModelError):  # who reads the whole model says it better
+        check_layers(config, read_base(config.model.path, config.quant, "float32"))
+
+
+def check_layers(config: RunConfig, base: Base) -> None:
+    """See that `base` has the layers that settings name, where it is known which it has.
+
+    Raises:
+        ConfigError: a name matches none.
+    """
+    if base.linear_names:
+        check_skipped(config.quant.skip_modules, _named({*base.linear_names, *HEADS}))
+        check_targets(config.lora.target_modules, _named(base.linear_names))
+
+
+def _named(names: Iterable[str]) -> set[str]:
+    """As they are stored, and as transformers may name them."""
+    return {prefix + name for name in names for prefix in ("", "model.")}
+
+
+def _check_data(path: str, key: str) -> None:
+    if not Path(path).exists():
+        raise DataError(
+            "no such file", where=path, fix=f"Give a file of JSON lines as {key} (docs/data.md has an example)"
+        )
+    if Path(path).is_dir():
+        raise DataError("is a folder, not a file of JSON lines", where=path, fix=f"Give one of its files as {key}")
+
+
+def _value(config: RunConfig, key: str) -> str:
+    section, _, name = key.partition(".")
+    return str(getattr(getattr(config, section), name))
