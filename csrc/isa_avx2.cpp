@@ -17,7 +17,7 @@ namespace hb_avx2 {
 #include "eight_tile.inl"
 #include "eight_dot.inl"
 #include "row_scales.inl"
-#include "eight_dot_one.inl"
+#include "avx2_dot_one.inl"
 
 #include "kernels.inl"
 

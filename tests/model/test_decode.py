@@ -1,7 +1,8 @@
 """The native token step against transformers' own logits, over architectures, adapters, caches that grow, and ISAs.
 
 Bound: both compute in float32 in different orders; measured over these cases the logits differ by at most 1e-5 of the
-largest one on x86, where 2e-5 leaves a margin.
+largest one on x86, where 2e-5 leaves a margin. With AVX2 the step multiplies 16-bit integers, and models with weights
+as wild as these enlarge that: up to 2.4e-3; over tamer ones 5.4e-5.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from halfbyte.nn import Linear4bit
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 BOUND = 4e-5 if platform.machine() in ("aarch64", "arm64") else 2e-5
 """Measured: 1.3e-5 on x86; 2.3e-5 on ARM, where torch's own float32 is 2.2e-5 from float64 and our step 1.4e-5."""
+INTEGER_BOUND, TAME_BOUND = 5e-3, 1e-4
+"""With AVX2."""
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.3, "pad_token_id": 0,
 }  # fmt: skip
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**SIZES),
+    "tame llama": lambda: hf.LlamaConfig(**SIZES | {"hidden_size": 512, "initializer_range": 0.02}),
     "llama, heads of 80, 3 to a group": lambda: hf.LlamaConfig(
         **SIZES | {"hidden_size": 192, "num_attention_heads": 6, "head_dim": 80, "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -47,6 +51,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma": lambda: hf.GemmaConfig(**SIZES, head_dim=32, hidden_act="gelu_pytorch_tanh"),
     "gemma3": lambda: hf.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=24),
 }  # fmt: skip
+
+
+def bound(integers: float = INTEGER_BOUND) -> float:
+    """Of the instruction set in use."""
+    library = cpu_choice().library
+    return integers if library is not None and library.isa == "avx2" else BOUND
 
 
 @pytest.fixture(params=["avx2", "avx512", "avx512_bf16", "neon"])
@@ -107,14 +117,19 @@ def test_logits_are_those_of_transformers(name: str, adapter: bool, isa: str) ->
     decoder = Decoder(model)
     decoder.try_out([1, 2, 3])
     for prompt in ([5], list(range(1, 39))):  # past the window, past a block of keys
-        assert difference(model, decoder, prompt, 12) < BOUND
+        assert difference(model, decoder, prompt, 12) < bound()
+
+
+def test_integers_are_close_where_a_model_does_not_enlarge_what_they_round(isa: str) -> None:
+    model = make("tame llama")
+    assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
 
 
 def test_the_cache_grows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "CHUNK", 16)
     for name in ("llama", "mistral"):
         model = make(name)
-        assert difference(model, Decoder(model), [1, 2, 3], 150) < BOUND
+        assert difference(model, Decoder(model), [1, 2, 3], 150) < bound()
 
 
 def test_an_adapter_that_is_switched_off_does_nothing() -> None:
@@ -122,7 +137,7 @@ def test_an_adapter_that_is_switched_off_does_nothing() -> None:
     on = Decoder(model).prefill([1, 2, 3]), Decoder(model)
     with model.disable_adapter():
         off = Decoder(model)
-        assert difference(model, off, [1, 2, 3], 4) < BOUND
+        assert difference(model, off, [1, 2, 3], 4) < bound()
     on[1].prefill([1, 2, 3])
     off.prefill([1, 2, 3])
     assert not torch.allclose(on[1].step(4), off.step(4), atol=1e-2)
