@@ -224,3 +224,37 @@ def test_rank_patterns_and_rslora_scale_as_peft_says(
     trained = logits_of(attach_saved(base, load_adapter(folder)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert (logits_of(model) - trained).abs().max() < 0.2
+
+
+def test_auto_takes_the_base_that_was_trained_on_and_says_both_figures(
+    tiny_llama: Path, tiny_adapter: Path, eval_file: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    result = hb.merge(run(tiny_llama, eval_file), tiny_adapter, tmp_path / "out", base="auto", say=said.append)
+    assert result.base == "quantized"
+    assert result.candidates["quantized"].kl < result.candidates["original"].kl
+    assert result.candidates["quantized"] == result.drift
+    assert sum("onto the" in line for line in said) == 2
+
+
+def test_onto_the_original_weights(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    hb.quantize_model(str(tiny_llama), tmp_path / "base4", QuantConfig())
+    with pytest.raises(hb.HalfbyteError, match="holds 4-bit weights"):
+        hb.merge(run(tmp_path / "base4"), tiny_adapter, tmp_path / "out", base="original")
+    given = {"base": "original", "original": str(tiny_llama), "max_drift": 5.0}
+    result = hb.merge(run(tmp_path / "base4"), tiny_adapter, tmp_path / "out", **given)
+    assert result.base == "original"
+    assert "16-bit weights that the 4-bit base was made of" in (tmp_path / "out" / "README.md").read_text()
+    name = "model.layers.1.mlp.up_proj.weight"
+    a, b = (load_adapter(tiny_adapter).state[f"base_model.model.{name[:-7]}.lora_{x}.weight"] for x in "AB")
+    wanted = (SafetensorsFolder(tiny_llama).read(name).float() + 2 * b @ a).bfloat16()
+    assert (SafetensorsFolder(tmp_path / "out").read(name) != wanted).float().mean() < 1e-3  # ties of the rounding
+
+
+def test_an_original_of_another_model_is_refused(
+    make_llama: MakeLlama, tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    hb.quantize_model(str(tiny_llama), tmp_path / "base4", QuantConfig())
+    other = make_llama(initializer_range=0.05)
+    with pytest.raises(hb.HalfbyteError, match=r"is not what .* was quantized from"):
+        hb.merge(run(tmp_path / "base4"), tiny_adapter, tmp_path / "out", base="original", original=str(other))

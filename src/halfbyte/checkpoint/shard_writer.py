@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from halfbyte.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from halfbyte.dtypes import SAFETENSORS_DTYPES
 
 ALIGNMENT = 64
+MAX_SHARD_BYTES = 5_000_000_000
 ENTRY_BYTES = 160
 """More than what a tensor's entry in the header needs besides its name."""
 _CODES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items()}
@@ -122,45 +123,70 @@ def write_shards(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor | Pieces]],
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     header_bytes: int = 2**16,
 ) -> tuple[list[Path], int]:
-    """Write `tensors` as they come into safetensors files of at most `max_shard_bytes` (or one tensor), and an index.
+    """`ShardWriter` for tensors that come as asked for.
+
+    Returns:
+        The files written, and the bytes of all tensors.
+    """
+    with ShardWriter(folder, max_shard_bytes=max_shard_bytes, header_bytes=header_bytes) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        return writer.finish(), writer.bytes
+
+
+class ShardWriter:
+    """Safetensors files of at most `max_shard_bytes` (or one tensor) each, and an index, of tensors as they are given.
 
     Holds one tensor, or one piece of it, and the small ones of a file in memory. `folder` must exist; durability is
     the caller's (write into a temporary folder).
 
     Args:
         header_bytes: room left for each file's header; a file that fills it is ended early (about 250 per tensor).
-
-    Returns:
-        The files written, and the bytes of all tensors.
     """
-    shards: list[_Shard] = []
-    with ExitStack() as opened:
 
-        def new_shard(room: int) -> _Shard:
-            shard = _Shard(folder / f"shard-{len(shards):05d}.safetensors", room)
-            opened.callback(shard.close)
-            return shard
+    def __init__(self, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, header_bytes: int = 2**16) -> None:
+        self._folder, self._max_shard_bytes, self._header_bytes = folder, max_shard_bytes, header_bytes
+        self._shards: list[_Shard] = []
 
-        for name, given in tensors:
-            tensor = Pieces.of(given) if isinstance(given, Tensor) else given
-            if not shards or not shards[-1].fits(name, tensor, max_shard_bytes):
-                if shards:
-                    shards[-1].finish()
-                shards.append(new_shard(max(header_bytes, 2 * ENTRY_BYTES + len(name.encode()))))
-            shards[-1].add(name, tensor)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors given."""
+        return sum(shard.bytes for shard in self._shards)
+
+    def add(self, name: str, given: Tensor | Pieces) -> None:
+        """Write one tensor, or keep it for the end of its file where it is small."""
+        tensor = Pieces.of(given) if isinstance(given, Tensor) else given
+        if not self._shards or not self._shards[-1].fits(name, tensor, self._max_shard_bytes):
+            if self._shards:
+                self._shards[-1].finish()
+            self._start(max(self._header_bytes, 2 * ENTRY_BYTES + len(name.encode())))
+        self._shards[-1].add(name, tensor)
+
+    def finish(self) -> list[Path]:
+        """End the last file, give all of them their names; the files, the index last."""
+        shards = self._shards
         if not shards:
-            shards.append(new_shard(2 * ENTRY_BYTES))
+            self._start(2 * ENTRY_BYTES)
         shards[-1].finish()
-    total = sum(shard.bytes for shard in shards)
-    if len(shards) == 1:
-        return [shards[0].path.rename(folder / SINGLE_NAME)], total
-    files, weight_map = [], {}
-    for number, shard in enumerate(shards, 1):
-        files.append(shard.path.rename(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
-        weight_map.update(dict.fromkeys(shard.names, files[-1].name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return [*files, folder / INDEX_NAME], total
+        if len(shards) == 1:
+            return [shards[0].path.rename(self._folder / SINGLE_NAME)]
+        files, weight_map = [], {}
+        for number, shard in enumerate(shards, 1):
+            files.append(shard.path.rename(self._folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
+            weight_map.update(dict.fromkeys(shard.names, files[-1].name))
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        return [*files, self._folder / INDEX_NAME]
+
+    def _start(self, room: int) -> None:
+        self._shards.append(_Shard(self._folder / f"shard-{len(self._shards):05d}.safetensors", room))

@@ -14,7 +14,16 @@ def merge(
     model: Model = None,
     adapter: Adapter = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")] = None,
-    format: Annotated[str, typer.Option("--format", metavar="16bit", help="What to write.")] = "16bit",
+    format: Annotated[str, typer.Option("--format", metavar="16bit|gguf|gguf-lora", help="What to write.")] = "16bit",
+    base: Annotated[
+        str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
+    ] = "quantized",
+    original: Annotated[
+        str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds 4-bit ones.")
+    ] = "",
+    gguf_type: Annotated[
+        str, typer.Option("--gguf-type", metavar="F16|Q8_0|Q4_0|...", help="Of --format gguf.")
+    ] = "F16",
     data: Annotated[
         Path | None, typer.Option("--data", help="Samples to measure drift on; default: what the adapter's run used.")
     ] = None,
@@ -47,11 +56,12 @@ def merge(
     out = console()
     with LoadBar(out) as bar:
         result = run_merge(
-            run, adapter, output, format=format, max_drift=max_drift, on_progress=bar.update,
+            run, adapter, output, format=format, base=base, original=original, gguf_type=gguf_type,
+            max_drift=max_drift, on_progress=bar.update,
             say=lambda text: out.print(text, style="dim", markup=False),
         )  # fmt: skip
     text = (
-        f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} in "
-        f"{result.dtype}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}"
+        f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} as "
+        f"{result.form}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}"
     )
     emit(result.to_dict(), as_json, text)

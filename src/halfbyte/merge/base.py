@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,12 @@ class MergeBase:
         module = self.model.get_submodule(name.rpartition(".")[0])
         return read_quantized(self.reader, self.names[name], module, self.quant, self.source.label)
 
-    def original(self, name: str) -> Tensor:
-        """Parameter `name`, one of `targets`, as it was before quantization, in the orientation of nn.Linear."""
-        slices, shape = weight_slices(
-            self.reader, self.names[name], self.model.get_submodule(name.rpartition(".")[0]), self.quant,
-            self.source.label,
-        )  # fmt: skip
-        return torch.cat([part.clone() for part in slices]).view(shape)
+    def original_slices(self, name: str) -> Iterable[Tensor]:
+        """Parameter `name`, one of `targets`, as it was before quantization, in the orientation of nn.Linear; each
+        slice is overwritten by the next.
+        """
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return weight_slices(self.reader, self.names[name], module, self.quant, self.source.label)[0]
 
     def unquantized(self, name: str) -> Tensor:
         """Parameter `name`, none of `targets`, as it is stored."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from halfbyte.merge.base import MergeBase
 
 CONFIG_KEY = "halfbyte_merged"
 """In config.json, so that it stays with the model when files are copied one by one."""
+GGUF_KEY = "halfbyte.merged"
 
 
 def adapter_sha256(adapter: Adapter) -> str:
@@ -49,8 +51,8 @@ def refuse_merged(base: MergeBase, base_sha256: str, adapter: Adapter) -> None:
     Raises:
         AdapterError: says what the model already is.
     """
-    merged = getattr(base.source.config, CONFIG_KEY, None)
-    if not isinstance(merged, dict):
+    merged = _merged_record(base)
+    if merged is None:
         return
     if merged.get("adapter_sha256") == adapter_sha256(adapter):
         raise AdapterError(
@@ -63,6 +65,18 @@ def refuse_merged(base: MergeBase, base_sha256: str, adapter: Adapter) -> None:
             why=f"that is {merged.get('base')} with {merged.get('adapter')} merged into it",
             fix="Merge onto the base that the adapter was trained on",
         )  # fmt: skip
+
+
+def _merged_record(base: MergeBase) -> dict[str, Any] | None:
+    """What `base` says of itself, if it is a merged model."""
+    merged = getattr(base.source.config, CONFIG_KEY, None)
+    if base.source.is_gguf:
+        import gguf
+
+        field = gguf.GGUFReader(base.source.path).fields.get(GGUF_KEY)
+        with suppress(ValueError):
+            merged = json.loads(field.contents()) if field is not None else None
+    return merged if isinstance(merged, dict) else None
 
 
 def check_output(output: Path, *inputs: Path) -> None:

@@ -9,40 +9,30 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import Pieces
 from halfbyte.errors import NumericsError
-from halfbyte.merge.base import MergeBase
-from halfbyte.merge.update import Updates, folded_slices
+from halfbyte.merge.fold import Fold
 from halfbyte.model.load import Progress
 from halfbyte.model.read import SLICE_ELEMENTS
 
 Named = Iterator[tuple[str, Tensor | Pieces]]
 
 
-def merged_tensors(
-    base: MergeBase, updates: Updates, dtype: torch.dtype, on_progress: Progress | None = None
-) -> Named:
-    """Every tensor of the merged model for `write_shards`: 4-bit layers decoded, with their update, in `dtype`;
-    all others as they are stored, unless the adapter changes them.
+def merged_tensors(fold: Fold, dtype: torch.dtype, on_progress: Progress | None = None) -> Named:
+    """Every tensor of the merged model for `write_shards`: the weights that training holds in 4 bits in `dtype`, all
+    others as they are stored.
 
     Raises:
-        NumericsError: a merged weight is beyond the range of `dtype`; names it.
+        NumericsError: a merged weight is beyond the range of its dtype; names it.
     """
-    for done, name in enumerate(base.names):
+    names = fold.base.names
+    for done, name in enumerate(names):
         if on_progress:
-            on_progress(done, len(base.names), name)
-        if name in base.targets:
-            yield name, _merged(base, updates, name, dtype)
-        else:
-            yield name, merged_unquantized(base, updates, name)
+            on_progress(done, len(names), name)
+        yield name, _merged(fold, name, dtype) if name in fold.base.targets else kept(fold, name)
 
 
-def merged_unquantized(base: MergeBase, updates: Updates, name: str) -> Tensor:
-    """Parameter `name`, which training holds as it is stored, with its update if it has one."""
-    stored = base.unquantized(name)
-    if name not in updates:
-        return stored
-    update = updates[name]
-    added = stored.float() + (update.rows().T if base.is_transposed(name) else update.rows())
-    return rounded(added, stored.dtype, name)
+def kept(fold: Fold, name: str) -> Tensor:
+    """Parameter `name`, which training holds as it is stored, in that dtype."""
+    return rounded(fold.unquantized(name), fold.base.reader.dtype(fold.base.names[name]), name)
 
 
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -61,10 +51,8 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def _merged(base: MergeBase, updates: Updates, name: str, dtype: torch.dtype) -> Pieces | Tensor:
-    weight = base.quantized(name)
-    slices = folded_slices(weight, updates.get(name), SLICE_ELEMENTS)
-    parts = (rounded(part, dtype, name) for part in slices)
-    if base.is_transposed(name):
+def _merged(fold: Fold, name: str, dtype: torch.dtype) -> Pieces | Tensor:
+    parts = (rounded(part, dtype, name) for part in fold.slices(name, SLICE_ELEMENTS))
+    if fold.base.is_transposed(name):
         return torch.cat(list(parts)).T.contiguous()
-    return Pieces(dtype, weight.shape, parts)
+    return Pieces(dtype, tuple(fold.base.model.get_parameter(name).shape), parts)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint import Adapter
 from halfbyte.errors import AdapterError
-from halfbyte.quant import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,3 @@ def updates_of(adapter: Adapter, model: PreTrainedModel) -> Updates:
         updates[f"{name}.weight"] = Update(a, b * layer.scaling["default"])
     adapted.base_model.unload()  # the skeleton as it was
     return updates
-
-
-def folded_slices(weight: QuantizedWeight, update: Update | None, max_elements: int) -> Iterator[Tensor]:
-    """``decoded weight + update`` in float32, in slices of whole rows."""
-    start = 0
-    for part in weight.row_slices(max_elements):
-        values = part.dequantize(torch.float32)
-        if update is not None:
-            values += update.rows(start, start + len(values)).view_as(values)
-        start += len(values)
-        yield values
-
-
-def folded(weight: QuantizedWeight, update: Update | None) -> Tensor:
-    """`folded_slices` as one tensor."""
-    values = weight.dequantize(torch.float32)
-    return values if update is None else values.addmm_(update.b, update.a)

@@ -40,11 +40,11 @@ class GgufFile:
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         self._path = path
-        self._heads = (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else None
+        self._heads = permuted_heads(architecture, config)
         kind = by_gguf_name["token_embd.weight"].tensor_type.name if "token_embd.weight" in by_gguf_name else ""
         self._dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
         self._tensors = {}
-        for name in _parameter_names(config):
+        for name in parameter_names(config):
             stem, _, suffix = name.rpartition(".")
             gguf_stem = name_map.get_name(stem)
             if gguf_stem is not None and f"{gguf_stem}.{suffix}" in by_gguf_name:
@@ -86,15 +86,27 @@ class GgufFile:
             yield self.read_rows(name, start, min(start + rows, count))
 
     def _row_order(self, name: str) -> np.ndarray | None:
-        """Which stored row each row of `name` is: llama.cpp interleaves the two halves of every q and k head."""
-        which = {"q_proj": 0, "k_proj": 1}.get(name.split(".")[-2])
-        if self._heads is None or which is None:
-            return None
-        rows = np.arange(self.shape(name)[0])
-        return rows.reshape(self._heads[which], -1, 2).swapaxes(1, 2).reshape(-1)
+        return row_order(name, self.shape(name)[0], self._heads)
 
 
-def _parameter_names(config: PretrainedConfig) -> list[str]:
+def row_order(name: str, rows: int, heads: tuple[int, int] | None) -> np.ndarray | None:
+    """Which stored row each row of `name` is: llama.cpp interleaves the two halves of every q and k head.
+
+    Args:
+        heads: query and key heads; None for an architecture that is stored as it is.
+    """
+    which = {"q_proj": 0, "k_proj": 1}.get(name.split(".")[-2])
+    if heads is None or which is None:
+        return None
+    return np.arange(rows).reshape(heads[which], -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def permuted_heads(architecture: str, config: PretrainedConfig) -> tuple[int, int] | None:
+    """`heads` of `row_order` for a GGUF architecture."""
+    return (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else None
+
+
+def parameter_names(config: PretrainedConfig) -> list[str]:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
