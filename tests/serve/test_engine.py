@@ -11,6 +11,7 @@ import torch
 
 from halfbyte.checkpoint import load_adapter
 from halfbyte.kernels.batch_step import Row
+from halfbyte.kernels.registry import cpu_choice
 from halfbyte.model.adapt import attach_saved
 from halfbyte.model.batch import BatchDecoder
 from halfbyte.serve import Engine
@@ -38,7 +39,11 @@ def test_an_adapter_computes_what_peft_computes(decoder: BatchDecoder, base: Any
             expected = adapted(input_ids=torch.tensor([ids])).logits[0]
     finally:
         adapted.unload()
-    assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())  # measured 1e-6
+    library = cpu_choice().library
+    bound = (
+        5e-3 if library is not None and library.isa == "avx2" else 2e-5
+    )  # as in test_decode; measured 7e-4 and 1e-6
+    assert float((found - expected).abs().max()) <= bound * float(expected.abs().max())
 
 
 def test_mixed_adapters_in_a_batch_answer_as_alone(ask: Any) -> None:
