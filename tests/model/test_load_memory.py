@@ -18,18 +18,21 @@ from halfbyte.checkpoint.shard_writer import write_shards
 
 SLICE = 2 * 2**20 * 2
 """read.SLICE_ELEMENTS in bf16."""
-CONSTANT = 16 * 2**20
-"""For everything else: the slice's codes and scales, the joined codes of one layer beside its parts (4 MB here), the C
-library's free lists. Measured over slice and model together: 2 to 6 MB, as the slice is not full when most is held."""
+CONSTANT = 8 * 2**20
+"""For everything else: the slice's codes and scales, the joined codes of one layer beside its parts (4 MB here), what
+the C library keeps. Measured in 8 runs while other work ran: 5.0 to 8.0 MB over the model, slice included. Outside
+`steady_memory` glibc's moving threshold has it keep more of what was freed: 7.8 to 18.3 MB."""
 
 SCRIPT = """
 import json, sys
 import torch
 from halfbyte.config import QuantConfig
+from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.load import load_model
 from halfbyte.model.memory import peak_memory, resident_memory
 
-loaded = [load_model(path, QuantConfig(), compute_dtype=torch.float32) for path in sys.argv[1:]]
+with steady_memory():  # as train does
+    loaded = [load_model(path, QuantConfig(), compute_dtype=torch.float32) for path in sys.argv[1:]]
 print(json.dumps({
     "peak": peak_memory(), "resident": resident_memory(), "bytes": loaded[-1].inventory.bytes,
     "rows": {row.group: row.bytes for row in loaded[-1].inventory.rows},
