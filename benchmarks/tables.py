@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md and docs/memory.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, docs/memory.md, docs/merge.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -146,6 +146,16 @@ def seventy(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def merges(result: dict[str, Any]) -> Rows:
+    """What each way to merge keeps of an adapter."""
+    rows = [["", "held-out improvement kept", "loss", "KL, nats/token", "same likeliest token", "size"]]
+    for name, row in result["rows"].items():
+        drift, size = row["drift"], f"{row['bytes_out'] / 1e6:.0f} MB" if "bytes_out" in row else ""
+        rows.append([name, f"{row['kept']:.1%}", f"{drift['loss']:.4f}", f"{drift['kl']:.1e}",
+                     f"{drift['greedy_agreement']:.1%}", size])  # fmt: skip
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -159,6 +169,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "budgets": ("memory", budgets),
     "streaming": ("large-stream", streaming),
     "70B": ("large-70b", seventy),
+    "merging": ("merge", merges),
 }
 
 
@@ -186,7 +197,11 @@ def main() -> None:
     root = Path(__file__).parent
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else root / "results"
     docs = root.parent / "docs"
-    for page in map(Path, sys.argv[2:]) if len(sys.argv) > 2 else (docs / "speed.md", docs / "memory.md"):
+    for page in (
+        map(Path, sys.argv[2:])
+        if len(sys.argv) > 2
+        else [docs / name for name in ("speed.md", "memory.md", "merge.md")]
+    ):
         fill(page, folder)
 
 

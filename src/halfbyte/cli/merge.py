@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from halfbyte.merge.four import Survived
 
 
 def merge(
     model: Model = None,
     adapter: Adapter = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")] = None,
-    format: Annotated[str, typer.Option("--format", metavar="16bit|gguf|gguf-lora", help="What to write.")] = "16bit",
+    format: Annotated[
+        str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora", help="What to write.")
+    ] = "16bit",
     base: Annotated[
         str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
     ] = "quantized",
@@ -64,4 +72,16 @@ def merge(
         f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} as "
         f"{result.form}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}"
     )
+    if result.survived:
+        out.print(survival(result.survived))
     emit(result.to_dict(), as_json, text)
+
+
+def survival(layers: Sequence[Survived]) -> Table:
+    """What became of each layer's update."""
+    from rich.table import Table
+
+    table = Table("layer", "update kept in weights", "in outputs", "error in outputs", box=None, title_justify="left")
+    for layer in layers:
+        table.add_row(layer.name, f"{layer.weights:.1%}", f"{layer.outputs:.1%}", f"{layer.error:.1%}")
+    return table

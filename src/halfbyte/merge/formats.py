@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from halfbyte.checkpoint import Adapter
-from halfbyte.checkpoint.shard_writer import write_shards
+from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
+from halfbyte.config import DataConfig
+from halfbyte.errors import ConfigError
+from halfbyte.merge.base import open_base
+from halfbyte.merge.drift import probe_of
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import Weights
+from halfbyte.merge.forward import LentModel, Weights
+from halfbyte.merge.four import CALIBRATION_TOKENS, FourBitWriter, Survived
 from halfbyte.merge.gguf_file import GgufPlan, read_adapter, write_adapter, write_model
 from halfbyte.merge.record import CONFIG_KEY, record
 from halfbyte.merge.sixteen import merged_tensors
 from halfbyte.model.gguf_source import GgufFile
+from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.load import Progress
 from halfbyte.model.quantize import COPIED_FILES
+from halfbyte.model.targets import linear_names
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Job:
     tokenizer: Any
     output: Path
     gguf_type: str
+    data: DataConfig
     say: Callable[[str], None]
 
     def record(self, form: str, onto: str) -> dict[str, Any]:
@@ -47,6 +58,7 @@ class Written:
     bytes: int
     weights: Weights
     use: str
+    survived: tuple[Survived, ...] = ()
 
 
 class Format(Protocol):
@@ -82,6 +94,36 @@ class SixteenBit:
         _, count = write_shards(folder, merged_tensors(fold, self._dtype, on_progress), header_bytes=header)
         write_config(self._job, self._dtype, self._job.record(self.form, fold.onto), folder)
         return Written(count, SafetensorsFolder(folder).read, transformers_use(self._job.output))
+
+
+class FourBit:
+    """A folder in bitsandbytes' 4-bit format, in the recipe of the base."""
+
+    form, max_drift = "4bit", 0.2
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
+        self._text = calibration_text(job)
+        self.form = f"4bit {self._recipe.quant_type}"
+        self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
+
+    def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:
+        names = fold.base.names
+        with ShardWriter(folder, header_bytes=sum(7 * (len(name) + 200) for name in names)) as shards:
+            writer = FourBitWriter(fold, self._recipe, shards, on_progress)
+            writer.write(LentModel(fold.base.source), *self._text)
+            shards.finish()
+        merged, dtype = self._job.record(self.form, fold.onto), fold.base.dtype()
+        skipped = sorted(
+            set(linear_names(fold.base.model)) - {name.removesuffix(".weight") for name in fold.base.targets}
+        )
+        quantization = HalfbyteConfig(
+            bnb_4bit_quant_type=self._recipe.quant_type, bnb_4bit_use_double_quant=self._recipe.double_quant,
+            blocksize=self._recipe.blocksize, llm_int8_skip_modules=skipped,
+        ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
+        write_config(self._job, dtype, merged, folder, quantization_config=quantization.to_dict())
+        there = Fold(open_base(str(folder), self._recipe), {})
+        return Written(shards.bytes, there.weight, transformers_use(self._job.output), tuple(writer.survived))
 
 
 class Gguf:
@@ -121,7 +163,34 @@ class GgufLora:
         return Written(file.stat().st_size, there.weight, use)
 
 
-FORMATS: dict[str, Callable[[Job], Format]] = {"16bit": SixteenBit, "gguf": Gguf, "gguf-lora": GgufLora}
+FORMATS: dict[str, Callable[[Job], Format]] = {
+    "16bit": SixteenBit,
+    "4bit": FourBit,
+    "gguf": Gguf,
+    "gguf-lora": GgufLora,
+}
+
+
+def calibration_text(job: Job) -> tuple[Tensor, Tensor]:
+    """Ids (sequences, tokens) and which of them are text, of the run's training data.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    recorded = job.adapter.info.get("config", {}).get("data", {}).get("train", "")
+    path = job.data.train or (recorded if Path(recorded).is_file() else "")
+    if not path:
+        raise ConfigError(
+            "is not set", where="data.train", why="4-bit codes are chosen on text like that which was trained on",
+            fix="Give --set data.train=FILE",
+        )  # fmt: skip
+    rows = probe_of(path, job.tokenizer, job.data, CALIBRATION_TOKENS // 16).ids
+    rows = [row[: 2 * sum(map(len, rows)) // len(rows)] for row in rows]  # a few long ones would make much padding
+    sizes = list(accumulate(map(len, rows)))
+    rows = rows[: max(bisect_right(sizes, CALIBRATION_TOKENS), 1)]
+    job.say(f"calibration: {sum(map(len, rows)):,} tokens of {path}")
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad([torch.ones(len(row)).bool() for row in rows], batch_first=True)
 
 
 def write_config(job: Job, dtype: torch.dtype, merged: dict[str, Any], folder: Path, **more: Any) -> None:

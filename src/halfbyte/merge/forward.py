@@ -38,6 +38,12 @@ class LentModel:
         return self._model
 
     @torch.no_grad()
+    def hidden(self, input_ids: Tensor, weights: Weights) -> None:
+        """Run all but the output head, for what hooks see of it."""
+        with self.lend(weights):
+            self._model.base_model(input_ids=input_ids, use_cache=False)
+
+    @torch.no_grad()
     def logits(self, input_ids: Tensor, weights: Weights) -> Tensor:
         """(sequences, tokens) int64, padded at the end -> (sequences, tokens, vocabulary) float32.
 

@@ -16,6 +16,7 @@ from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, probe_of
 from halfbyte.merge.fold import Fold, check_near, open_original
 from halfbyte.merge.formats import FORMATS, Job, Written
 from halfbyte.merge.forward import LentModel, Weights
+from halfbyte.merge.four import Survived
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
 from halfbyte.merge.update import updates_of
@@ -45,6 +46,8 @@ class MergeResult:
     """With --base auto: what each base would have given."""
     base_sha256: str
     adapter_sha256: str
+    survived: tuple[Survived, ...]
+    """Of a 4-bit merge: what became of each layer's update."""
     layers: int
     """Weights that the adapter changed."""
     bytes_out: int
@@ -66,7 +69,8 @@ def merge(
     Args:
         config: `model.path`; `data.eval` (what drift is measured on, else what the adapter recorded); `quant` where
             the adapter records none.
-        format: "16bit": standard safetensors; "gguf": one file for llama.cpp;
+        format: "16bit": standard safetensors; "4bit": bitsandbytes' format, its codes chosen on `data.train` (else
+            what the adapter recorded); "gguf": one file for llama.cpp;
             "gguf-lora": the adapter alone, likewise.
         base: "quantized": onto the decoded 4-bit weights that were trained on; "original": onto the 16-bit weights
             they were made of; "auto": whichever is closer to base + adapter.
@@ -87,7 +91,7 @@ def merge(
     check_output(Path(output), locate(config.model.path), Path(adapter))
     job = _prepare(config, Path(adapter), Path(output), gguf_type, say, on_progress)
     chosen = FORMATS[format](job)
-    meter = DriftMeter(LentModel(job.fold.base.source), _probe(config, job), job.fold.weight)
+    meter = DriftMeter(LentModel(job.fold.base.source), _probe(job), job.fold.weight)
     fold, candidates = _choose(job, meter, base, original, say)
     with write_folder(output, expected_bytes=chosen.expected_bytes) as writer:
         written = chosen.write(fold, writer.path, on_progress)
@@ -98,8 +102,9 @@ def merge(
         writer.write_bytes("README.md", card(merged, said, written.use).encode())
     return MergeResult(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
-        base_sha256=job.base_sha256, adapter_sha256=merged["adapter_sha256"], layers=len(fold.updates),
-        bytes_out=written.bytes, peak_memory=peak_memory(), seconds=time.perf_counter() - started,
+        base_sha256=job.base_sha256, adapter_sha256=merged["adapter_sha256"], survived=written.survived,
+        layers=len(fold.updates), bytes_out=written.bytes, peak_memory=peak_memory(),
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -127,17 +132,18 @@ def _prepare(
     )
     for note in notes:
         say(note)
-    return Job(Fold(base, updates), digest, adapter, tokenizer, output, gguf_type, say)
+    recorded = adapter.info.get("config", {}).get("data", {})
+    data = replace(config.data, **{key: recorded[key] for key in ("max_seq_len", "mask_prompt") if key in recorded})
+    return Job(Fold(base, updates), digest, adapter, tokenizer, output, gguf_type, data, say)
 
 
-def _probe(config: RunConfig, job: Job) -> Probe:
+def _probe(job: Job) -> Probe:
     """What drift is measured on: the file given, else the run's evaluation or training data, else general texts."""
     recorded = job.adapter.info.get("config", {}).get("data", {})
-    data = replace(config.data, **{key: recorded[key] for key in ("max_seq_len", "mask_prompt") if key in recorded})
-    if config.data.eval:
-        return probe_of(config.data.eval, job.tokenizer, data, PROMPTS)
+    if job.data.eval:
+        return probe_of(job.data.eval, job.tokenizer, job.data, PROMPTS)
     there = [path for path in (recorded.get("eval"), recorded.get("train")) if path and Path(path).is_file()]
-    return probe_of(there[0] if there else "", job.tokenizer, data, PROMPTS)
+    return probe_of(there[0] if there else "", job.tokenizer, job.data, PROMPTS)
 
 
 def _choose(job: Job, meter: DriftMeter, base: str, path: str, say: Say) -> tuple[Fold, dict[str, Drift]]:

@@ -1,0 +1,125 @@
+"""Merging into 4 bits: the update survives, and bitsandbytes reads what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import halfbyte as hb
+from halfbyte.config import QuantConfig
+from halfbyte.errors import ConfigError
+from halfbyte.merge.error_feedback import Moments, round_with_feedback
+from halfbyte.merge.run import MergeResult
+from halfbyte.model import load_model
+
+MakeLlama = Callable[..., Path]
+MakeAdapter = Callable[..., Path]
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model(make_llama: MakeLlama) -> Path:
+    """Of sizes that are multiples of 64: bitsandbytes' AVX-512 kernel decodes others wrongly (docs/numerics.md)."""
+    return make_llama(intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def merged(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, make_adapter: MakeAdapter, chat_file: Path,
+    eval_file: Path,
+) -> tuple[Path, MergeResult, Path]:  # fmt: skip
+    """A 4-bit merge of an update of 1 to 2 % of the weights, which plain rounding erases."""
+    adapter = make_adapter(model, size=0.01)
+    output = tmp_path_factory.mktemp("four") / "model"
+    config = hb.load_config(model__path=str(model), data__eval=str(eval_file), data__train=str(chat_file))
+    return output, hb.merge(config, adapter, output, format="4bit", max_drift=1.0), adapter
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    ids = (torch.arange(40) * 7 % 300).view(2, 20)
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=ids).logits.float()
+    return result
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns // 8, columns, generator=generator)
+    few = torch.randn(rows, columns // 8, generator=generator) @ mix
+    return few + 0.1 * torch.randn(rows, columns, generator=generator)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((32, 128), "nf4"), ((48, 96), "fp4"), ((5, 40), "nf4")])
+def test_an_update_that_rounding_erases_survives_in_the_outputs(shape: tuple[int, int], kind: str) -> None:
+    """Of a base on the grid, an update of 1.3 % of it, and inputs of few directions, as activations are."""
+    torch.manual_seed(0)
+    recipe = QuantConfig(quant_type=kind, double_quant=False)  # type: ignore[arg-type]
+    base = hb.quantize(torch.randn(shape), quant_type=kind, double_quant=False).dequantize()
+    update = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
+    update *= 0.013 * base.norm() / update.norm()
+    x = correlated(2000, shape[1])
+    own = x.T @ x
+    plain = hb.quantize(base + update, quant_type=kind, double_quant=False).dequantize() - base
+    ours = round_with_feedback(base + update, Moments(own, own), recipe, name="w").dequantize() - base
+
+    def share(change: torch.Tensor) -> float:
+        return float((change @ own * update).sum() / (update @ own * update).sum())
+
+    def wrong(change: torch.Tensor) -> float:
+        return float(((change - update) @ own * (change - update)).sum())
+
+    assert share(plain) < 0.5
+    assert 0.4 < share(ours) < 1.2
+    assert wrong(ours) < 0.8 * wrong(plain)
+
+
+def test_a_shift_of_the_inputs_is_made_up_for() -> None:
+    """The trained model gives the layer other inputs than the quantized one does; the outputs are to be the same."""
+    torch.manual_seed(1)
+    target, trained = torch.randn(16, 64), correlated(4000, 64)
+    ours = trained + 0.2 * trained.roll(1, dims=1)
+    own, cross = ours.T @ ours, trained.T @ ours
+    recipe = QuantConfig(double_quant=False)
+
+    def wrong(moments: Moments) -> float:
+        weight = round_with_feedback(target, moments, recipe, name="w").dequantize()
+        return float((ours @ weight.T - trained @ target.T).norm() / (trained @ target.T).norm())
+
+    assert wrong(Moments(own, cross)) < 0.7 * wrong(Moments(own, own))
+
+
+def test_most_of_the_update_is_kept_and_said_layer_by_layer(merged: tuple[Path, MergeResult, Path]) -> None:
+    _, result, _ = merged
+    assert result.form == "4bit nf4"
+    assert len(result.survived) == 14
+    assert {layer.name for layer in result.survived} >= {"model.layers.0.self_attn.q_proj.weight"}
+    shares = torch.tensor([layer.outputs for layer in result.survived])
+    assert 0.5 < shares.mean() < 1.3
+
+
+def test_transformers_with_bitsandbytes_reads_it(merged: tuple[Path, MergeResult, Path], model: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    output, _, _ = merged
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    ours = load_model(str(output), QuantConfig(), compute_dtype=torch.float32).model
+    for name, layer in theirs.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # there it would round its scales to bfloat16
+            layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
+            packed = hb.QuantizedWeight.from_bnb(layer.weight.data, layer.weight.quant_state)
+            weight = ours.get_submodule(name).quantized_weight
+            assert torch.equal(packed.dequantize(torch.float32), weight.dequantize(torch.float32)), name
+    for parameter in theirs.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    assert (logits_of(theirs) - logits_of(ours)).abs().max() < 1e-3
+
+
+def test_it_wants_text(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train: is not set.*Give --set data.train=FILE"):
+        hb.merge(hb.load_config(model__path=str(tiny_llama)), tiny_adapter, tmp_path / "out", format="4bit")
