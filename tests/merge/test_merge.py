@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,18 @@ def test_the_command_line(
     assert "raise --max-drift" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     assert main(["merge", *options]) == 2
+
+
+def test_a_budget_that_is_too_small_is_refused_with_one_that_is_not(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["merge", "--model", str(tiny_llama), "--adapter", str(tiny_adapter), "--output", str(tmp_path / "out")]
+    assert main([*options, "--memory", "50MB"]) == 4
+    line = capsys.readouterr().err.splitlines()[-1]
+    found = re.search(r"memory\.budget: .* are not enough for this merge: .* Give --memory (\d+)MB\.$", line)
+    assert found is not None, line
+    assert not (tmp_path / "out").exists()
+    assert main([*options, "--memory", f"{int(found[1]) + 50}MB"]) == 0  # what is resident grows a little
 
 
 def test_a_merged_model_is_no_base(

@@ -8,37 +8,42 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Memory, Model, Set, console, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from halfbyte.merge.four import Survived
 
+Output = Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")]
+Format = Annotated[str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora", help="What to write.")]
+Base = Annotated[
+    str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
+]
+Original = Annotated[
+    str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds 4-bit ones.")
+]
+GgufType = Annotated[str, typer.Option("--gguf-type", metavar="F16|Q8_0|Q4_0|...", help="Of --format gguf.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Samples to measure drift on; default: what the adapter's run used.")
+]
+MaxDrift = Annotated[
+    float | None,
+    typer.Option("--max-drift", metavar="NATS", min=0.0, help="Most KL per token from base + adapter (exit 5)."),
+]
+
 
 def merge(
     model: Model = None,
     adapter: Adapter = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")] = None,
-    format: Annotated[
-        str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora", help="What to write.")
-    ] = "16bit",
-    base: Annotated[
-        str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
-    ] = "quantized",
-    original: Annotated[
-        str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds 4-bit ones.")
-    ] = "",
-    gguf_type: Annotated[
-        str, typer.Option("--gguf-type", metavar="F16|Q8_0|Q4_0|...", help="Of --format gguf.")
-    ] = "F16",
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Samples to measure drift on; default: what the adapter's run used.")
-    ] = None,
-    max_drift: Annotated[
-        float | None,
-        typer.Option("--max-drift", metavar="NATS", min=0.0, help="Most KL per token from base + adapter (exit 5)."),
-    ] = None,
+    output: Output = None,
+    format: Format = "16bit",
+    base: Base = "quantized",
+    original: Original = "",
+    gguf_type: GgufType = "F16",
+    data: Data = None,
+    max_drift: MaxDrift = None,
+    memory: Memory = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -52,7 +57,13 @@ def merge(
     from halfbyte.dtypes import format_bytes
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model, data__eval=None if data is None else str(data))
+    run = load_config(
+        config,
+        settings or (),
+        model__path=model,
+        memory__budget=memory,
+        data__eval=None if data is None else str(data),
+    )
     for value, option in ((run.model.path, "--model"), (adapter, "--adapter"), (output, "--output")):
         if not value:
             raise ConfigError("is not set", where=option, fix=f"Give {option}")

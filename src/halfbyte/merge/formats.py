@@ -68,11 +68,13 @@ class Format(Protocol):
         form: its name and its numbers.
         max_drift: KL from base + adapter, nats per token, above which a merge is refused unless told otherwise.
         expected_bytes: about what the disk must have room for.
+        text_rows: tokens of calibration text, padding included.
     """
 
     form: str
     max_drift: float
     expected_bytes: int
+    text_rows: int
 
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written: ...
 
@@ -80,7 +82,7 @@ class Format(Protocol):
 class SixteenBit:
     """A standard transformers folder in the base's own 16-bit dtype."""
 
-    max_drift = 0.01
+    max_drift, text_rows = 0.01, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._dtype = job, job.fold.base.dtype()
@@ -99,11 +101,12 @@ class SixteenBit:
 class FourBit:
     """A folder in bitsandbytes' 4-bit format, in the recipe of the base."""
 
-    form, max_drift = "4bit", 0.2
+    max_drift = 0.2
 
     def __init__(self, job: Job) -> None:
         self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
         self._text = calibration_text(job)
+        self.text_rows = self._text[0].numel()
         self.form = f"4bit {self._recipe.quant_type}"
         self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
 
@@ -129,6 +132,8 @@ class FourBit:
 class Gguf:
     """One .gguf file."""
 
+    text_rows = 0
+
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, job.gguf_type)
         self.form = f"gguf {job.gguf_type}"
@@ -149,7 +154,7 @@ class Gguf:
 class GgufLora:
     """The adapter alone, as a .gguf file for llama.cpp's --lora."""
 
-    form, max_drift = "gguf-lora", 0.01
+    form, max_drift, text_rows = "gguf-lora", 0.01, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, "F16")

@@ -17,6 +17,7 @@ from halfbyte.merge.fold import Fold, check_near, open_original
 from halfbyte.merge.formats import FORMATS, Job, Written
 from halfbyte.merge.forward import LentModel, Weights
 from halfbyte.merge.four import Survived
+from halfbyte.merge.memory import check_budget, predicted_peak
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
 from halfbyte.merge.update import updates_of
@@ -52,6 +53,7 @@ class MergeResult:
     """Weights that the adapter changed."""
     bytes_out: int
     peak_memory: int
+    predicted_peak_memory: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def merge(
 
     Args:
         config: `model.path`; `data.eval` (what drift is measured on, else what the adapter recorded); `quant` where
-            the adapter records none.
+            the adapter records none; `memory.budget`.
         format: "16bit": standard safetensors; "4bit": bitsandbytes' format, its codes chosen on `data.train` (else
             what the adapter recorded); "gguf": one file for llama.cpp;
             "gguf-lora": the adapter alone, likewise.
@@ -82,6 +84,7 @@ def merge(
     Raises:
         AdapterError: the adapter cannot be used, is for another base, or is merged already.
         ConfigError: `output` holds something or overlaps an input; an unknown choice.
+        ResourceError: it would not fit `memory.budget`, or the disk.
         NumericsError: the result is further from base + adapter than `max_drift`, or does not fit its dtype; nothing
             is left under `output`.
     """
@@ -92,6 +95,8 @@ def merge(
     job = _prepare(config, Path(adapter), Path(output), gguf_type, say, on_progress)
     chosen = FORMATS[format](job)
     meter = DriftMeter(LentModel(job.fold.base.source), _probe(job), job.fold.weight)
+    predicted = predicted_peak(job.fold.base, meter.probe, chosen.text_rows)
+    check_budget(config, predicted)
     fold, candidates = _choose(job, meter, base, original, say)
     with write_folder(output, expected_bytes=chosen.expected_bytes) as writer:
         written = chosen.write(fold, writer.path, on_progress)
@@ -104,6 +109,7 @@ def merge(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
         base_sha256=job.base_sha256, adapter_sha256=merged["adapter_sha256"], survived=written.survived,
         layers=len(fold.updates), bytes_out=written.bytes, peak_memory=peak_memory(),
+        predicted_peak_memory=predicted,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
 
