@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.config import load_config
@@ -108,6 +110,19 @@ def test_of_an_unknown_family_nothing_is_known(tmp_path: Path) -> None:
     config = load_config(model__path=str(tmp_path), lora__target_modules=("wqkv",))
     assert read_base(config.model.path, config.quant, "float32").linear_names == frozenset()
     plan(config, machine=Machine(threads=1, bf16_units=False, runtime=400_000_000))
+
+
+def test_of_a_family_without_fused_layers_last_parts_count(tmp_path: Path) -> None:
+    """GPT-2's file says h.0.attn.c_attn, transformers transformer.h.0.attn.c_attn."""
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9,
+                                                      "model_type": "gpt2"}))  # fmt: skip
+    tensors = {"h.0.attn.c_attn.weight": torch.zeros(8, 24), "wte.weight": torch.zeros(9, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    machine = Machine(threads=1, bf16_units=False, runtime=400_000_000)
+    for good in ("c_attn", "transformer.h.0.attn.c_attn"):
+        plan(load_config(model__path=str(tmp_path), lora__target_modules=(good,)), machine=machine)
+    with pytest.raises(ConfigError, match=r"q_proj name no layer .* This model has c_attn"):
+        plan(load_config(model__path=str(tmp_path), lora__target_modules=("h.0.q_proj",)), machine=machine)
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from halfbyte.config import RunConfig
 from halfbyte.config.names import check_skipped, check_targets
 from halfbyte.config.target import check_target
 from halfbyte.errors import ConfigError, DataError, FileError, ModelError
+from halfbyte.plan.architecture import FUSED
 from halfbyte.plan.base import HEADS, Base, read_base
 from halfbyte.plan.files import locate
 
@@ -42,17 +42,25 @@ def check_run(config: RunConfig) -> None:
 def check_layers(config: RunConfig, base: Base) -> None:
     """See that `base` has the layers that settings name, where it is known which it has.
 
+    Of a family that halfbyte does not know, transformers may rename what the file holds: only last parts count there.
+
     Raises:
         ConfigError: a name matches none.
     """
-    if base.linear_names:
-        check_skipped(config.quant.skip_modules, _named({*base.linear_names, *HEADS}))
-        check_targets(config.lora.target_modules, _named(base.linear_names))
+    names, skipped, wanted = set(base.linear_names), config.quant.skip_modules, config.lora.target_modules
+    if not names:
+        return
+    if base.architecture.family in FUSED:
+        names |= {"model." + name for name in names}  # stored without
+    else:
+        names, skipped = {_last(name) for name in names}, tuple(map(_last, skipped))
+        wanted = wanted if isinstance(wanted, str) else tuple(map(_last, wanted))
+    check_skipped(skipped, {*names, *HEADS})
+    check_targets(wanted, names)
 
 
-def _named(names: Iterable[str]) -> set[str]:
-    """As they are stored, and as transformers may name them."""
-    return {prefix + name for name in names for prefix in ("", "model.")}
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _check_data(path: str, key: str) -> None:
