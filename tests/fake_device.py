@@ -78,6 +78,10 @@ class LateDevice(FakeDevice):
 
         return self._stream.submit(late)
 
+    def finish(self) -> None:
+        """Wait for all work; no more is taken."""
+        self._stream.shutdown()
+
     def allocate(self, nbytes: int) -> Tensor:
         tensor = super().allocate(nbytes).fill_(POISON)
         self.launch(tensor.zero_)

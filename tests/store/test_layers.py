@@ -144,6 +144,7 @@ def test_a_device_gets_every_layer(files: tuple[list[Path], list[list[Extent]]],
     again = store.stored_bytes - read_once
     assert read_once + (again * 3 if again else 0) <= store.traffic.bytes_read <= read_once + again * 6
     del store
+    device.finish()
     assert device.held == 0
 
 
@@ -165,7 +166,7 @@ def test_the_fake_device_sees(files: tuple[list[Path], list[list[Extent]]], faul
             timer.start()
             timers.append(timer)
 
-    device = Faulty(copy_seconds=0.005, work_seconds=0.002)
+    device = Faulty(copy_seconds=0.005, work_seconds=0.01)
     store = LayerStore(layers, 2, device)
     assert not all(lent == expected(layers[layer]) for layer, lent in steps(store, device, 1))
     for timer in timers:
