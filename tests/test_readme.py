@@ -6,10 +6,16 @@ import json
 import re
 import shlex
 import shutil
+import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
+import uvicorn
 
 from halfbyte.cli.main import main
 
@@ -38,18 +44,36 @@ def workplace(
     return tmp_path
 
 
+def ask_once(run: Callable[..., None]) -> Callable[..., None]:
+    """A server's `run` that ends after one answer."""
+
+    def brief(server: Any, sockets: list[socket.socket]) -> None:
+        thread = threading.Thread(target=run, args=(server, sockets))
+        thread.start()
+        body = {"model": "mine", "messages": [{"role": "user", "content": "What follows 3?"}], "max_tokens": 4}
+        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/v1/chat/completions"
+        answer = httpx.post(url, json=body, timeout=60)
+        server.should_exit = True
+        thread.join()
+        assert answer.json()["choices"][0]["message"]["role"] == "assistant", answer.text
+
+    return brief
+
+
 @pytest.mark.filterwarnings("ignore")  # what the command line hides from users, it hides here
 def test_every_command_runs_in_order(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = commands()
     assert {shlex.split(line)[1] for line in lines} >= {
-        "data", "train", "eval", "generate", "chat", "merge", "quantize", "doctor"
+        "data", "train", "eval", "generate", "chat", "serve", "merge", "quantize", "doctor"
     }  # fmt: skip
     said = iter(["What follows 3?", "/adapter", "/new", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda self, *_: next(said))
+    monkeypatch.setattr("uvicorn.Server.run", ask_once(uvicorn.Server.run))
     for line in lines:
-        assert main([*shlex.split(line)[1:], "--json"]) == 0, (line, capsys.readouterr().err)
+        more = ["--port", "0"] if line.startswith("halfbyte serve") else []
+        assert main([*shlex.split(line)[1:], *more, "--json"]) == 0, (line, capsys.readouterr().err)
         json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/answers.md"):
         assert (workplace / name).stat().st_size > 0

@@ -18,9 +18,11 @@ import transformers as hf
 from torch import nn
 
 from halfbyte.config import LoraConfig
+from halfbyte.kernels.batch_step import Row
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.model import decode, decoder_parts
 from halfbyte.model.adapt import attach_lora
+from halfbyte.model.batch import BatchDecoder
 from halfbyte.model.decode import Decoder
 from halfbyte.model.decoder_parts import NotCoveredError
 from halfbyte.nn import Linear4bit
@@ -123,6 +125,23 @@ def test_logits_are_those_of_transformers(name: str, adapter: bool, isa: str) ->
 def test_integers_are_close_where_a_model_does_not_enlarge_what_they_round(isa: str) -> None:
     model = make("tame llama")
     assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batches_compute_what_transformers_computes(isa: str, name: str) -> None:
+    """40 tokens, more than a window of 8 and two blocks of the cache, whole and in company token by token."""
+    model = make(name)
+    decoder = BatchDecoder(model, positions=256, context=128)
+    ids = [(7 * i + 3) % 96 for i in range(40)]
+    tables = [torch.tensor(blocks, dtype=torch.int32) for blocks in ([5, 1, 3], [0, 2, 4], [7, 6, 8])]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].float()
+    found = decoder.run(ids, [Row(i, tables[0], None) for i in range(40)], list(range(40)))
+    assert float((found - expected).abs().max()) <= bound() * float(expected.abs().max())
+    for i, token in enumerate(ids):
+        pair = decoder.run([token] * 2, [Row(i, table, None) for table in tables[1:]], [0, 1])
+        assert torch.equal(pair[0], found[i])
+        assert torch.equal(pair[1], found[i])
 
 
 def test_the_cache_grows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, check_adapter
 
 if TYPE_CHECKING:
     from halfbyte.model.batch import BatchDecoder
+    from halfbyte.model.plain_batch import PlainBatch
     from halfbyte.serve.guard import Keys
 
 API_KEY, ADMIN_KEY = "HALFBYTE_API_KEY", "HALFBYTE_ADMIN_KEY"
@@ -59,10 +60,12 @@ def serve(
     run, out = load_config(config, settings or (), model__path=model), console()
     _log_to_stderr(debug)
     chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
+    _check_folder(adapter_dir)
     listening = bind(chosen)
     named = [_named(text) for text in adapter or ()]
     loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, out)
-    decoder = _decoder(loaded.model, max(cache_tokens, context), context)
+    decoder, more = _decoder(loaded.model, max(cache_tokens, context), context)
+    notes += more
     adapters = Adapters(
         name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir,
         check=lambda saved: check_adapter_fits(run, saved, loaded, tokenizer),
@@ -80,18 +83,20 @@ def serve(
     run_server(decoder, adapters, texts, chosen, listening, ready)
 
 
-def _decoder(model: Any, positions: int, context: int) -> BatchDecoder:
-    from halfbyte.errors import ModelError
+def _decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
+    """What computes, and a note where that is not the native step."""
     from halfbyte.model.batch import BatchDecoder
     from halfbyte.model.decoder_parts import NotCoveredError
+    from halfbyte.model.plain_batch import PlainBatch
 
     model.eval()
     try:
         decoder = BatchDecoder(model, positions=positions, context=context)
         decoder.try_out()
     except NotCoveredError as error:
-        raise ModelError("cannot be served yet", where="serve", why=str(error)) from error
-    return decoder
+        note = f"served through transformers, one sequence at a time: {error}"
+        return PlainBatch(model, positions=positions, context=context), [note]
+    return decoder, []
 
 
 def base_name(path: str) -> str:
@@ -106,6 +111,13 @@ def _check_extra() -> None:
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         raise ResourceError(f"needs {', '.join(missing)}", where="serve", fix='Run pip install "halfbyte[serve]"')
+
+
+def _check_folder(adapter_dir: Path | None) -> None:
+    from halfbyte.errors import ConfigError
+
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError("is no folder", where=f"--adapter-dir {adapter_dir}", fix="Make it, or leave this out")
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -34,19 +34,21 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
     return adapted
 
 
-def attach_saved(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
-    """Put a saved adapter on `model`, for evaluation and generation.
+def attach_saved(model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name: str = "default") -> peft.PeftModel:
+    """Put a saved adapter on `model`, beside those that it has, for evaluation and generation.
 
     Raises:
         AdapterError: its tensors and the model's layers do not match one to one.
     """
-    adapted = wrap(model, adapter)
-    load_adapter_state(adapted, adapter.state)
+    adapted = wrap(model, adapter, name)
+    load_adapter_state(adapted, adapter.state, name)
     fuse_lora_layers(adapted)
     return adapted
 
 
-def wrap(model: PreTrainedModel, adapter: Adapter, *, on_meta: bool = False) -> peft.PeftModel:
+def wrap(
+    model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name: str = "default", *, on_meta: bool = False
+) -> peft.PeftModel:
     """`model` in PEFT's wrapper as the config of `adapter` says, its tensors not yet those of `adapter`.
 
     Raises:
@@ -57,26 +59,29 @@ def wrap(model: PreTrainedModel, adapter: Adapter, *, on_meta: bool = False) -> 
     config.inference_mode = True
     config.base_model_name_or_path = None  # the base is known by its hash; PEFT would warn of another path
     try:
-        return peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        if not isinstance(model, peft.PeftModel):
+            return peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=on_meta)
+        model.add_adapter(name, config, low_cpu_mem_usage=on_meta)
+        return model
     except ValueError as error:
         raise AdapterError(
             "does not fit this model", where=str(adapter.folder), why=str(error).splitlines()[0]
         ) from error
 
 
-def adapter_state(model: peft.PeftModel) -> dict[str, Tensor]:
+def adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under the names of PEFT's files."""
-    return dict(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    return dict(peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
-def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor]) -> None:
-    """Put `state` into the adapter of `model`, every tensor of one into the other.
+def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor], name: str = "default") -> None:
+    """Put `state` into the adapter `name` of `model`, every tensor of one into the other.
 
     Raises:
         AdapterError: names or shapes differ, listing the first five of each.
     """
-    check_fit(adapter_state(model), state)
-    peft.set_peft_model_state_dict(model, state)
+    check_fit(adapter_state(model, name), state)
+    peft.set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str = "") -> None:

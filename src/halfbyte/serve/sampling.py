@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MOST_SORTED = 256
-"""Candidates that top-p looks at before it sorts the whole vocabulary."""
+SORTED = (256, 4096, 1 << 31)
+"""Candidates that top-p looks at: sorting a whole vocabulary takes milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,10 @@ class Sampler:
         """Tokens that may be chosen and their probabilities."""
         s, size = self.sampling, p.numel()
         if s.top_k or s.top_p < 1:
-            count = min(s.top_k or MOST_SORTED, size)
-            weights, tokens = _largest(p, count)
-            if not s.top_k and float(weights.sum()) < s.top_p:
-                weights, tokens = _largest(p, size)
+            for count in [s.top_k] if s.top_k else SORTED:
+                weights, tokens = _largest(p, min(count, size))
+                if s.top_k or count >= size or float(weights.sum()) >= s.top_p:
+                    break
             if s.top_p < 1:  # of what top_k leaves, as others do
                 before = weights.cumsum(0) - weights
                 keep = max(int((before < s.top_p * (weights.sum() if s.top_k else 1.0)).sum()), 1)

@@ -61,6 +61,7 @@ def bind(settings: Settings) -> socket.socket:
             "open to other machines without a key", where=f"--host {settings.host}",
             fix="Set HALFBYTE_API_KEY or give --api-key-file",
         )  # fmt: skip
+    listening = None
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -68,6 +69,8 @@ def bind(settings: Settings) -> socket.socket:
         listening.bind(address)
         listening.listen(MOST_CONNECTIONS)
     except OSError as error:
+        if listening is not None:
+            listening.close()
         raise ResourceError(
             "cannot be listened on", where=f"{settings.host}:{settings.port}", why=error.strerror or str(error),
             fix="Choose another --port, or 0 for any",
