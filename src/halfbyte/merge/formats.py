@@ -69,12 +69,14 @@ class Format(Protocol):
         max_drift: KL from base + adapter, nats per token, above which a merge is refused unless told otherwise.
         expected_bytes: about what the disk must have room for.
         text_rows: tokens of calibration text, padding included.
+        mapped_bytes: of its file while it is read back: pages of a mapped file count as resident.
     """
 
     form: str
     max_drift: float
     expected_bytes: int
     text_rows: int
+    mapped_bytes: int
 
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written: ...
 
@@ -82,7 +84,7 @@ class Format(Protocol):
 class SixteenBit:
     """A standard transformers folder in the base's own 16-bit dtype."""
 
-    max_drift, text_rows = 0.01, 0
+    max_drift, text_rows, mapped_bytes = 0.01, 0, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._dtype = job, job.fold.base.dtype()
@@ -101,7 +103,7 @@ class SixteenBit:
 class FourBit:
     """A folder in bitsandbytes' 4-bit format, in the recipe of the base."""
 
-    max_drift = 0.2
+    max_drift, mapped_bytes = 0.2, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
@@ -142,6 +144,8 @@ class Gguf:
             self._plan.nbytes(name, tuple(job.fold.base.model.get_parameter(name).shape))
             for name in job.fold.base.names
         )
+        largest = max(p.numel() for p in job.fold.base.model.parameters())
+        self.mapped_bytes = self.expected_bytes + 12 * largest  # and a tensor on its way into it, in float32
 
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:
         file = folder / f"{self._job.output.name}-{self._job.gguf_type}.gguf"
@@ -154,7 +158,7 @@ class Gguf:
 class GgufLora:
     """The adapter alone, as a .gguf file for llama.cpp's --lora."""
 
-    form, max_drift, text_rows = "gguf-lora", 0.01, 0
+    form, max_drift, text_rows, mapped_bytes = "gguf-lora", 0.01, 0, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, "F16")

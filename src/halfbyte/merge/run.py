@@ -95,7 +95,7 @@ def merge(
     job = _prepare(config, Path(adapter), Path(output), gguf_type, say, on_progress)
     chosen = FORMATS[format](job)
     meter = DriftMeter(LentModel(job.fold.base.source), _probe(job), job.fold.weight)
-    predicted = predicted_peak(job.fold.base, meter.probe, chosen.text_rows)
+    predicted = predicted_peak(job.fold.base, meter.probe, chosen.text_rows) + chosen.mapped_bytes
     check_budget(config, predicted)
     fold, candidates = _choose(job, meter, base, original, say)
     with write_folder(output, expected_bytes=chosen.expected_bytes) as writer:
