@@ -3,7 +3,8 @@
     python benchmarks/bench_linear.py [--shapes 4096x4096,11008x4096] [--rows 1,16,64,256,1024,2048] [--rounds 5]
 
 float32 compute for everyone, rank 16, gradients to x, A and B. Every contender has a process of its own (contender.py)
-and they take turns; the caches are swept before each run; figures are medians. The whole table is measured twice: with
+and they take turns; the caches are swept before each run, which
+follows one that is not timed; figures are medians. The whole table is measured twice: with
 the system's default page setting, and with huge pages for all of torch's memory (THP_MEM_ALLOC_ENABLE=1). OpenBLAS
 (numpy's) does the two dense products and the adapter's six. bitsandbytes' CPU fork and torchao take part where
 `benchmarks/peers.py` has made their environment, with default pages only.

@@ -3,9 +3,10 @@
 usage: contender.py halfbyte|dense|openblas|bitsandbytes|torchao
 
 A line of JSON in: {"task", "rows", "cols", "m"}, a weight (rows, cols) and m rows of x; a line out: {"seconds"} of one
-run after sweeping the caches, or {"cannot": why}. Tasks: quantize; dequantize to fresh memory; dequantize into a given
-buffer; forward; forward+backward to x; layer (forward and backward with an adapter of rank 16). float32, NF4 in blocks
-of 64 with double quantization (quantize: without, as bitsandbytes' own benchmark has it).
+run after sweeping the caches, which follows one that is not timed, or {"cannot": why}. Tasks: quantize; dequantize to
+fresh memory; dequantize into a given buffer; forward; forward+backward to x; layer (forward and backward with an
+adapter of rank 16). float32, NF4 in blocks of 64 with double quantization (quantize: without, as bitsandbytes' own
+benchmark has it).
 """
 
 from __future__ import annotations
@@ -287,6 +288,7 @@ def main() -> None:
             if line != last:
                 inputs.cache_clear()
                 run, last = prepare(contender, **case), line
+            run()  # after a pause the system puts a process's threads on one core for some milliseconds
             broom += 1
             started = time.perf_counter()
             run()

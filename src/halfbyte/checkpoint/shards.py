@@ -21,12 +21,12 @@ from torch import Tensor
 
 from halfbyte.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
 from halfbyte.errors import ModelError
+from halfbyte.quant.memory import lasting
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 16 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -56,7 +56,7 @@ class SafetensorsFolder:
         folder = Path(folder)
         self._mappings: dict[Path, Tensor] | None = {} if mapped else None
         self.tensors: dict[str, TensorInfo] = {}
-        self._buffer = _memory(0)
+        self._buffer = lasting(0)
         index = folder / INDEX_NAME
         if index.exists():
             weight_map = _read_index(index)
@@ -97,7 +97,7 @@ class SafetensorsFolder:
             if info.file not in self._mappings:
                 self._mappings[info.file] = _map_file(info.file)
             return self._mappings[info.file][info.start : info.end].view(info.dtype).view(info.shape)
-        data = _memory(info.end - info.start)
+        data = lasting(info.end - info.start)
         with info.file.open("rb", buffering=0) as file:
             _read_into(data, file, info.start)
         return data.view(info.dtype).view(info.shape)
@@ -110,7 +110,7 @@ class SafetensorsFolder:
         info = self.tensors[name]
         row = prod(info.shape[1:]) * info.dtype.itemsize
         if self._buffer.nbytes < rows * row:
-            self._buffer = _memory(rows * row)
+            self._buffer = lasting(rows * row)
         with info.file.open("rb", buffering=0) as file:
             for start in range(0, info.shape[0], rows):
                 count = min(rows, info.shape[0] - start)
@@ -205,13 +205,6 @@ def _add_all(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> 
 def _map_file(path: Path) -> Tensor:
     with path.open("rb") as file:
         return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-
-
-def _memory(count: int) -> Tensor:
-    """(count,) uint8 in a mapping of its own, which goes back to the system when it is dropped; the C library would
-    keep it, with holes in it.
-    """
-    return torch.frombuffer(mmap.mmap(-1, count, **_PRIVATE), dtype=torch.uint8) if count else torch.empty(0).byte()
 
 
 def _read_into(data: Tensor, file: FileIO, start: int) -> None:

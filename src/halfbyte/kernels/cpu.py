@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.kernels.abi import ABI_VERSION, DTYPES, ISAS, OK, SIGNATURES, Weight
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.codebook import codebook, dynamic_map
+from halfbyte.quant.memory import HUGE_PAGE, lasting
 
 MODULE = "halfbyte.kernels._halfbyte_cpu"
 LEAST_BLOCKSIZE = 32
@@ -75,7 +76,8 @@ class Library:
         """`quant.reference.quantize_reference`, bit for bit."""
         table, flat = codebook(quant_type), weight.detach().contiguous()
         count = flat.numel()
-        codes = torch.empty(num_code_bytes(count), dtype=torch.uint8)
+        nbytes = num_code_bytes(count)
+        codes = lasting(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
         absmax = torch.empty(num_blocks(count, blocksize), dtype=torch.float32)
         status = self.call.hb_quantize(
             flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.boundaries.data_ptr(), table.order.data_ptr(),

@@ -19,6 +19,7 @@ from halfbyte.nn import FrozenLinear
 from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant.blocks import INT8_BLOCK, num_blocks
 from halfbyte.quant.int8 import quantize_int8
+from halfbyte.quant.memory import lasting
 
 AT_ONCE = 128 * 1024
 """Weights that are quantized at a time: what that makes stays in L2. 2**21 would take six times as long."""
@@ -61,7 +62,7 @@ def read_int8(
     """
     expected = model.get_parameter(name)
     rows, cols = expected.shape
-    codes, done = torch.empty(rows, cols, dtype=torch.int8), 0
+    codes, done = lasting(rows * cols).view(torch.int8).view(rows, cols), 0
     scales = torch.empty(rows, num_blocks(cols, INT8_BLOCK))
     for part in base.through(name, unquantized_slices(reader, stored_name, expected, path)):
         for few in part.split(max(AT_ONCE // cols, 1)):

@@ -19,6 +19,7 @@ from halfbyte.quant import ops
 from halfbyte.quant.absmax import compress_absmax, expand_absmax
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
 from halfbyte.quant.codebook import codebook, dynamic_map
+from halfbyte.quant.memory import lasting
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -236,7 +237,7 @@ def quantize_slices(
     parts = quantizer.codes()
     codes, count = next(parts), num_code_bytes(prod(shape))
     if codes.numel() < count:
-        whole, filled = codes.new_empty(count), 0
+        whole, filled = lasting(count) if codes.device.type == "cpu" else codes.new_empty(count), 0
         for part in chain([codes], parts):
             whole[filled : filled + part.numel()] = part
             filled += part.numel()
