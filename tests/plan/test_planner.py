@@ -117,6 +117,28 @@ def test_what_is_said_to_be_largest_fits_and_more_does_not(tmp_path: Path) -> No
         assert peaks[0] <= 12e9 < peaks[1], key
 
 
+def test_the_most_layers_are_those_of_a_larger_model(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model")
+    made = plan(config_of(path, memory__budget="12GB"), machine=MACHINE)
+    assert made.largest is not None
+    most = made.largest["num_hidden_layers"]
+    assert most > LLAMA_8B["num_hidden_layers"]
+    for layers, fits in ((most, True), (most + 2, False)):  # sizes are scaled, rounded up, and the last norm with them
+        larger = folder_of(tmp_path / f"model{layers}", num_hidden_layers=layers)
+        chosen = {"train__gradient_checkpointing": made.choices["gradient_checkpointing"]}
+        assert (plan(config_of(larger, **chosen), machine=MACHINE).peak_memory <= 12e9) == fits
+
+
+def test_merging_is_told_beside_the_run(tmp_path: Path) -> None:
+    made = plan(config_of(folder_of(tmp_path / "model")), machine=MACHINE)
+    vocabulary, width = LLAMA_8B["vocab_size"], LLAMA_8B["hidden_size"]
+    known = (
+        4 * vocabulary * (5 * 512 + width)
+    )  # five tensors of logits, the embedding in float32; a layer's beside them
+    assert known < made.merge_memory["16bit"] - made.terms["runtime"] < 1.1 * known
+    assert made.merge_memory["16bit"] < made.merge_memory["4bit"]
+
+
 def test_the_largest_is_none_the_model_cannot_take(tmp_path: Path) -> None:
     path = folder_of(tmp_path / "model", max_position_embeddings=4096)
     made = plan(config_of(path, memory__budget="900GB"), machine=MACHINE)

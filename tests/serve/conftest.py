@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("starlette")
-
 from halfbyte.checkpoint import save_adapter
 from halfbyte.config import QuantConfig
 from halfbyte.kernels.registry import cpu_choice

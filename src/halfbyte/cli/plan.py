@@ -69,6 +69,8 @@ def describe(made: Plan, steps: int) -> str:
     lines.append(f"smallest that would do, with every choice made for memory: {format_bytes(made.smallest_memory)}")
     if made.largest:
         lines.append("each alone could be " + ", ".join(f"{name} {value}" for name, value in made.largest.items()))
+    merges = ", ".join(f"{name} {format_bytes(size)}" for name, size in made.merge_memory.items())
+    lines.append(f"halfbyte merge afterwards, by format: {merges}")
     lines.append(disk_text(made.disk))
     lines.append(time_text(made.seconds_per_step, steps))
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])

@@ -14,9 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from halfbyte.config import DataConfig
 from halfbyte.data import load_data
 from halfbyte.merge.forward import LentModel, Weights
-
-GROUP_TOKENS = 512
-"""Tokens computed together: decoding the weights is the smaller part, and logits stay small."""
+from halfbyte.plan.merging import GROUP_TOKENS
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",

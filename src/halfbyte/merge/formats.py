@@ -22,7 +22,7 @@ from halfbyte.merge.base import open_base
 from halfbyte.merge.drift import probe_of
 from halfbyte.merge.fold import Fold
 from halfbyte.merge.forward import LentModel, Weights
-from halfbyte.merge.four import CALIBRATION_TOKENS, FourBitWriter, Survived
+from halfbyte.merge.four import FourBitWriter, Survived
 from halfbyte.merge.gguf_file import GgufPlan, read_adapter, write_adapter, write_model
 from halfbyte.merge.record import CONFIG_KEY, record
 from halfbyte.merge.sixteen import merged_tensors
@@ -31,6 +31,7 @@ from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.load import Progress
 from halfbyte.model.quantize import COPIED_FILES
 from halfbyte.model.targets import linear_names
+from halfbyte.plan.merging import CALIBRATION_TOKENS
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,6 @@ from halfbyte.merge.sixteen import kept
 from halfbyte.model.load import Progress
 from halfbyte.quant import QuantizedWeight, quantize_slices
 
-CALIBRATION_TOKENS = 8192
-"""Of text that activations are taken from; they are in memory for one layer at a time."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Survived:

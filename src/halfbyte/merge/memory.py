@@ -6,13 +6,10 @@ from halfbyte.config import RunConfig
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.merge.base import MergeBase
-from halfbyte.merge.drift import GROUP_TOKENS, Probe
+from halfbyte.merge.drift import Probe
 from halfbyte.model.memory import resident_memory
 from halfbyte.plan import budget_of
-
-LOGITS, LAYER, TEXT = 5, 6, 11
-"""Alive at once: tensors of a group's logits, of a layer's widths, and of these with calibration text. Measured on
-SmolLM2-135M: 16bit 1.248 GB of 1.251 predicted, gguf F16 1.76 of 1.85, 4bit 3.27 of 3.47."""
+from halfbyte.plan.merging import GROUP_TOKENS, drift_bytes, error_feedback_bytes
 
 
 def predicted_peak(base: MergeBase, probe: Probe, text_rows: int) -> int:
@@ -22,15 +19,13 @@ def predicted_peak(base: MergeBase, probe: Probe, text_rows: int) -> int:
         text_rows: tokens of calibration text, padding included; 0 for a format that needs none.
     """
     shapes = [tuple(parameter.shape) for parameter in base.model.parameters()]
-    largest = max(parameter.numel() for parameter in base.model.parameters())
     vocabulary, width = base.model.get_input_embeddings().weight.shape
     matrices = [shape for shape in shapes if len(shape) == 2 and vocabulary not in shape]
     widest = max((max(shape) for shape in matrices), default=width)
     group = max(GROUP_TOKENS, max(map(len, probe.ids)))
-    drift = 4 * group * (LOGITS * vocabulary + LAYER * widest) + 4 * largest
-    rows = 2 * text_rows
-    text = 4 * rows * TEXT * (widest + width) + 4 * rows * widest + 4 * LAYER * widest**2 if text_rows else 0
-    return int(resident_memory() + max(drift, text))
+    drift = drift_bytes(vocabulary, width, widest, group)
+    text = error_feedback_bytes(width, widest, text_rows) if text_rows else 0
+    return resident_memory() + max(drift, text)
 
 
 def check_budget(config: RunConfig, needed: int) -> None:

@@ -19,6 +19,8 @@ BITSANDBYTES = 120_000_000
 """More where bitsandbytes is installed: PEFT imports it."""
 TOKENIZER = 6.0
 """Resident bytes for each byte of tokenizer.json."""
+_MEASURED = ("panel_rows", "runtime", "gflops")
+"""What a file of measurements may say of a `Machine`; a newer halfbyte's may say more."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "halfbyte")
 
 
@@ -50,8 +52,8 @@ class Machine:
 def this_machine(calibration: Path | None = None, threads: int | None = None) -> Machine:
     """This machine, with what an earlier command measured on it and left in the file `calibration`."""
     machine = Machine(threads=threads or len(os.sched_getaffinity(0)), bf16_units=_has_bf16_units())
-    measured = _read(calibration).get(calibration_key()) if calibration else None
-    return replace(machine, **measured) if measured else machine
+    measured = _read(calibration).get(calibration_key(), {}) if calibration else {}
+    return replace(machine, **{key: value for key, value in measured.items() if key in _MEASURED})
 
 
 def physical_memory() -> int | None:

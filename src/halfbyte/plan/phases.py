@@ -167,6 +167,11 @@ def layer_bytes(base: Base) -> int:
     return -(-(base.linears - base.nested) // base.architecture.layers) + BLOCK_ENDS
 
 
+def runtime_bytes(base: Base, machine: Machine) -> int:
+    """Python, libraries and tokenizer, where it is not known what they take in this process."""
+    return (machine.runtime or default_runtime()) + tokenizer_bytes(base)
+
+
 def tokenizer_bytes(base: Base) -> int:
     """Of the tokenizer in memory."""
     return int(TOKENIZER * (base.tokenizer_file or 0))
@@ -174,10 +179,7 @@ def tokenizer_bytes(base: Base) -> int:
 
 def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
     led = Ledger()
-    runtime = work.runtime
-    if runtime is None:
-        runtime = (machine.runtime or default_runtime()) + tokenizer_bytes(base)
-    led.hold("runtime", runtime=runtime)
+    led.hold("runtime", runtime=runtime_bytes(base, machine) if work.runtime is None else work.runtime)
     if config.memory.weights == "stream":
         layer = layer_bytes(base)
         kept = min(config.memory.resident_layers, base.architecture.layers)

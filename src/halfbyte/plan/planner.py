@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from halfbyte.plan.budget import Budget, budget_of
 from halfbyte.plan.check import check_layers
 from halfbyte.plan.disk import read_speed
 from halfbyte.plan.files import locate
+from halfbyte.plan.largest import largest
 from halfbyte.plan.machine import Machine, physical_memory, this_machine
+from halfbyte.plan.merging import merge_memory
 from halfbyte.plan.phases import (
     RING,
     Work,
@@ -24,6 +26,7 @@ from halfbyte.plan.phases import (
     layer_bytes,
     phases,
     runs_fused,
+    runtime_bytes,
     sizes,
     state_bytes,
     worst_case,
@@ -37,8 +40,6 @@ CHOSEN = {
 """Settings that a plan may change: the same numbers, to the bit but for micro-batches, whose sums round otherwise."""
 PAGED_SHARE, LEAST_PAGED = 10, 2**24
 """Of the optimizer's states, what stays in memory where they have to be paged, and the least it is worth to page."""
-MOST = {"micro_batch_size": 4096, "max_seq_len": 1 << 20}
-"""Where the search for the largest ends, where the model does not end it before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,10 @@ class Plan:
         choices: the settings the plan holds for: yours, or changed ones to fit.
         changes: which of them are not what you set, and why, a sentence each.
         smallest_memory: the smallest budget that would work, with every choice made for memory.
-        largest: the most tokens, sequences or rank that fit with these choices, each alone; None without a budget.
+        largest: the most sequences, tokens, rank or layers of such width that fit with these choices, each alone;
+            None without a budget.
+        merge_memory: what `halfbyte merge` will take afterwards, by format: a command of its own, not in
+            `peak_memory`.
         seconds_per_step: None where nothing was measured on this machine.
         pass_operations: floating-point operations of one forward and backward of a micro-batch.
         notes: what the plan does not know.
@@ -74,6 +78,7 @@ class Plan:
     changes: tuple[str, ...]
     smallest_memory: int
     largest: dict[str, int] | None
+    merge_memory: dict[str, int]
     seconds_per_step: float | None
     pass_operations: float
     notes: tuple[str, ...]
@@ -109,8 +114,8 @@ def plan(
         check_stored(config.memory.weights, config.model.path, in_4_bits=base.in_4_bits)
     budget = budget_of(config)
 
-    def peak(candidate: RunConfig) -> int:
-        return fullest(phases(candidate, base, machine, _work(candidate, config, work)))[1].total
+    def peak(candidate: RunConfig, of: Base = base) -> int:
+        return fullest(phases(candidate, of, machine, _work(candidate, config, work)))[1].total
 
     candidates = list(_cheapest_first(config, base, machine))
     chosen = config
@@ -128,7 +133,8 @@ def plan(
         phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
         disk=on_disk(chosen, base, machine, own),
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
-        largest=_largest(chosen, base, peak, budget) if budget and fits and work is None else None,
+        largest=largest(chosen, base, budget.bytes, peak) if budget and fits and work is None else None,
+        merge_memory=merge_memory(base.architecture, runtime_bytes(base, machine)),
         seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),
         pass_operations=operations(chosen, base, machine, own),
         notes=_notes(config, base, work, budget, moment.total),
@@ -220,32 +226,6 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
         which = f"all layers but {stay}" if stay else "all layers"
         changes.append(f"memory.weights resident -> stream: {which} are read from disk as they compute, twice a step")
     return tuple(changes)
-
-
-def _largest(config: RunConfig, base: Base, peak: Callable[[RunConfig], int], budget: Budget) -> dict[str, int]:
-    """Each alone, everything else as in `config`; no longer than the model's positions, no rank above full rank."""
-    most = {**MOST, "max_seq_len": base.architecture.context or MOST["max_seq_len"], "r": base.architecture.hidden}
-
-    def with_value(name: str, value: int) -> RunConfig:
-        if name == "micro_batch_size":
-            return replace(config, train=replace(config.train, micro_batch_size=value))
-        if name == "max_seq_len":
-            return replace(config, data=replace(config.data, max_seq_len=value))
-        return replace(config, lora=replace(config.lora, r=value))
-
-    now = {"micro_batch_size": config.train.micro_batch_size, "max_seq_len": config.data.max_seq_len,
-           "r": config.lora.r}  # fmt: skip
-    found = {}
-    for name, least in now.items():
-        low, high = least, max(most[name], least) + 1  # low fits
-        while high - low > 1:
-            middle = min((low + high) // 2, low * 2)
-            if peak(with_value(name, middle)) <= budget.bytes:
-                low = middle
-            else:
-                high = middle
-        found[name] = low
-    return found
 
 
 def _notes(config: RunConfig, base: Base, work: Work | None, budget: Budget | None, peak: int) -> tuple[str, ...]:

@@ -1,0 +1,36 @@
+"""What `halfbyte merge` holds at its fullest moment, beside Python and the libraries."""
+
+from __future__ import annotations
+
+from halfbyte.plan.architecture import Architecture
+
+GROUP_TOKENS = 512
+"""Tokens that drift is measured on at a time: decoding the weights is the smaller part, and logits stay small."""
+CALIBRATION_TOKENS = 8192
+"""Of training text that a 4-bit merge looks at."""
+LOGITS, LAYER, TEXT = 5, 6, 11
+"""Alive at once: tensors of a group's logits, of a layer's widths, and of these with calibration text. Measured on
+SmolLM2-135M: 16bit 1.248 GB of 1.251 predicted, gguf F16 1.76 of 1.85, 4bit 3.27 of 3.47."""
+
+
+def drift_bytes(vocab: int, width: int, widest: int, tokens: int) -> int:
+    """Base + adapter and the merged model compared, tensor by tensor.
+
+    Args:
+        width, widest: of the model's states, and the largest side of a matrix.
+        tokens: computed together.
+    """
+    return 4 * tokens * (LOGITS * vocab + LAYER * widest) + 4 * max(vocab * width, widest * width)
+
+
+def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
+    """Codes of 4 bits chosen on `rows` tokens of text, which go through two models side by side."""
+    return 4 * 2 * rows * (TEXT * (widest + width) + widest) + 4 * LAYER * widest**2
+
+
+def merge_memory(arch: Architecture, runtime: int) -> dict[str, int]:
+    """By format, on samples of up to `GROUP_TOKENS` tokens."""
+    widest = max(max(shape) for shape in arch.linears.values())
+    drift = drift_bytes(arch.vocab, arch.hidden, widest, GROUP_TOKENS)
+    text = error_feedback_bytes(arch.hidden, widest, CALIBRATION_TOKENS)
+    return {"16bit": runtime + drift, "4bit": runtime + max(drift, text)}
