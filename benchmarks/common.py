@@ -24,6 +24,8 @@ from halfbyte.cli.demo_data import write_docstring_qa
 from halfbyte.model.source import load_tokenizer, open_source
 
 Figures = dict[str, dict[str, float]]
+CODE = ("src", "csrc", "benchmarks/*.py")
+"""What figures depend on: other results written before make no tree dirty."""
 
 
 def smollm2_folder(folder: Path) -> Path:
@@ -131,9 +133,13 @@ def halfbyte(*arguments: str, **kwargs: Any) -> dict[str, Any]:
     return last_json([sys.executable, "-m", "halfbyte", *arguments, "--json"], **kwargs)
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+
 def provenance() -> dict[str, Any]:
     """Hardware, versions, commit, and how busy the machine was at the end, to be stored beside every figure."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = _git("describe", "--always") + ("-dirty" if _git("status", "--porcelain", "--", *CODE) else "")
     features = [
         name for name, on in torch.cpu.get_capabilities().items() if on is True and name.startswith(("avx", "amx"))
     ]
