@@ -73,6 +73,15 @@ def kernels(*titles: str) -> Callable[[dict[str, Any]], Rows]:
     return rows_of
 
 
+def chat(result: dict[str, Any]) -> Rows:
+    """The same run on real data, by stack."""
+    rows = [["stack", "held-out loss", "supervised tokens/s", "tokens/s", "peak memory"]]
+    for name, row in result["rows"].items():
+        speeds = [f"{row[key]:.0f}" for key in ("supervised_tokens_per_s", "tokens_per_s")]
+        rows.append([name, f"{row['held_out_loss_same_tokens']:.4f}", *speeds, f"{row['peak_memory'] / 1e9:.2f} GB"])
+    return rows
+
+
 def generate(result: dict[str, Any]) -> Rows:
     """Prompt and written tokens a second."""
     rows = [["", "prompt tokens/s", "tokens/s"]]
@@ -162,8 +171,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "layer": ("linear", layer),
     "codec": ("kernels", kernels("codec")),
     "products": ("kernels", kernels("forward", "forward+backward")),
+    "chat": ("finetune-10", chat),
     "generation": ("generate-smollm2-1", generate),
     "generation 1B": ("generate-llama-1b-1", generate),
+    "generation AVX2": ("generate-smollm2-1-avx2", generate),
+    "generation 1B AVX2": ("generate-llama-1b-1-avx2", generate),
     "quantizing": ("quantize", disk("figures")),
     "loading": ("load", disk("loads")),
     "budgets": ("memory", budgets),
