@@ -24,7 +24,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
 
     def make(model: Path, *, size: float = 0.1, seed: int = 0, record: bool = True, **lora: Any) -> Path:
         loaded = load_model(str(model), QuantConfig(), compute_dtype=torch.float32)
-        adapted = attach_lora(loaded.model, LoraConfig(r=4, lora_alpha=8, **lora), seed=seed)
+        adapted = attach_lora(loaded.model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}), seed=seed)
         generator = torch.Generator().manual_seed(seed)
         state = {
             name: tensor if "lora_A" in name else torch.randn(tensor.shape, generator=generator) * size

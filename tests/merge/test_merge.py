@@ -88,7 +88,7 @@ def test_it_says_what_was_merged_on_what(merged: Path, tiny_llama: Path, tiny_ad
     assert said["base_sha256"] == info["base_sha256"]
     assert said == json.loads((merged / "config.json").read_text())["halfbyte_merged"]
     card = (merged / "README.md").read_text()
-    for text in (said["adapter_sha256"], said["base_sha256"], str(tiny_llama), "KL"):
+    for text in (said["adapters"][0]["adapter_sha256"], said["base_sha256"], str(tiny_llama), "KL"):
         assert text in card
 
 

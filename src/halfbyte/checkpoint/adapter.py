@@ -75,10 +75,15 @@ def write_adapter(
     writer: FolderWriter, state: Mapping[str, Tensor], peft_config: Mapping[str, Any], info: Mapping[str, Any]
 ) -> None:
     """The three files of an adapter, into a folder that is being written (a checkpoint is an adapter with more)."""
+    write_peft(writer, state, peft_config)
+    writer.write_json(INFO, info)
+
+
+def write_peft(writer: FolderWriter, state: Mapping[str, Tensor], peft_config: Mapping[str, Any]) -> None:
+    """The two of them that are PEFT's."""
     config = {key: _plain(value) for key, value in peft_config.items()}
     writer.write_tensors(WEIGHTS, state)
     writer.write_json(CONFIG, {**config, "inference_mode": True})
-    writer.write_json(INFO, info)
 
 
 def check_adapter(where: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Memory, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from halfbyte.merge.four import Survived
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="An adapter folder, and how much of it; repeatable."),
+]
 Output = Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")]
-Format = Annotated[str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora", help="What to write.")]
+Format = Annotated[str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora|adapter", help="What to write.")]
 Base = Annotated[
     str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
 ]
@@ -24,6 +28,18 @@ Original = Annotated[
     str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds 4-bit ones.")
 ]
 GgufType = Annotated[str, typer.Option("--gguf-type", metavar="F16|Q8_0|Q4_0|...", help="Of --format gguf.")]
+Way = Annotated[
+    str,
+    typer.Option(
+        "--combine", metavar="cat|svd|linear|ties_svd|...",
+        help="Of --format adapter: cat is the exact sum, svd the nearest of --rank; docs/merge.md has the others.",
+    ),
+]  # fmt: skip
+Rank = Annotated[int, typer.Option("--rank", min=0, help="Of --combine svd; default: the largest of the adapters'.")]
+Density = Annotated[float, typer.Option("--density", help="Share of the values that ties and dare keep.")]
+AnyTemplate = Annotated[
+    bool, typer.Option("--any-template", help="Merge adapters of another chat template than MODEL's all the same.")
+]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Samples to measure drift on; default: what the adapter's run used.")
 ]
@@ -35,12 +51,16 @@ MaxDrift = Annotated[
 
 def merge(
     model: Model = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     output: Output = None,
     format: Format = "16bit",
     base: Base = "quantized",
     original: Original = "",
     gguf_type: GgufType = "F16",
+    combine: Way = "cat",
+    rank: Rank = 0,
+    density: Density = 0.2,
+    any_template: AnyTemplate = False,
     data: Data = None,
     max_drift: MaxDrift = None,
     memory: Memory = None,
@@ -49,7 +69,7 @@ def merge(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write base and adapter as one model, and measure how far it is from what was trained.
+    """Write base and adapters as one model, or several adapters as one; measure how far it is from what was trained.
 
     Works tensor by tensor; nothing gets the output's name before it is whole and has been measured.
     """
@@ -67,7 +87,6 @@ def merge(
     for value, option in ((run.model.path, "--model"), (adapter, "--adapter"), (output, "--output")):
         if not value:
             raise ConfigError("is not set", where=option, fix=f"Give {option}")
-    assert adapter is not None
     assert output is not None
     from halfbyte.cli.progress import LoadBar
     from halfbyte.merge import merge as run_merge
@@ -75,7 +94,8 @@ def merge(
     out = console()
     with LoadBar(out) as bar:
         result = run_merge(
-            run, adapter, output, format=format, base=base, original=original, gguf_type=gguf_type,
+            run, weights_of(adapter or ()), output, format=format, base=base, original=original,
+            gguf_type=gguf_type, combine=combine, rank=rank, density=density, any_template=any_template,
             max_drift=max_drift, on_progress=bar.update,
             say=lambda text: out.print(text, style="dim", markup=False),
         )  # fmt: skip
@@ -86,6 +106,24 @@ def merge(
     if result.survived:
         out.print(survival(result.survived))
     emit(result.to_dict(), as_json, text)
+
+
+def weights_of(given: Sequence[str]) -> dict[str, float]:
+    """How much of which folder, of "DIR" or "DIR=0.7" each."""
+    from halfbyte.errors import ConfigError
+
+    weights: dict[str, float] = {}
+    for text in given:
+        folder, equals, number = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            folder, number = text, "1"
+        if folder in weights:
+            raise ConfigError(f"{folder} is given twice", where="--adapter", fix="Give it once, with one weight")
+        try:
+            weights[folder] = float(number)
+        except ValueError:
+            raise ConfigError(f"{number!r} is not a weight", where="--adapter", fix=f"Give {folder}=0.5") from None
+    return weights
 
 
 def survival(layers: Sequence[Survived]) -> Table:

@@ -66,6 +66,14 @@ def probe_of(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, 
     return Probe(ids, counts, f"{len(ids)} samples of {path}")
 
 
+def joined(probes: Sequence[Probe]) -> Probe:
+    """All of `probes` as one."""
+    return Probe(
+        [ids for probe in probes for ids in probe.ids], [counts for probe in probes for counts in probe.counts],
+        ", ".join(probe.origin for probe in probes),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drift:
     """A model against base + adapter, per supervised token of the probe, in float32."""

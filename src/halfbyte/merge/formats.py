@@ -5,26 +5,27 @@ from __future__ import annotations
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint import Adapter
 from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
-from halfbyte.config import DataConfig
 from halfbyte.errors import ConfigError
+from halfbyte.merge.adapter_folder import AdapterFolder
 from halfbyte.merge.base import open_base
 from halfbyte.merge.drift import probe_of
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import LentModel, Weights
-from halfbyte.merge.four import FourBitWriter, Survived
+from halfbyte.merge.forward import LentModel
+from halfbyte.merge.four import FourBitWriter
 from halfbyte.merge.gguf_file import GgufPlan, read_adapter, write_adapter, write_model
-from halfbyte.merge.record import CONFIG_KEY, record
+from halfbyte.merge.job import Format, Job, Written
+from halfbyte.merge.memory import text_bytes
+from halfbyte.merge.record import CONFIG_KEY
 from halfbyte.merge.sixteen import merged_tensors
 from halfbyte.model.gguf_source import GgufFile
 from halfbyte.model.hf_config import HalfbyteConfig
@@ -34,58 +35,10 @@ from halfbyte.model.targets import linear_names
 from halfbyte.plan.merging import CALIBRATION_TOKENS
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is merged, checked: nothing is wrong that could have been known."""
-
-    fold: Fold
-    base_sha256: str
-    adapter: Adapter
-    tokenizer: Any
-    output: Path
-    gguf_type: str
-    data: DataConfig
-    say: Callable[[str], None]
-
-    def record(self, form: str, onto: str) -> dict[str, Any]:
-        """What was merged on what."""
-        return record(self.fold.base, self.base_sha256, self.adapter, form=form, onto=onto)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written: `bytes` of tensors; its `weights`, read back; how to `use` it, for the model card."""
-
-    bytes: int
-    weights: Weights
-    use: str
-    survived: tuple[Survived, ...] = ()
-
-
-class Format(Protocol):
-    """A format with its choices made.
-
-    Attributes:
-        form: its name and its numbers.
-        max_drift: KL from base + adapter, nats per token, above which a merge is refused unless told otherwise.
-        expected_bytes: about what the disk must have room for.
-        text_rows: tokens of calibration text, padding included.
-        mapped_bytes: of its file while it is read back: pages of a mapped file count as resident.
-    """
-
-    form: str
-    max_drift: float
-    expected_bytes: int
-    text_rows: int
-    mapped_bytes: int
-
-    def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written: ...
-
-
 class SixteenBit:
     """A standard transformers folder in the base's own 16-bit dtype."""
 
-    max_drift, text_rows, mapped_bytes = 0.01, 0, 0
+    max_drift, work_bytes, mapped_bytes = 0.01, 0, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._dtype = job, job.fold.base.dtype()
@@ -109,7 +62,7 @@ class FourBit:
     def __init__(self, job: Job) -> None:
         self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
         self._text = calibration_text(job)
-        self.text_rows = self._text[0].numel()
+        self.work_bytes = text_bytes(job.fold.base, self._text[0].numel())
         self.form = f"4bit {self._recipe.quant_type}"
         self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
 
@@ -135,7 +88,7 @@ class FourBit:
 class Gguf:
     """One .gguf file."""
 
-    text_rows = 0
+    work_bytes = 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, job.gguf_type)
@@ -159,11 +112,11 @@ class Gguf:
 class GgufLora:
     """The adapter alone, as a .gguf file for llama.cpp's --lora."""
 
-    form, max_drift, text_rows, mapped_bytes = "gguf-lora", 0.01, 0, 0
+    form, max_drift, work_bytes, mapped_bytes = "gguf-lora", 0.01, 0, 0
 
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, "F16")
-        self.expected_bytes = sum(update.a.nbytes + update.b.nbytes for update in job.fold.updates.values())
+        self.expected_bytes = sum(update.nbytes for update in job.fold.updates.values())
 
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:
         file = folder / f"{self._job.output.name}-lora.gguf"
@@ -178,7 +131,10 @@ FORMATS: dict[str, Callable[[Job], Format]] = {
     "4bit": FourBit,
     "gguf": Gguf,
     "gguf-lora": GgufLora,
+    "adapter": AdapterFolder,
 }
+ADAPTERS = ("gguf-lora", "adapter")
+"""Those without the base."""
 
 
 def calibration_text(job: Job) -> tuple[Tensor, Tensor]:
@@ -187,18 +143,19 @@ def calibration_text(job: Job) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: there is none.
     """
-    recorded = job.adapter.info.get("config", {}).get("data", {}).get("train", "")
-    path = job.data.train or (recorded if Path(recorded).is_file() else "")
-    if not path:
+    files = list(dict.fromkeys(job.data.train or part.file("train") for part in job.parts))
+    if not all(files):
         raise ConfigError(
             "is not set", where="data.train", why="4-bit codes are chosen on text like that which was trained on",
             fix="Give --set data.train=FILE",
         )  # fmt: skip
-    rows = probe_of(path, job.tokenizer, job.data, CALIBRATION_TOKENS // 16).ids
+    samples = CALIBRATION_TOKENS // 16 // len(files)
+    probes = [probe_of(file, job.tokenizer, job.data, samples) for file in files]
+    rows = [row for turn in zip_longest(*(probe.ids for probe in probes)) for row in turn if row is not None]
     rows = [row[: 2 * sum(map(len, rows)) // len(rows)] for row in rows]  # a few long ones would make much padding
     sizes = list(accumulate(map(len, rows)))
     rows = rows[: max(bisect_right(sizes, CALIBRATION_TOKENS), 1)]
-    job.say(f"calibration: {sum(map(len, rows)):,} tokens of {path}")
+    job.say(f"calibration: {sum(map(len, rows)):,} tokens of {', '.join(files)}")
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(rows, batch_first=True), pad([torch.ones(len(row)).bool() for row in rows], batch_first=True)
 

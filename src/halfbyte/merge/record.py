@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint import Adapter, versions
-from halfbyte.checkpoint.adapter import WEIGHTS
+from halfbyte.checkpoint import versions
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.merge.base import MergeBase
+from halfbyte.merge.parts import Part
 
 CONFIG_KEY = "halfbyte_merged"
 """In config.json, so that it stays with the model when files are copied one by one."""
 GGUF_KEY = "halfbyte.merged"
 
 
-def adapter_sha256(adapter: Adapter) -> str:
-    """Of the adapter's tensor file."""
-    with (adapter.folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def record(base: MergeBase, base_sha256: str, adapter: Adapter, *, form: str, onto: str) -> dict[str, Any]:
+def record(base: MergeBase, base_sha256: str, parts: Sequence[Part], *, form: str, onto: str) -> dict[str, Any]:
     """What was merged on what; plain JSON values.
 
     Args:
@@ -38,14 +32,13 @@ def record(base: MergeBase, base_sha256: str, adapter: Adapter, *, form: str, on
         "base": base.source.label,
         "base_sha256": base_sha256,
         "base_quant": base.recipe(),
-        "adapter": str(adapter.folder),
-        "adapter_sha256": adapter_sha256(adapter),
-        "tokenizer_sha256": adapter.info.get("tokenizer_sha256"),
+        "adapters": [part.record() for part in parts],
+        "tokenizer_sha256": parts[0].adapter.info.get("tokenizer_sha256"),
         "versions": versions(),
     }
 
 
-def refuse_merged(base: MergeBase, base_sha256: str, adapter: Adapter) -> None:
+def refuse_merged(base: MergeBase, base_sha256: str, part: Part) -> None:
     """See that nothing is merged twice: a merged model is a base only for an adapter that was trained on it.
 
     Raises:
@@ -54,15 +47,17 @@ def refuse_merged(base: MergeBase, base_sha256: str, adapter: Adapter) -> None:
     merged = _merged_record(base)
     if merged is None:
         return
-    if merged.get("adapter_sha256") == adapter_sha256(adapter):
+    known = merged.get("adapters", [])
+    if part.sha256 in [adapter["adapter_sha256"] for adapter in known]:
         raise AdapterError(
-            "is merged into this model already", where=str(adapter.folder), why=f"{base.source.label} says so",
+            "is merged into this model already", where=part.label, why=f"{base.source.label} says so",
             fix="Use the model as it is",
         )  # fmt: skip
-    if adapter.info.get("base_sha256") != base_sha256:
+    if part.adapter.info.get("base_sha256") != base_sha256:
+        those = " and ".join(adapter["adapter"] for adapter in known)
         raise AdapterError(
-            f"was not trained on {base.source.label}", where=str(adapter.folder),
-            why=f"that is {merged.get('base')} with {merged.get('adapter')} merged into it",
+            f"was not trained on {base.source.label}", where=part.label,
+            why=f"that is {merged.get('base')} with {those} merged into it",
             fix="Merge onto the base that the adapter was trained on",
         )  # fmt: skip
 
@@ -89,7 +84,7 @@ def check_output(output: Path, *inputs: Path) -> None:
             raise ConfigError(f"overlaps {folder}", where=str(output), fix="Give a folder of its own as --output")
 
 
-def card(merged: dict[str, Any], drift: dict[str, Any] | None, use: str) -> str:
+def card(merged: dict[str, Any], drift: dict[str, Any], use: str) -> str:
     """README.md of the folder, with the front matter that hubs read.
 
     Args:
@@ -102,19 +97,22 @@ def card(merged: dict[str, Any], drift: dict[str, Any] | None, use: str) -> str:
         "base": (
             f"`{base}`, sha256 `{merged['base_sha256']}` in {recipe['quant_type']}, blocks of {recipe['blocksize']}"
         ),
-        "adapter": f"`{merged['adapter']}`, sha256 `{merged['adapter_sha256']}`",
+        "adapter": "<br>".join(
+            f"{part['weight']:g} x `{part['adapter']}`, sha256 `{part['adapter_sha256']}`"
+            for part in merged["adapters"]
+        ),
         "added to": {
             "quantized": "the 4-bit base, decoded: the weights that the adapter was trained on",
             "original": "the 16-bit weights that the 4-bit base was made of",
         }[merged["onto"]],
         "written as": merged["format"],
         "by": ", ".join(f"{name} {version}" for name, version in merged["versions"].items()),
-    }  # fmt: skip
-    if drift is not None:
-        rows["against base + adapter"] = (
+        "against base + adapter": (
             f"KL {drift['kl']:.2e} nats per token, same likeliest token at {drift['greedy_agreement']:.2%}, "
             f"largest logit difference {drift['max_logit']:.3g}, "
             f"loss {drift['loss']:.4f} against {drift['trained_loss']:.4f}; {drift['tokens']} tokens of {drift['on']}"
-        )
+        ),
+    }  # fmt: skip
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return f"---\n{front}tags: [halfbyte, qlora, merged]\n---\n# A merged model\n\n| | |\n|---|---|\n{table}\n{use}"
+    title = "Adapters as one" if str(merged["format"]).startswith("adapter") else "A merged model"
+    return f"---\n{front}tags: [halfbyte, qlora, merged]\n---\n# {title}\n\n| | |\n|---|---|\n{table}\n{use}"

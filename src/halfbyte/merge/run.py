@@ -1,29 +1,32 @@
-"""`halfbyte.merge`: a base and an adapter as one model, measured against what was trained before it gets its name."""
+"""`halfbyte.merge`: a base and its adapters as one model, measured before it gets its name."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint import check_base, load_adapter, write_folder
+from halfbyte.checkpoint import check_base, write_folder
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericsError
 from halfbyte.merge.base import open_base
-from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, probe_of
+from halfbyte.merge.combine import Combine
+from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, joined, probe_of
 from halfbyte.merge.fold import Fold, check_near, open_original
-from halfbyte.merge.formats import FORMATS, Job, Written
+from halfbyte.merge.formats import ADAPTERS, FORMATS
 from halfbyte.merge.forward import LentModel, Weights
 from halfbyte.merge.four import Survived
+from halfbyte.merge.job import Job, Written
 from halfbyte.merge.memory import check_budget, predicted_peak
+from halfbyte.merge.parts import read_parts, template_hash
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
-from halfbyte.merge.update import updates_of
+from halfbyte.merge.update import sum_of, updates_of
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
-from halfbyte.model.source import load_tokenizer, locate, tokenizer_sha256
+from halfbyte.model.source import load_tokenizer, locate
 
 BASES = ("quantized", "original", "auto")
 PROMPTS = 50
@@ -46,11 +49,12 @@ class MergeResult:
     candidates: dict[str, Drift]
     """With --base auto: what each base would have given."""
     base_sha256: str
-    adapter_sha256: str
+    adapters: list[dict[str, Any]]
+    """{"adapter": folder, "adapter_sha256": ..., "weight": ...} each."""
     survived: tuple[Survived, ...]
     """Of a 4-bit merge: what became of each layer's update."""
     layers: int
-    """Weights that the adapter changed."""
+    """Weights that the adapters changed."""
     bytes_out: int
     peak_memory: int
     predicted_peak_memory: int
@@ -62,94 +66,106 @@ class MergeResult:
 
 
 def merge(
-    config: RunConfig, adapter: str | Path, output: str | Path, *, format: str = "16bit", base: str = "quantized",
-    original: str = "", gguf_type: str = "F16", max_drift: float | None = None, say: Say = lambda text: None,
+    config: RunConfig, adapter: str | Path | Mapping[str, float], output: str | Path, *, format: str = "16bit",
+    base: str = "quantized", original: str = "", gguf_type: str = "F16", combine: str = "cat", rank: int = 0,
+    density: float = 0.2, any_template: bool = False, max_drift: float | None = None, say: Say = lambda text: None,
     on_progress: Progress | None = None,
 ) -> MergeResult:  # fmt: skip
-    """Write the base `config.model.path` with the adapter merged into it, one tensor in memory at a time.
+    """Write the base `config.model.path` with adapters merged into it, one tensor in memory at a time.
 
     Args:
-        config: `model.path`; `data.eval` (what drift is measured on, else what the adapter recorded); `quant` where
-            the adapter records none; `memory.budget`.
+        config: `model.path`; `data.eval` (what drift is measured on, else what the adapters recorded); `quant` where
+            they record none; `memory.budget`.
+        adapter: a folder, or how much of each of several: the sum of their updates is merged, exactly.
         format: "16bit": standard safetensors; "4bit": bitsandbytes' format, its codes chosen on `data.train` (else
-            what the adapter recorded); "gguf": one file for llama.cpp;
-            "gguf-lora": the adapter alone, likewise.
+            what the adapters recorded); "gguf": one file for llama.cpp; "gguf-lora": the adapters alone, likewise;
+            "adapter": the adapters alone, as one in PEFT's format.
         base: "quantized": onto the decoded 4-bit weights that were trained on; "original": onto the 16-bit weights
             they were made of; "auto": whichever is closer to base + adapter.
         original: the model with these 16-bit weights, where `config.model.path` holds 4-bit ones.
         gguf_type: of "gguf": "F16", "Q8_0", "Q4_0", ...
-        max_drift: most KL from base + adapter, nats per token; None: what the format allows for.
+        combine, rank, density: of "adapter": how several become one (`Combine`).
+        any_template: merge adapters that were trained with another chat template than the model's, which is written.
+        max_drift: most KL from base + adapters, nats per token; None: what the format allows for.
         say: told each choice and note, a sentence each.
 
     Raises:
-        AdapterError: the adapter cannot be used, is for another base, or is merged already.
+        AdapterError: an adapter cannot be used, is for another base, or is merged already.
         ConfigError: `output` holds something or overlaps an input; an unknown choice.
         ResourceError: it would not fit `memory.budget`, or the disk.
-        NumericsError: the result is further from base + adapter than `max_drift`, or does not fit its dtype; nothing
+        NumericsError: the result is further from base + adapters than `max_drift`, or does not fit its dtype; nothing
             is left under `output`.
     """
     started = time.perf_counter()
-    _check_choice("--format", format, tuple(FORMATS))
-    _check_choice("--base", base, BASES)
-    check_output(Path(output), locate(config.model.path), Path(adapter))
-    job = _prepare(config, Path(adapter), Path(output), gguf_type, say, on_progress)
+    weights = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    way = Combine(how=combine, rank=rank, density=density, seed=config.train.seed)
+    _check_choices(format, base, way)
+    check_output(Path(output), locate(config.model.path), *map(Path, weights))
+    job = _prepare(config, weights, any_template, say, on_progress)
+    job = replace(job, output=Path(output), gguf_type=gguf_type, combine=way)
     chosen = FORMATS[format](job)
     meter = DriftMeter(LentModel(job.fold.base.source), _probe(job), job.fold.weight)
-    predicted = predicted_peak(job.fold.base, meter.probe, chosen.text_rows) + chosen.mapped_bytes
+    predicted = predicted_peak(job.fold.base, meter.probe, chosen)
     check_budget(config, predicted)
     fold, candidates = _choose(job, meter, base, original, say)
     with write_folder(output, expected_bytes=chosen.expected_bytes) as writer:
         written = chosen.write(fold, writer.path, on_progress)
         drift = _measure(meter, written, chosen.max_drift if max_drift is None else max_drift, say)
         merged = job.record(chosen.form, fold.onto)
-        said = None if drift is None else drift.to_dict()
-        writer.write_json("halfbyte.json", {"merged": merged, "drift": said})
-        writer.write_bytes("README.md", card(merged, said, written.use).encode())
+        writer.write_json("halfbyte.json", {**written.info, "merged": merged, "drift": drift.to_dict()})
+        writer.write_bytes("README.md", card(merged, drift.to_dict(), written.use).encode())
     return MergeResult(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
-        base_sha256=job.base_sha256, adapter_sha256=merged["adapter_sha256"], survived=written.survived,
+        base_sha256=job.base_sha256, adapters=merged["adapters"], survived=written.survived,
         layers=len(fold.updates), bytes_out=written.bytes, peak_memory=peak_memory(),
-        predicted_peak_memory=predicted,
-        seconds=time.perf_counter() - started,
+        predicted_peak_memory=predicted, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{value!r} is not a choice", where=option, fix=f"Choose {', '.join(choices)}")
+def _check_choices(format: str, base: str, combine: Combine) -> None:
+    for option, value, choices in (("--format", format, tuple(FORMATS)), ("--base", base, BASES)):
+        if value not in choices:
+            raise ConfigError(f"{value!r} is not a choice", where=option, fix=f"Choose {', '.join(choices)}")
+    if format in ADAPTERS and base != "quantized":
+        raise ConfigError(f"is not for --format {format}", where="--base", why="no base is written")
+    if format != "adapter" and combine.how != "cat":
+        raise ConfigError(
+            f"{combine.how} is not for --format {format}", where="--combine", why="which takes the exact sum",
+            fix="Combine with --format adapter, then merge the adapter that this gives",
+        )  # fmt: skip
 
 
 def _prepare(
-    config: RunConfig, folder: Path, output: Path, gguf_type: str, say: Say, on_progress: Progress | None
+    config: RunConfig, weights: Mapping[str, float], any_template: bool, say: Say, on_progress: Progress | None
 ) -> Job:
     """Read and check everything, the cheapest first; the base's hash, which reads it once, comes last."""
-    adapter = load_adapter(folder)
-    quant = config.quant
-    if adapter.info.get("quant"):
-        known = {key: adapter.info["quant"][key] for key in ("quant_type", "blocksize", "double_quant")}
-        quant = replace(quant, **known)
-    base = open_base(config.model.path, quant)
-    updates = updates_of(adapter, base.model)
+    parts = read_parts(weights)
+    recipe: dict[str, Any] = next((part.adapter.info["quant"] for part in parts if part.adapter.info.get("quant")), {})
+    known = {key: recipe[key] for key in ("quant_type", "blocksize", "double_quant") if key in recipe}
+    base = open_base(config.model.path, replace(config.quant, **known))
+    parts = tuple(replace(part, updates=updates_of(part.adapter, base.model)) for part in parts)
     tokenizer = load_tokenizer(config.model.path)
+    hashes = [template_hash(part, tokenizer, base.source.label, any_template=any_template) for part in parts]
     digest = base.sha256(on_progress)
-    refuse_merged(base, digest, adapter)
-    notes = check_base(
-        adapter, digest, base=config.model.path, quant=base.recipe(), tokenizer_sha256=tokenizer_sha256(tokenizer)
-    )
-    for note in notes:
-        say(note)
-    recorded = adapter.info.get("config", {}).get("data", {})
+    for part, tokens in zip(parts, hashes, strict=True):
+        refuse_merged(base, digest, part)
+        notes = check_base(
+            part.adapter, digest, base=config.model.path, quant=base.recipe(), tokenizer_sha256=tokens
+        )  # fmt: skip
+        for note in notes:
+            say(note)
+    recorded = next((part.data for part in parts if part.data), {})
     data = replace(config.data, **{key: recorded[key] for key in ("max_seq_len", "mask_prompt") if key in recorded})
-    return Job(Fold(base, updates), digest, adapter, tokenizer, output, gguf_type, data, say)
+    fold = Fold(base, sum_of([(part.weight, part.updates) for part in parts]))
+    return Job(fold=fold, base_sha256=digest, parts=parts, tokenizer=tokenizer, data=data, say=say)
 
 
 def _probe(job: Job) -> Probe:
-    """What drift is measured on: the file given, else the run's evaluation or training data, else general texts."""
-    recorded = job.adapter.info.get("config", {}).get("data", {})
+    """What drift is measured on: the file given, else the runs' evaluation or training data, else general texts."""
     if job.data.eval:
         return probe_of(job.data.eval, job.tokenizer, job.data, PROMPTS)
-    there = [path for path in (recorded.get("eval"), recorded.get("train")) if path and Path(path).is_file()]
-    return probe_of(there[0] if there else "", job.tokenizer, job.data, PROMPTS)
+    there = list(dict.fromkeys(file for part in job.parts if (file := part.file("eval", "train")))) or [""]
+    return joined([probe_of(file, job.tokenizer, job.data, -(-PROMPTS // len(there))) for file in there])
 
 
 def _choose(job: Job, meter: DriftMeter, base: str, path: str, say: Say) -> tuple[Fold, dict[str, Drift]]:

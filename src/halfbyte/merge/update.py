@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,18 +15,52 @@ from halfbyte.errors import AdapterError
 
 @dataclass(frozen=True)
 class Update:
-    """``scaling * B A`` of one layer: a (r, in), b (out, r) float32, b already scaled."""
+    """``B A`` of one layer: a (r, in), b (out, r) float32.
+
+    Attributes:
+        scale: what b was multiplied by, PEFT's `scaling`.
+    """
 
     a: Tensor
     b: Tensor
+    scale: float = 1.0
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` of the update, float32."""
         return self.b[start:stop] @ self.a
 
+    @property
+    def nbytes(self) -> int:
+        """Of both factors."""
+        return self.a.nbytes + self.b.nbytes
+
 
 Updates = Mapping[str, Update]
 """By the name of the parameter they are added to."""
+Weighted = Sequence[tuple[float, Updates]]
+"""Updates of several adapters, and how much of each."""
+
+
+def sum_of(parts: Weighted) -> Updates:
+    """The weighted sum, exactly: factors side by side, ranks added; the only one as it is where its weight is 1."""
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    return {name: side_by_side(shares) for name, shares in by_layer(parts).items()}
+
+
+def by_layer(parts: Weighted) -> dict[str, list[tuple[float, Update]]]:
+    """For each layer that some of `parts` change, their updates of it."""
+    layers: dict[str, list[tuple[float, Update]]] = {}
+    for weight, updates in parts:
+        for name, update in updates.items():
+            layers.setdefault(name, []).append((weight, update))
+    return layers
+
+
+def side_by_side(shares: Sequence[tuple[float, Update]]) -> Update:
+    """The weighted sum of updates of one layer, of the sum of their ranks."""
+    a = torch.cat([update.a for _, update in shares])
+    return Update(a, torch.cat([weight * update.b for weight, update in shares], dim=1))
 
 
 def updates_of(adapter: Adapter, model: PreTrainedModel) -> Updates:
@@ -49,6 +84,7 @@ def updates_of(adapter: Adapter, model: PreTrainedModel) -> Updates:
             kind = type(layer.get_base_layer()).__name__
             raise AdapterError(f"changes {name}, a {kind}", where=str(adapter.folder), why="only linear layers merge")
         a, b = (adapter.state[f"base_model.model.{name}.lora_{which}.weight"].float() for which in "AB")
-        updates[f"{name}.weight"] = Update(a, b * layer.scaling["default"])
+        scale = float(layer.scaling["default"])
+        updates[f"{name}.weight"] = Update(a, b * scale, scale)
     adapted.base_model.unload()  # the skeleton as it was
     return updates

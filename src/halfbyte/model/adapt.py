@@ -25,7 +25,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
     names = modules_to_adapt(model, lora.target_modules)
     config = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
-        target_modules=_shortest_names(model, names), task_type="CAUSAL_LM",
+        target_modules=shortest_names(model, names), task_type="CAUSAL_LM",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,7 +100,7 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str
         )  # fmt: skip
 
 
-def _shortest_names(model: PreTrainedModel, names: list[str]) -> list[str]:
+def shortest_names(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Last parts such as "q_proj" where they name just these layers, as other tools write them; else full names."""
     last_parts = sorted({name.rpartition(".")[2] for name in names})
     chosen = set(names)
