@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import write_random_adapter
 
-from halfbyte.checkpoint import save_adapter
 from halfbyte.config import QuantConfig
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.model import load_model
@@ -34,22 +34,8 @@ def make_adapter(base: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeAda
     def make(
         seed: int, folder: Path | None = None, *, base_sha256: str = base.base_sha256, scale: float = 0.3
     ) -> Path:
-        random = torch.Generator().manual_seed(seed)
-        shapes = {
-            name: module.weight.shape if module.weight.dim() == 2 and module.weight.is_floating_point()
-            else (module.out_features, module.in_features)
-            for name, module in base.model.named_modules() if name.endswith("_proj")
-        }  # fmt: skip
-        state = {}
-        for name, (rows, cols) in shapes.items():
-            for part, shape in (("A", (4, cols)), ("B", (rows, 4))):
-                key = f"base_model.model.{name}.lora_{part}.weight"
-                state[key] = torch.randn(shape, generator=random) * scale
-        targets = sorted({name.rpartition(".")[2] for name in shapes})
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
         folder = folder or tmp_path_factory.mktemp("adapters") / f"a{seed}"
-        save_adapter(folder, state, config, {"base_sha256": base_sha256})
-        return folder
+        return write_random_adapter(folder, base.model, base_sha256, seed, scale)
 
     return make
 

@@ -52,9 +52,9 @@ def serve(
     _check_extra()
     from halfbyte.checkpoint import load_adapter
     from halfbyte.model.generate import stop_ids
-    from halfbyte.serve import Adapters, Settings
-    from halfbyte.serve import serve as run_server
-    from halfbyte.serve.start import bind
+    from halfbyte.serve import Adapters
+    from halfbyte.serve.start import Settings, bind
+    from halfbyte.serve.start import serve as run_server
     from halfbyte.serve.text import Texts
 
     run, out = load_config(config, settings or (), model__path=model), console()
@@ -64,7 +64,7 @@ def serve(
     listening = bind(chosen)
     named = [_named(text) for text in adapter or ()]
     loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, out)
-    decoder, more = _decoder(loaded.model, max(cache_tokens, context), context)
+    decoder, more = open_decoder(loaded.model, max(cache_tokens, context), context)
     notes += more
     adapters = Adapters(
         name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir,
@@ -83,7 +83,7 @@ def serve(
     run_server(decoder, adapters, texts, chosen, listening, ready)
 
 
-def _decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
+def open_decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
     """What computes, and a note where that is not the native step."""
     from halfbyte.model.batch import BatchDecoder
     from halfbyte.model.decoder_parts import NotCoveredError

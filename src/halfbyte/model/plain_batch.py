@@ -74,6 +74,8 @@ class PlainBatch:
         before = tuple(self._tokens[first.blocks.long()].flatten()[: first.position].tolist())
         name = cast(Any, first.adapter).name if first.adapter is not None else ""
         cache = self._caches.pop((name, before), None)
+        if cache is None:
+            cache = self._cut_back(name, before)
         given = ids if cache is not None else [*before, *ids]
         cache = cache if cache is not None else DynamicCache(config=self._model.config)
         adapted = hasattr(self._model, "set_adapter") and hasattr(self._model, "peft_config")
@@ -89,6 +91,18 @@ class PlainBatch:
             self._caches.popitem(last=False)
         logits: Tensor = output.logits[0].float().cpu()
         return logits
+
+    def _cut_back(self, name: str, before: tuple[int, ...]) -> DynamicCache | None:
+        """The part up to `before` of a sequence that went on otherwise, such as a conversation's last turn."""
+        for key in reversed(self._caches) if before else ():
+            if key[0] == name and key[1][: len(before)] == before:
+                cache = self._caches.pop(key)
+                try:
+                    cache.crop(len(before) - len(key[1]))
+                except (RuntimeError, ValueError):  # layers that forget what they have passed
+                    return None
+                return cache
+        return None
 
     def _forget(self) -> None:
         """Take unloaded adapters off the model; the last one stays, since PEFT does without none."""

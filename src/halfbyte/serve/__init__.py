@@ -1,7 +1,6 @@
-"""An OpenAI-compatible server: many adapters over one resident 4-bit base, batched together."""
+"""An engine that serves many adapters over one base, and an OpenAI-compatible server (serve.start, extra `serve`)."""
 
 from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.engine import Engine
-from halfbyte.serve.start import Settings, serve
 
-__all__ = ["Adapters", "Engine", "Settings", "serve"]
+__all__ = ["Adapters", "Engine"]

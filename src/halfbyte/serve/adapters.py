@@ -15,8 +15,10 @@ import torch
 from halfbyte.checkpoint import Adapter, load_adapter
 from halfbyte.checkpoint.adapter import pairs
 from halfbyte.errors import AdapterError
-from halfbyte.serve.schema import NAME
 from halfbyte.serve.sequence import ServedAdapter
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Of an adapter: one part of a path and nothing more."""
 
 
 class Adapters:

@@ -204,7 +204,7 @@ class Engine:
             if not sequence.order.prompt_logprobs:
                 root = sequence.order.served.content
                 sequence.blocks, sequence.keys = shared_prefix(self.pool, root, sequence.tokens)
-            sequence.computed = len(sequence.blocks) * BLOCK
+            sequence.computed = sequence.reused = len(sequence.blocks) * BLOCK
             self.counts.reused_tokens += sequence.computed
             with self._changed:
                 self._waiting.popleft()

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from halfbyte.serve.schema import NAME, ChatRequest, CompletionRequest, LoadRequest
+from halfbyte.serve.adapters import NAME
+from halfbyte.serve.schema import ChatRequest, CompletionRequest, LoadRequest
 
 _ERROR = {
     "type": "object",

@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halfbyte.serve.adapters import NAME
 from halfbyte.serve.errors import ApiError
 
 MOST_CHARACTERS = 2_000_000
 MOST_TOKENS = 1_000_000
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""Of an adapter: one part of a path and nothing more."""
 
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

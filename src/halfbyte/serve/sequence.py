@@ -74,6 +74,8 @@ class Sequence:
         self.order = order
         self.tokens = list(order.prompt)
         self.computed = 0
+        self.reused = 0
+        """Tokens of the prompt that were computed for an earlier one."""
         self.sampler = Sampler(order.sampling, order.prompt)
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
