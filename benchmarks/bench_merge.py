@@ -25,9 +25,9 @@ from halfbyte.config import DataConfig, QuantConfig
 from halfbyte.merge.base import open_base
 from halfbyte.merge.drift import DriftMeter, probe_of
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import LentModel
 from halfbyte.merge.update import updates_of
 from halfbyte.model import load_tokenizer
+from halfbyte.model.lent import LentModel
 from halfbyte.quant import quantize
 from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.codebook import codebook

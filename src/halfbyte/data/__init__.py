@@ -1,5 +1,6 @@
 """Text -> batches."""
 
+from halfbyte.data.calibration import calibration_text
 from halfbyte.data.compact import compact
 from halfbyte.data.loader import (
     Batch,
@@ -31,6 +32,7 @@ __all__ = [
     "Rendered",
     "TokenizedData",
     "Worst",
+    "calibration_text",
     "compact",
     "count_overlap",
     "eval_batches",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halfbyte.config import DataConfig
 from halfbyte.data import load_data
-from halfbyte.merge.forward import LentModel, Weights
+from halfbyte.model.lent import LentModel, Weights
 from halfbyte.plan.merging import GROUP_TOKENS
 
 PROMPTS = (

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
+from halfbyte.data import calibration_text
 from halfbyte.errors import ConfigError
 from halfbyte.merge.adapter_folder import AdapterFolder
 from halfbyte.merge.base import open_base
 from halfbyte.merge.drift import probe_of
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import LentModel
 from halfbyte.merge.four import FourBitWriter
 from halfbyte.merge.gguf_file import GgufPlan, read_adapter, write_adapter, write_model
 from halfbyte.merge.job import Format, Job, Written
@@ -29,6 +28,7 @@ from halfbyte.merge.record import CONFIG_KEY
 from halfbyte.merge.sixteen import merged_tensors
 from halfbyte.model.gguf_source import GgufFile
 from halfbyte.model.hf_config import HalfbyteConfig
+from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.quantize import COPIED_FILES
 from halfbyte.model.targets import linear_names
@@ -61,7 +61,7 @@ class FourBit:
 
     def __init__(self, job: Job) -> None:
         self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
-        self._text = calibration_text(job)
+        self._text = training_text(job)
         self.work_bytes = text_bytes(job.fold.base, self._text[0].numel())
         self.form = f"4bit {self._recipe.quant_type}"
         self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
@@ -137,7 +137,7 @@ ADAPTERS = ("gguf-lora", "adapter")
 """Those without the base."""
 
 
-def calibration_text(job: Job) -> tuple[Tensor, Tensor]:
+def training_text(job: Job) -> tuple[Tensor, Tensor]:
     """Ids (sequences, tokens) and which of them are text, of the run's training data.
 
     Raises:
@@ -152,12 +152,9 @@ def calibration_text(job: Job) -> tuple[Tensor, Tensor]:
     samples = CALIBRATION_TOKENS // 16 // len(files)
     probes = [probe_of(file, job.tokenizer, job.data, samples) for file in files]
     rows = [row for turn in zip_longest(*(probe.ids for probe in probes)) for row in turn if row is not None]
-    rows = [row[: 2 * sum(map(len, rows)) // len(rows)] for row in rows]  # a few long ones would make much padding
-    sizes = list(accumulate(map(len, rows)))
-    rows = rows[: max(bisect_right(sizes, CALIBRATION_TOKENS), 1)]
-    job.say(f"calibration: {sum(map(len, rows)):,} tokens of {', '.join(files)}")
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True), pad([torch.ones(len(row)).bool() for row in rows], batch_first=True)
+    ids, counts = calibration_text(rows, CALIBRATION_TOKENS)
+    job.say(f"calibration: {int(counts.sum()):,} tokens of {', '.join(files)}")
+    return ids, counts
 
 
 def write_config(job: Job, dtype: torch.dtype, merged: dict[str, Any], folder: Path, **more: Any) -> None:

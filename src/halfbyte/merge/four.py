@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import ShardWriter
 from halfbyte.config import QuantConfig
-from halfbyte.merge.error_feedback import Moments, round_with_feedback
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import LentModel
 from halfbyte.merge.sixteen import kept
+from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
+from halfbyte.model.side_by_side import run_side_by_side
 from halfbyte.quant import QuantizedWeight, quantize_slices
+from halfbyte.quant.error_feedback import Moments, round_with_feedback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,6 @@ class FourBitWriter:
         self, fold: Fold, recipe: QuantConfig, shards: ShardWriter, on_progress: Progress | None = None
     ) -> None:
         self._fold, self._recipe, self._shards, self._on_progress = fold, recipe, shards, on_progress
-        self._counts: Tensor = torch.empty(0, dtype=torch.bool)
         self._done: dict[str, None] = {}
         self.survived: list[Survived] = []
 
@@ -59,16 +57,11 @@ class FourBitWriter:
             ids: (sequences, tokens) int64, padded at the end.
             counts: the same shape: which tokens are text.
         """
-        self._counts = counts
         base = self._fold.base
         for name in base.names:
             if name not in base.targets:
                 self._shards.add(name, kept(self._fold, name))
-        with ExitStack() as hooks:
-            for name, module in model.model.named_modules():
-                if f"{name}.weight" in base.targets:
-                    hooks.callback(module.register_forward_hook(partial(self._round, f"{name}.weight")).remove)
-            model.hidden(torch.cat([ids, ids]), self._trained)
+        run_side_by_side(model, ids, counts, self._trained, base.targets, self._round)
         for name in base.names:
             if name in base.targets and name not in self._done:  # the text did not pass it
                 self._write(name, self._nearest(name, self._fold.whole(name)))
@@ -76,18 +69,13 @@ class FourBitWriter:
     def _trained(self, name: str) -> Tensor:
         return Fold(self._fold.base, self._fold.updates).weight(name)
 
-    @torch.no_grad()
-    def _round(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Round the layer that just computed `output` with the trained weight; its second half is of the new one."""
-        trained, ours = (part[self._counts] for part in args[0].chunk(2))
-        moments = Moments(ours.T @ ours, trained.T @ ours)
-        weight = round_with_feedback(self._fold.whole(name), moments, self._recipe, name=name)
+    def _round(self, name: str, moments: Moments) -> Tensor:
+        target = self._fold.whole(name)
+        weight = round_with_feedback(target, moments, self._nearest(name, target))
         decoded = weight.dequantize(torch.float32)
         self._note(name, decoded, moments.own)
         self._write(name, weight)
-        bias = module.bias if isinstance(module.bias, Tensor) else None
-        half = nn.functional.linear(args[0].chunk(2)[1], decoded, bias)
-        return torch.cat([output.chunk(2)[0], half])
+        return decoded
 
     def _note(self, name: str, decoded: Tensor, own: Tensor) -> None:
         update = self._fold.updates.get(name)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from halfbyte.config import DataConfig
 from halfbyte.merge.combine import Combine
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.forward import Weights
 from halfbyte.merge.four import Survived
 from halfbyte.merge.parts import Part
 from halfbyte.merge.record import record
+from halfbyte.model.lent import Weights
 from halfbyte.model.load import Progress
 
 

@@ -16,7 +16,6 @@ from halfbyte.merge.combine import Combine
 from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, joined, probe_of
 from halfbyte.merge.fold import Fold, check_near, open_original
 from halfbyte.merge.formats import ADAPTERS, FORMATS
-from halfbyte.merge.forward import LentModel, Weights
 from halfbyte.merge.four import Survived
 from halfbyte.merge.job import Job, Written
 from halfbyte.merge.memory import check_budget, predicted_peak
@@ -24,6 +23,7 @@ from halfbyte.merge.parts import read_parts, template_hash
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
 from halfbyte.merge.update import sum_of, updates_of
+from halfbyte.model.lent import LentModel, Weights
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
 from halfbyte.model.source import load_tokenizer, locate

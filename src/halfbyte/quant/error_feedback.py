@@ -1,0 +1,137 @@
+"""Codes chosen column by column, each column's error made up for by those that come after it (GPTQ).
+
+Rounding takes every weight to its nearest value. Here what counts is the layer's output on calibration text:
+errors that it does not see may grow, and many small changes that point one way move some codes. Method: arXiv
+2210.17323, with columns in the order of their activations' size; the target is first moved by what the layers before
+have changed in the input (arXiv 2504.02692).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.absmax import expand_absmax
+from halfbyte.quant.codebook import codebook
+from halfbyte.quant.nibbles import pack_nibbles
+from halfbyte.quant.weight import QuantizedWeight
+
+DAMPING = 0.01
+"""Added to the diagonal of the inputs' second moments, as a part of its mean: columns that hardly ever fire."""
+PANEL = 128
+"""Columns after which the rest of the matrix is brought up to date in one product."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What is known of a layer's input over the calibration text; factorised once for all layers that it goes to.
+
+    Attributes:
+        own: (in, in) float32, x^T x of the inputs x that the quantized model gives the layer.
+        cross: (in, in) float32, t^T x, t being the inputs that the wanted model gives it.
+    """
+
+    own: Tensor
+    cross: Tensor
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """(in, in): `own` with an input that never fires at 1, and DAMPING added."""
+        damped = self.own.clone()
+        dead = damped.diagonal() <= 0
+        damped.diagonal()[dead] = 1.0
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        return damped
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """(in, in): the lower Cholesky factor of `damped`."""
+        factor: Tensor = torch.linalg.cholesky(self.damped)
+        return factor
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(in,) int64: the inputs, the one that fires most first."""
+        return self.damped.diagonal().argsort(descending=True)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """(in, in): the upper Cholesky factor of the inverse of `damped`, both in `order`."""
+        lower = torch.linalg.cholesky(self.damped[self.order][:, self.order])
+        factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return factor
+
+    def wanted(self, target: Tensor) -> Tensor:
+        """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
+        shift = target @ (self.cross - self.own)
+        return target + torch.cholesky_solve(shift.T, self.factor).T
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What a weight may become: ``levels[rank] * scale + offset``.
+
+    Attributes:
+        levels: (k,) float32, ascending, at most 256.
+        scales: (out, in) float32 of either sign; where it is 0 the weight becomes its offset.
+        offsets: (out, in) float32, or None for none.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+    def taken(self, order: Tensor) -> Grid:
+        """The grid of the transposed weight (in, out), its rows in `order`."""
+        offsets = None if self.offsets is None else self.offsets.T[order].contiguous()
+        return Grid(self.levels, self.scales.T[order].contiguous(), offsets)
+
+
+def ranks_with_feedback(target: Tensor, moments: Moments, grid: Grid) -> Tensor:
+    """The ranks in `grid` of the weight W for which x W^T is close to t target^T.
+
+    Args:
+        target: (out, in) float32.
+
+    Returns:
+        (out, in) uint8.
+    """
+    order = moments.order
+    ranks = _ranks(moments.wanted(target).T[order].contiguous(), moments.inverse_factor, grid.taken(order))
+    back = torch.empty_like(ranks)
+    back[order] = ranks
+    return back.T
+
+
+def round_with_feedback(target: Tensor, moments: Moments, plain: QuantizedWeight) -> QuantizedWeight:
+    """`plain`, a 4-bit form of `target` (out, in), with other codes: W such that x W^T is close to t target^T."""
+    scales = plain.absmax
+    if plain.nested_absmax is not None:
+        scales = expand_absmax(plain.absmax, plain.nested_absmax, plain.nested_offset)
+    steps = scales.repeat_interleave(plain.blocksize)[: target.numel()].view(target.shape)
+    table = codebook(plain.quant_type)
+    ranks = ranks_with_feedback(target, moments, Grid(table.values[table.order.int()], steps))
+    return replace(plain, codes=pack_nibbles(table.order[ranks.reshape(-1).int()], table.zero_code))
+
+
+def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
+    """(in, out) uint8, of `columns` (in, out), which are used up."""
+    levels, scales = grid.levels, grid.scales
+    boundaries, inverse = (levels[:-1] + levels[1:]) / 2, scales.where(scales != 0, 1.0).reciprocal()
+    if grid.offsets is not None:
+        columns -= grid.offsets
+    ranks = torch.empty(columns.shape, dtype=torch.uint8)
+    for start in range(0, len(columns), PANEL):
+        stop = min(start + PANEL, len(columns))
+        errors = torch.empty_like(columns[start:stop])
+        for i in range(start, stop):
+            rank = torch.bucketize(columns[i] * inverse[i], boundaries)
+            ranks[i] = rank
+            error = (columns[i] - levels[rank] * scales[i]) / upper[i, i]
+            columns[i + 1 : stop] -= upper[i, i + 1 : stop, None] * error
+            errors[i - start] = error
+        columns[stop:] -= upper[start:stop, stop:].T @ errors
+    return ranks

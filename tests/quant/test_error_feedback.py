@@ -1,0 +1,77 @@
+"""Codes with error feedback: what counts is the output, on inputs of few directions, as activations are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.quant.error_feedback import Grid, Moments, ranks_with_feedback, round_with_feedback
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns // 8, columns, generator=generator)
+    few = torch.randn(rows, columns // 8, generator=generator) @ mix
+    return few + 0.1 * torch.randn(rows, columns, generator=generator)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((32, 128), "nf4"), ((48, 96), "fp4"), ((5, 40), "nf4")])
+def test_an_update_that_rounding_erases_survives_in_the_outputs(shape: tuple[int, int], kind: str) -> None:
+    """Of a base on the grid, an update of 1.3 % of it."""
+    torch.manual_seed(0)
+    base = hb.quantize(torch.randn(shape), quant_type=kind, double_quant=False).dequantize()
+    update = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
+    update *= 0.013 * base.norm() / update.norm()
+    x = correlated(2000, shape[1])
+    own = x.T @ x
+    plain = hb.quantize(base + update, quant_type=kind, double_quant=False)
+    ours = round_with_feedback(base + update, Moments(own, own), plain).dequantize() - base
+    nearest = plain.dequantize() - base
+
+    def share(change: torch.Tensor) -> float:
+        return float((change @ own * update).sum() / (update @ own * update).sum())
+
+    def wrong(change: torch.Tensor) -> float:
+        return float(((change - update) @ own * (change - update)).sum())
+
+    assert share(nearest) < 0.5
+    assert 0.4 < share(ours) < 1.2
+    assert wrong(ours) < 0.8 * wrong(nearest)
+
+
+def test_a_shift_of_the_inputs_is_made_up_for() -> None:
+    """The wanted model gives the layer other inputs than the quantized one does; the outputs are to be the same."""
+    torch.manual_seed(1)
+    target, trained = torch.randn(16, 64), correlated(4000, 64)
+    ours = trained + 0.2 * trained.roll(1, dims=1)
+    own, cross = ours.T @ ours, trained.T @ ours
+    plain = hb.quantize(target, double_quant=False)
+
+    def wrong(moments: Moments) -> float:
+        weight = round_with_feedback(target, moments, plain).dequantize()
+        return float((ours @ weight.T - trained @ target.T).norm() / (trained @ target.T).norm())
+
+    assert wrong(Moments(own, cross)) < 0.7 * wrong(Moments(own, own))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [4, 5])
+def test_any_grid(bits: int, signed: bool) -> None:
+    """Even steps with an offset for each block of 32, as GGUF's Q4_1 and Q5_1 have them; and with negative steps."""
+    torch.manual_seed(2)
+    target, x = torch.randn(24, 96), correlated(2000, 96)
+    own = x.T @ x
+    blocks = target.view(24, 3, 32)
+    low, high = blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True)
+    steps = ((high - low) / (2**bits - 1)).expand_as(blocks).reshape(24, 96)
+    offsets = low.expand_as(blocks).reshape(24, 96)
+    if signed:
+        steps, offsets = -steps, high.expand_as(blocks).reshape(24, 96)
+    grid = Grid(torch.arange(2.0**bits), steps, offsets)
+    ranks = ranks_with_feedback(target, Moments(own, own), grid)
+    assert ranks.max() < 2**bits
+    nearest = ((target - offsets) / steps).round() * steps + offsets
+    errors = [made - target for made in (ranks * steps + offsets, nearest)]
+    ours, plain = (float((error @ own * error).sum()) for error in errors)
+    assert ours < 0.5 * plain
