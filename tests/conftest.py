@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ VOCAB = 320
 
 # Panels or tiles decide a product's last bits: the same on every machine, and nothing is timed in tests.
 os.environ.setdefault("HALFBYTE_PANEL_ROWS", "never")
+# What runs of tiny models measure must not reach the plans of whoever runs the tests.
+_CACHE = tempfile.TemporaryDirectory(prefix="halfbyte-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 MakeLlama = Callable[..., Path]
 

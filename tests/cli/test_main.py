@@ -121,7 +121,7 @@ def test_interrupts_and_full_memory(
         (
             "auto",
             (),
-            "no checkpoint was saved, so nothing is kept and the same command begins anew. train.save_every=N",
+            "no step was finished and no checkpoint saved, so nothing is kept and the same command begins anew",
         ),
         ("auto", (2, 10), "the same command goes on from {output}/checkpoint-10"),
         ("never", (10, 2), "--resume {output}/checkpoint-10 goes on from {output}/checkpoint-10"),

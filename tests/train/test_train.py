@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import halfbyte.kernels.crossover as crossover
-from halfbyte.checkpoint import load_adapter, verify_folder
+from halfbyte.checkpoint import load_adapter, load_checkpoint, verify_folder
 from halfbyte.config import RunConfig
 from halfbyte.data import make_batch
 from halfbyte.errors import ConfigError, FileError, NumericsError
@@ -418,41 +418,54 @@ def test_a_step_that_changes_nothing_is_noticed(make_run: MakeRun) -> None:
         train(make_run(optim__lr=1e-30))
 
 
-def test_a_loss_that_is_not_finite(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run stops at that step; what was saved before it is good, and no adapter is written."""
-    calls = [0]
-    loss_sum = Objective.loss_sum
+def broken_losses(monkeypatch: pytest.MonkeyPatch, *broken: int) -> None:
+    """The losses of these steps are NaN."""
+    calls, loss_sum = [-1], Objective.loss_sum  # the rehearsal is the first
 
-    def broken(self: Objective, batch: Any) -> Tensor:
+    def sometimes(self: Objective, batch: Any) -> Tensor:
         loss = loss_sum(self, batch)
-        if loss.requires_grad:
-            calls[0] += 1
-        return loss * math.nan if calls[0] == 5 else loss  # the rehearsal is the first
+        calls[0] += loss.requires_grad
+        return loss * math.nan if loss.requires_grad and calls[0] in broken else loss
 
-    monkeypatch.setattr(Objective, "loss_sum", broken)
-    config = make_run(train__save_every=1)
-    with pytest.raises(NumericsError, match=r"step 4: the loss is nan"):
+    monkeypatch.setattr(Objective, "loss_sum", sometimes)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update is left out, said and counted; adapter and optimizer are as the step found them."""
+    broken_losses(monkeypatch, 4)
+    config, observer = make_run(train__save_every=1, train__keep=9), KillAt(-1)
+    result = train(config, observer=observer)
+    assert result.skipped_steps == 1
+    assert any("step 4 changed nothing: the loss is nan" in note for note in observer.notes)
+    assert [line["step"] for line in step_lines(config)] == [1, 2, 3, 5, 6]
+    before, after, later = (load_checkpoint(Path(config.train.output) / f"checkpoint-{n}") for n in (3, 4, 5))
+    for one, other in ((before.adapter, after.adapter), (before.optimizer["state"][0], after.optimizer["state"][0])):
+        assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+    assert not all(torch.equal(after.adapter[name], later.adapter[name]) for name in after.adapter)
+
+
+def test_losses_that_are_not_finite_end_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five in a row: exit 5, no adapter; the checkpoints hold nothing of them, and a run goes on from there."""
+    broken_losses(monkeypatch, *range(4, 9))
+    config = make_run(train__save_every=1, train__steps=10)
+    with pytest.raises(NumericsError, match=r"step 8: the loss is nan: 5 updates in a row were not finite"):
         train(config)
     output = Path(config.train.output)
-    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
     assert not (output / "adapter").exists()
+    saved = [load_checkpoint(path).adapter for path in output.glob("checkpoint-*")]
+    assert len(saved) == 2
+    assert all(tensor.isfinite().all() for state in saved for tensor in state.values())
     monkeypatch.undo()
-    train(config)
-    whole = make_run("whole", train__save_every=1)
-    train(whole)
-    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert train(config).skipped_steps == 0
 
 
 def test_a_gradient_that_is_not_finite(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite loss with an infinite gradient stops too."""
+    """A finite loss with an infinite gradient counts as one."""
     calls = [0]
 
     def poison(grad: Tensor) -> Tensor:
         calls[0] += 1
         return grad * math.inf if calls[0] == 3 else grad
-
-    class Poisoner(Observer):
-        pass
 
     import halfbyte.train.loop as loop
 
@@ -464,10 +477,10 @@ def test_a_gradient_that_is_not_finite(make_run: MakeRun, monkeypatch: pytest.Mo
         return run
 
     monkeypatch.setattr(loop, "prepare", prepared)
-    config = make_run()
-    with pytest.raises(NumericsError, match=r"norm is (nan|inf)"):
-        train(config, observer=Poisoner())
-    assert not (Path(config.train.output) / "adapter").exists()
+    config, observer = make_run(), KillAt(-1)
+    assert train(config, observer=observer).skipped_steps == 1
+    assert any("changed nothing: the gradients' norm is " in note for note in observer.notes)
+    assert len(losses(config)) == 5
 
 
 def test_activations_that_overflow(make_run: MakeRun, tiny_llama: Path, tmp_path: Path) -> None:

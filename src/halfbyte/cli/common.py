@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,32 +61,33 @@ def load_run(config: Path | None, settings: Sequence[str] | None, flags: Mapping
 
 
 class InterruptedRunError(HalfbyteError):
-    """Ctrl-C (exit 130)."""
+    """A signal ended the run (exit 128 and its number: 130 after Ctrl-C, 143 after SIGTERM)."""
 
-    exit_code = 130
+    def __init__(self, number: int, why: str, fix: str = "") -> None:
+        super().__init__("interrupted", why=why, fix=fix)
+        self.exit_code = 128 + number
 
 
 @contextmanager
 def saying_what_is_kept(run: RunConfig) -> Iterator[None]:
-    """Around a training run: Ctrl-C ends it with the checkpoint to go on from, if there is one.
+    """Around a training run: a signal ends it with the checkpoint to go on from, if there is one.
 
     Raises:
-        InterruptedRunError: by Ctrl-C.
+        InterruptedRunError: by Ctrl-C or SIGTERM.
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = int(getattr(stop, "signal", signal.SIGINT))
         saved = {
             int(m.parent.name[11:]): m.parent for m in Path(run.train.output).glob("checkpoint-[0-9]*/manifest.json")
         }
         if not saved:
-            raise InterruptedRunError(
-                "interrupted", why="no checkpoint was saved, so nothing is kept and the same command begins anew",
-                fix="train.save_every=N saves one every N steps",
-            ) from None  # fmt: skip
+            why = "no step was finished and no checkpoint saved, so nothing is kept and the same command begins anew"
+            raise InterruptedRunError(number, why) from None
         newest = saved[max(saved)]
         how = "the same command" if run.train.resume == "auto" else f"--resume {newest}"
-        raise InterruptedRunError("interrupted", why=f"{how} goes on from {newest}") from None
+        raise InterruptedRunError(number, f"{how} goes on from {newest}") from None
 
 
 def known_machine() -> Machine:

@@ -4,8 +4,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from halfbyte.train.loop import TrainResult, train
+from halfbyte.train.loop import train
 from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.result import TrainResult
 
 __all__ = ["Observer", "StepMetrics", "TrainResult", "train"]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint import write_file
 from halfbyte.train.observer import StepMetrics
 
 
@@ -31,17 +33,21 @@ class Metrics:
         for line in kept:
             if line["event"] == "step":
                 self.steps.append(StepMetrics(**{k: v for k, v in line.items() if k not in ("event", "time")}))
-            else:
+            elif line["event"] == "eval":
                 self.evals.append((line["step"], line["eval_loss"]))
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def add_step(self, metrics: StepMetrics) -> None:
         """Record a finished step."""
         self.steps.append(metrics)
         self.steps_now += 1
         self._write({"event": "step", **asdict(metrics), "time": time.time()})
+
+    def add_skipped(self, step: int) -> None:
+        """Record a step whose update was not finite and was left out."""
+        self.steps_now += 1
+        self._write({"event": "skipped", "step": step, "time": time.time()})
 
     def add_eval(self, step: int, loss: float) -> None:
         """Record an evaluation; ``step`` 0 is before training."""
@@ -54,7 +60,7 @@ class Metrics:
         tokens = sum(step.tokens for step in self.steps)
         return tokens / seconds, sum(step.supervised_tokens for step in self.steps) / seconds
 
-    def best_rate(self, least: int) -> float | None:
+    def best_rate(self, least: float) -> float | None:
         """Tokens a second of the fastest step of at least `least` tokens; None if there is none."""
         return max((step.tokens / step.seconds for step in self.steps if step.tokens >= least), default=None)
 
@@ -63,6 +69,10 @@ class Metrics:
         last = self.steps[-max(len(self.steps) // 10, 1) :]
         tokens = sum(step.supervised_tokens for step in last)
         return sum(step.loss * step.supervised_tokens for step in last) / tokens if tokens else None
+
+    def sync(self) -> None:
+        """Before a checkpoint: what a power cut leaves of the log reaches as far as the checkpoint does."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

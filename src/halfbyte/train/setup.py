@@ -85,12 +85,11 @@ def prepare(
     config: RunConfig, observer: Observer, machine: Machine | None = None,
     on_planned: Callable[[], None] = lambda: None,
 ) -> Run:  # fmt: skip
-    """Read data, plan, load the base in 4 bits, attach the adapter.
+    """Read data, plan, load the base in 4 bits, attach the adapter. What `check_paths` finds is not looked for again.
 
     Raises:
         HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
     """
-    _check_paths(config)
     with folder_for(Path(config.train.output)):
         return _prepare(config, observer, machine or this_machine(), on_planned)
 
@@ -175,8 +174,8 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     return optimizer
 
 
-def _check_paths(config: RunConfig) -> None:
-    """What is set, readable and writable, before anything is loaded."""
+def check_paths(config: RunConfig) -> None:
+    """HalfbyteError unless what must be set, readable and writable is: before anything is loaded."""
     check_run(config)
     check_weights(config.model.path)
 

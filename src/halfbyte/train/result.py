@@ -1,0 +1,114 @@
+"""What a run came to: its figures, pictures and answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint import write_file
+from halfbyte.dtypes import format_bytes
+from halfbyte.model.memory import peak_memory
+from halfbyte.train.answers import Answer, answer_samples, page
+from halfbyte.train.metrics import Metrics
+from halfbyte.train.observer import Observer
+from halfbyte.train.picture import draw_curves
+from halfbyte.train.setup import Run
+
+TELLING_TOKENS, TELLING_OPERATIONS = 512, 1e11
+"""Of a step, from which on its speed says something of larger ones and of larger models: in less work the products do
+not set the pace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to; losses are per supervised token, sizes in bytes, None where not measured."""
+
+    steps: int
+    """Of the whole run."""
+    steps_now: int
+    """Of these, what this process did: all, unless it went on from a checkpoint."""
+    train_loss: float | None
+    """Over the last tenth of the steps."""
+    eval_loss_before: float | None
+    eval_loss: float | None
+    tokens_per_s: float
+    supervised_tokens_per_s: float
+    skipped_steps: int
+    """Of this process, whose update was not finite and was left out."""
+    seconds: float
+    """Of this process, loading and evaluation included."""
+    peak_memory: int
+    predicted_peak_memory: int
+    """By the plan that was made before the base was loaded."""
+    runtime: int
+    """Of the prediction, Python and the libraries: for later plans."""
+    gflops: float | None
+    """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
+    adapter: str
+    curves: str
+    answers: list[Answer]
+    """A few held-out prompts before and after; empty without data.eval."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def finish(
+    run: Run, output: Path, metrics: Metrics, started: float, largest: int, skipped: int, observer: Observer
+) -> TrainResult:
+    """Answers, curves and result.json, when the adapter is on disk.
+
+    Args:
+        started: `time.perf_counter()` at the beginning of the run.
+        largest: tokens of the batch that was planned for.
+        skipped: updates that were left out.
+    """
+    tokens_per_s, supervised_tokens_per_s = metrics.rates()
+    answers: list[Answer] = []
+    if run.loaded.store is not None:
+        observer.note("answers: none are sampled, because each of their tokens would read the streamed base")
+    elif run.eval_data is not None:
+        answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
+    if answers:
+        write_file(output / "answers.md", page(answers).encode())
+    if metrics.steps:
+        draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
+    peak, planned = peak_memory(), run.plan.peak_memory
+    observer.note(
+        f"memory: {format_bytes(peak)} at most; planned were {format_bytes(planned)}, "
+        f"{abs(planned / peak - 1):.1%} {'more' if planned >= peak else 'LESS than was needed'}"
+    )
+    result = TrainResult(
+        steps=run.steps,
+        steps_now=metrics.steps_now,
+        train_loss=metrics.train_loss(),
+        eval_loss_before=dict(metrics.evals).get(0),
+        eval_loss=dict(metrics.evals).get(run.steps),
+        tokens_per_s=tokens_per_s,
+        supervised_tokens_per_s=supervised_tokens_per_s,
+        skipped_steps=skipped,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak,
+        predicted_peak_memory=planned,
+        runtime=run.libraries,
+        gflops=_gflops(run, metrics, largest),
+        adapter=str(output / "adapter"),
+        curves=str(output / "curves.png"),
+        answers=answers,
+    )
+    write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
+    return result
+
+
+def _gflops(run: Run, metrics: Metrics, largest: int) -> float | None:
+    """Floating-point operations of the fastest step, 1e9 a second, `largest` being the tokens of the batch that was
+    planned for. None where all steps were small, or the disk may have set their pace."""
+    memory, operations = run.config.memory, run.plan.pass_operations / largest
+    rate = metrics.best_rate(least=max(TELLING_TOKENS, TELLING_OPERATIONS / operations))
+    if rate is None or memory.weights != "resident" or memory.activations == "disk" or run.config.optim.paged:
+        return None
+    return rate * operations / 1e9

@@ -1,0 +1,88 @@
+"""What signals ask of a run: SIGINT and SIGTERM to end after this step, a second one at once; SIGUSR1 to save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from halfbyte.train.observer import Observer
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal ended the run.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Signals:
+    """Listens inside a ``with`` block, in the main thread; signals that were ignored before stay so (nohup, shells).
+
+    Attributes:
+        ending: the signal that asked the run to end.
+        saving: a checkpoint is asked for.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._before: dict[int, Any] = {}
+        self._patient = False
+        self.ending: int | None = None
+        self.saving = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows has no SIGUSR1
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def finishing_steps(self) -> Iterator[None]:
+        """Inside the block the first signal only asks.
+
+        Raises:
+            StoppedError: at the block's end, where one asked.
+        """
+        self._patient = True
+        yield
+        self._patient = False
+        if self.ending is not None:
+            raise StoppedError(self.ending)
+
+    def cut_short(self, work: Callable[[], None]) -> None:
+        """Do `work`, within steps, which a signal ends at once: it can be done again."""
+        self._patient = False
+        with suppress(StoppedError):
+            if self.ending is None:
+                work()
+        self._patient = True
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.saving = True
+        elif self.ending is not None:
+            raise StoppedError(number)
+        else:
+            self.ending = number
+            if not self._patient:
+                raise StoppedError(number)
+            self._observer.note(
+                f"{signal.Signals(number).name}: ending after this step with a checkpoint; once more ends at once"
+            )
