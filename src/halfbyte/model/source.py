@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.shards import PICKLE_SUFFIXES, SafetensorsFolder
+from halfbyte.config.gguf_header import read_gguf_header
 from halfbyte.errors import ModelError, ResourceError
 from halfbyte.model.gguf_source import GgufFile
 
@@ -124,12 +125,18 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def locate(path: str) -> Path:
-    """The local folder or .gguf file of `path`, fetched from the hub if it is a hub id and not a local path."""
+    """The local folder or .gguf file of `path`, fetched from the hub if it is a hub id and not a local path.
+
+    Raises:
+        ModelError: nothing there, pickled weights, a .gguf file whose header no reader should see.
+        ResourceError: a hub id that cannot be fetched.
+    """
     local = Path(path).expanduser()
     if path and local.is_dir():
         return local
     if local.is_file():
         if local.suffix == ".gguf":
+            read_gguf_header(local)
             return local
         if local.suffix in PICKLE_SUFFIXES:
             raise ModelError("pickled weights are refused", where=path, fix="Convert them to safetensors")
