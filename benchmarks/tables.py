@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, docs/memory.md, docs/merge.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, memory.md, merge.md, reliability.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -165,6 +165,18 @@ def merges(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def reliability(result: dict[str, Any]) -> Rows:
+    """Each proof with what it counted."""
+    rows = [["proof", "counted", "passed", "seconds"]]
+    for name, row in result["cases"].items():
+        test, _, case = name.removeprefix("test_").rstrip("]").partition("[")
+        words = f"{test.replace('_', ' ')}: {re.sub(r'-(errors)?[0-9-]*$', '', case)}".rstrip(": ")
+        counts = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in row.items()
+                           if key not in ("passed", "seconds"))  # fmt: skip
+        rows.append([words, counts, "yes" if row["passed"] else "**no**", f"{row['seconds']:.0f}"])
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -182,6 +194,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "streaming": ("large-stream", streaming),
     "70B": ("large-70b", seventy),
     "merging": ("merge", merges),
+    "reliability": ("reliability", reliability),
 }
 
 
@@ -212,7 +225,7 @@ def main() -> None:
     for page in (
         map(Path, sys.argv[2:])
         if len(sys.argv) > 2
-        else [docs / name for name in ("speed.md", "memory.md", "merge.md")]
+        else [docs / name for name in ("speed.md", "memory.md", "merge.md", "reliability.md")]
     ):
         fill(page, folder)
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import DISK_ERRNOS, disk_error
@@ -27,11 +24,6 @@ def disk_errors(where: Path, only_below: Path | None = None) -> Iterator[None]:
         if only_below and foreign:
             raise
         raise disk_error(where, error.errno, str(error)) from error
-    except SafetensorError as error:  # safetensors' writer
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise disk_error(where, int(code[1]), str(error)) from error
 
 
 def check_space(folder: Path, num_bytes: int) -> None:

@@ -4,6 +4,7 @@ A folder is written beside its final place and renamed when it is complete::
 
     .tmp-<name>-<pid>/      being written, or about to be deleted; ours by `.halfbyte-writing` or by its manifest
     .old-<name>-<pid>/      the folder that is being replaced, for the moment between two renames
+    .halfbyte-<name>-<pid>  a single file being written
     <name>/manifest.json    written last: {"written_by", "format", "files": {path: {"size", "sha256"}}}
 
 Order: files, fsync of each, manifest, fsync, fsync of the folder, rename, fsync of the parent. Nothing is deleted that
@@ -12,6 +13,7 @@ does not carry our mark, and nothing that a living process may still be writing.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -25,16 +27,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.checkpoint.disk import check_space, disk_errors, make_folder, sync_folder
 from halfbyte.checkpoint.manifest import FORMAT_VERSION, list_files, strangers, verifies
+from halfbyte.checkpoint.shard_writer import write_one
 from halfbyte.config.target import MANIFEST, MARKER, check_target, is_ours
 from halfbyte.errors import FileError
 
 logger = logging.getLogger("halfbyte")
 
+_FILE_LEFTOVER = re.compile(r"\.halfbyte-.+-(\d{1,9})", re.DOTALL)
 _LEFTOVER = re.compile(r"\.(old|tmp)-(.+)-(\d{1,9})", re.DOTALL)
 
 
@@ -54,9 +57,8 @@ class FolderWriter:
         self.write_bytes(name, _json_bytes(value))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `tensors` (any shapes and dtypes, any device) as one safetensors file; no copy of CPU tensors."""
-        flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(flat, self.path / name, metadata={"format": "pt"})
+        """Write `tensors` (any shapes and dtypes, any device) as one safetensors file; large CPU ones uncopied."""
+        write_one(self.path / name, tensors)
 
 
 @contextmanager
@@ -105,7 +107,8 @@ def write_file(path: str | Path, data: bytes) -> None:
     path = Path(os.path.realpath(path))
     with disk_errors(path):
         make_folder(path.parent)
-        temp = _free_name(path)
+        _clear_files(path.parent, path.name)
+        temp = _free_name(path, ".halfbyte")
         file = temp.open("xb")
         try:
             with file:
@@ -132,14 +135,15 @@ def remove_folder(path: str | Path) -> bool:
 
 
 def recover(parent: Path, name: str = "") -> None:
-    """Finish what killed processes left in `parent`: half-written folders go, a folder cut off while it was being
-    replaced comes back, as the new one if that is whole, else as the old one. Never fails and never deletes what is
-    not ours.
+    """Finish what killed processes left in `parent`: half-written files and folders go, a folder cut off while it was
+    being replaced comes back, as the new one if that is whole, else as the old one. Never fails and never deletes what
+    is not ours.
 
     Args:
         parent: the folder to look in (not below).
         name: the folder this process is about to write; its leftovers under our own process number go too.
     """
+    _clear_files(parent, "")
     for path in sorted((*parent.glob(".old-*"), *parent.glob(".tmp-*"))):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or not path.is_dir() or path.is_symlink():
@@ -158,14 +162,22 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _free_name(final: Path) -> Path:
-    names = (f".tmp-{final.name}{f'-{n}' if n else ''}-{os.getpid()}" for n in count())
+def _clear_files(parent: Path, name: str) -> None:
+    """Delete what killed processes left of files they were writing in `parent`, named `name`."""
+    for path in parent.glob(f".halfbyte-{glob.escape(name) or '*'}-*"):
+        match = _FILE_LEFTOVER.fullmatch(path.name)
+        if match is not None and path.is_file() and not path.is_symlink() and not _alive(int(match[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _free_name(final: Path, kind: str = ".tmp") -> Path:
+    names = (f"{kind}-{final.name}{f'-{n}' if n else ''}-{os.getpid()}" for n in count())
     return next(path for name in names if not (path := final.parent / name).exists())
 
 
 def _seal(temp: Path) -> None:
-    """fsync every file, then write the manifest. All files get the mode the user's umask gives (safetensors: 0600)."""
-    mode = (temp / MARKER).stat().st_mode & 0o777
+    """fsync every file, then write the manifest."""
     files = {}
     with ThreadPoolExecutor(1) as disk:
         for name in list_files(temp):
@@ -174,8 +186,6 @@ def _seal(temp: Path) -> None:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
                 synced.result()
-            with suppress(OSError):  # a file system without modes
-                (temp / name).chmod(mode)
     manifest = {"written_by": "halfbyte", "format": FORMAT_VERSION, "files": files}
     with (temp / MANIFEST).open("xb") as file:
         file.write(_json_bytes(manifest))

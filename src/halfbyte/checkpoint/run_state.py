@@ -25,7 +25,7 @@ from halfbyte.checkpoint.adapter import CONFIG, INFO, WEIGHTS, check_adapter, re
 from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_one
-from halfbyte.errors import FileError
+from halfbyte.errors import FileError, ResourceError
 from halfbyte.kernels import panel_rule
 from halfbyte.kernels.registry import cpu_choice
 
@@ -170,14 +170,14 @@ def prune_checkpoints(output: str | Path, keep: int, *, step: int | None = None)
 
     Those of later steps than `step`, the one just saved, are an earlier run's: they neither count nor go.
 
-    What does not verify, or holds files of the user's, stays.
+    What does not verify, holds files of the user's, or cannot be deleted (a warning says so) stays.
 
     Returns:
         The checkpoints deleted, newest first.
     """
     found = [path for path in _numbered(Path(output)) if step is None or _step_of(path) <= step]
     good = [path for path in found if (path / RUN_STATE).exists() and _is_good(path)]
-    return [path for path in good[max(keep, 1) :] if remove_folder(path)]
+    return [path for path in good[max(keep, 1) :] if _removed(path)]
 
 
 def environment() -> dict[str, Any]:
@@ -202,6 +202,14 @@ def environment_changes(checkpoint: Checkpoint) -> list[str]:
         for key, value in now.items()
         if checkpoint.environment.get(key) != value
     ]
+
+
+def _removed(path: Path) -> bool:
+    try:
+        return remove_folder(path)
+    except ResourceError as error:  # the new checkpoint is good all the same
+        logger.warning("%s is not deleted: %s", path.name, error)
+        return False
 
 
 def _numbered(output: Path) -> list[Path]:

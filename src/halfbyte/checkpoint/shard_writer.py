@@ -25,6 +25,7 @@ ALIGNMENT = 64
 MAX_SHARD_BYTES = 5_000_000_000
 ENTRY_BYTES = 160
 """More than what a tensor's entry in the header needs besides its name."""
+_METADATA = {"__metadata__": {"format": "pt"}}
 _CODES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items()}
 
 
@@ -61,7 +62,7 @@ class _Shard:
         self._header_used = 64
         self._file = path.open("xb")
         self._file.seek(8 + self._room)
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._entries: dict[str, Any] = dict(_METADATA)
         self._position = 0
         self._waiting: dict[str, Pieces] = {}
 
@@ -85,7 +86,7 @@ class _Shard:
         """Write what waits, then the header."""
         for name in sorted(self._waiting, key=lambda n: -self._waiting[n].dtype.itemsize):
             self._write(name, self._waiting[name])
-        header = json.dumps(self._entries, ensure_ascii=False, separators=(",", ":")).encode()
+        header = _json(self._entries)
         assert len(header) <= self._room, "ENTRY_BYTES is too small"
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
@@ -99,24 +100,34 @@ class _Shard:
 
     def _write(self, name: str, tensor: Pieces) -> None:
         end = self._position + tensor.nbytes
-        self._entries[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._position, end],
-        }
+        self._entries[name] = _entry(tensor, self._position, end)
         for part in tensor.parts:
             if part.numel():
-                self._position += self._file.write(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                self._position += self._file.write(
+                    part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                )
         assert self._position == end, f"{name}: the parts are not of the size announced"
 
 
 def write_one(path: Path, tensors: Mapping[str, Tensor | Pieces]) -> None:
     """Write `tensors`, of any device, as one new file, with one piece in memory. Durability is the caller's."""
-    shard = _Shard(path, 64 + sum(ENTRY_BYTES + len(name.encode()) for name in tensors))
+    pieces = {name: Pieces.of(given) if isinstance(given, Tensor) else given for name, given in tensors.items()}
+    end = sum(piece.nbytes for piece in pieces.values())
+    shard = _Shard(
+        path, len(_json({**_METADATA, **{name: _entry(piece, end, end) for name, piece in pieces.items()}}))
+    )
     with closing(shard):
-        for name, given in tensors.items():
-            shard.add(name, Pieces.of(given) if isinstance(given, Tensor) else given)
+        for name, piece in pieces.items():
+            shard.add(name, piece)
         shard.finish()
+
+
+def _entry(tensor: Pieces, start: int, end: int) -> dict[str, Any]:
+    return {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+
+
+def _json(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def write_shards(
