@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -68,8 +69,7 @@ def test_every_command_runs_in_order(
     assert {shlex.split(line)[1] for line in lines} >= {
         "data", "train", "eval", "generate", "chat", "serve", "merge", "quantize", "doctor"
     }  # fmt: skip
-    said = iter(["What follows 3?", "/adapter", "/new", "/quit"])
-    monkeypatch.setattr("rich.console.Console.input", lambda self, *_: next(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What follows 3?\n/adapter off\n/new\n/quit\n"))
     monkeypatch.setattr("uvicorn.Server.run", ask_once(uvicorn.Server.run))
     for line in lines:
         more = ["--port", "0"] if line.startswith("halfbyte serve") else []
