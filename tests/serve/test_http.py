@@ -113,7 +113,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 5}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "king", "content": ""}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": "x" * 9000}]}, "messages"), ({"best_of": 1}, "best_of"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"), ({"model": ""}, "model"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"), ({"model": ""}, "model"),
     ({"max_tokens": 128}, "messages"),
 ]  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_a_template_that_loops_is_stopped(texts: Texts, monkeypatch: pytest.Monk
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
     for template, said in ((loops + "{% endfor %}", "too long"), ("{{ ''.__class__.__mro__ }}", "template"),
                            ("{{ raise_exception('no') }}", "no")):  # fmt: skip
-        texts._tokenizer.chat_template = template
+        texts.tokenizer.chat_template = template
         with pytest.raises(ApiError, match=said):
             texts.chat(messages)
 

@@ -99,6 +99,8 @@ class Request:
                     finish = "stop" if writer.stopped else None
                 elif event.reason == "error":
                     raise ApiError(500, event.error)
+                elif event.reason == "refused":
+                    raise ApiError(400, event.error, param="response_format")
                 else:
                     text, finish = writer.end(), _reason(event)
                     finish = "stop" if writer.stopped else finish

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.kernels.batch_step import BLOCK, Row
 from halfbyte.serve.cache import BlockPool, chain, shared_prefix
-from halfbyte.serve.sampling import log_probabilities
+from halfbyte.serve.sampling import DeadEndError, log_probabilities
 from halfbyte.serve.sequence import Finished, Order, Token
 from halfbyte.serve.sequence import Sequence as Running
 
@@ -52,7 +52,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.steps = self.rows = self.prompt_tokens = self.reused_tokens = self.new_tokens = 0
-        self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+        self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "refused": 0, "error": 0}
         self.recomputed = 0
 
 
@@ -278,7 +278,12 @@ class Engine:
                 sequence.order.put(self._token(sequence, logits[row], sequence.tokens[position + 1], prompt=True))
             elif sequence in self._running:
                 plain = sequence.order.sampling.plain
-                self._say(sequence, token if plain else sequence.sampler.choose(logits[row]), logits[row])
+                try:
+                    chosen = token if plain else sequence.sampler.choose(logits[row])
+                except DeadEndError as error:
+                    self._finish(sequence, Finished("refused", str(error)))
+                else:
+                    self._say(sequence, chosen, logits[row])
 
     def _say(self, sequence: Running, token: int, logits: Tensor) -> None:
         order = sequence.order

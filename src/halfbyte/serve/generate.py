@@ -15,8 +15,9 @@ from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.answer import Piece, Request, chat_logprobs, envelope, plain_logprobs
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.errors import ApiError
+from halfbyte.serve.grammar import Grammars
 from halfbyte.serve.guard import Receive, Scope, Send, read_body
-from halfbyte.serve.sampling import Sampling
+from halfbyte.serve.sampling import MakeForm, Sampling
 from halfbyte.serve.schema import ChatRequest, CompletionRequest, parse
 from halfbyte.serve.sequence import Token
 from halfbyte.serve.text import Texts
@@ -30,6 +31,7 @@ class Generation:
 
     def __init__(self, engine: Engine, adapters: Adapters, texts: Texts) -> None:
         self._engine, self._adapters, self._texts = engine, adapters, texts
+        self._grammars = Grammars(texts)
 
     async def chat(self, http: HttpRequest) -> Response:
         asked = parse(await read_body(http), ChatRequest)
@@ -42,7 +44,8 @@ class Generation:
         prompt = await asyncio.to_thread(self._texts.chat, messages)
         most = min(asked.max_tokens, asked.max_completion_tokens)
         logprobs = asked.top_logprobs if asked.logprobs else None
-        orders = self._orders(asked, served, [prompt], most, logprobs=logprobs)
+        form = await self._grammars.form(asked.response_format)
+        orders = self._orders(asked, served, [prompt], most, form, logprobs=logprobs)
         return await self._respond(
             http, asked, Request(self._engine, self._texts, orders, asked.stops, True, asked.model)
         )
@@ -52,7 +55,9 @@ class Generation:
         served = self._served(asked.model)
         prompts = [await self._prompt(prompt) for prompt in _as_list(asked.prompt)]
         tell = asked.echo and asked.logprobs is not None
-        orders = self._orders(asked, served, prompts, asked.max_tokens, logprobs=asked.logprobs, prompt_logprobs=tell)
+        orders = self._orders(
+            asked, served, prompts, asked.max_tokens, None, logprobs=asked.logprobs, prompt_logprobs=tell
+        )
         return await self._respond(
             http, asked, Request(self._engine, self._texts, orders, asked.stops, False, asked.model)
         )
@@ -72,8 +77,9 @@ class Generation:
         return ids
 
     def _orders(
-        self, asked: ChatRequest | CompletionRequest, served: Any, prompts: list[list[int]], most: int, **options: Any
-    ) -> list[dict[str, Any]]:
+        self, asked: ChatRequest | CompletionRequest, served: Any, prompts: list[list[int]], most: int,
+        form: MakeForm | None, **options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """One for each choice. Raises ApiError where a prompt does not fit the context."""
         context = self._texts.context
         given = "max_tokens" in asked.model_fields_set or "max_completion_tokens" in asked.model_fields_set
@@ -101,8 +107,8 @@ class Generation:
         return [
             {
                 "served": served, "prompt": prompt, "max_tokens": min(most, context - len(prompt)),
-                "sampling": Sampling(**chosen, bias=bias, seed=(seed + choice) % 2**63), "stops": self._texts.stops,
-                **options,
+                "sampling": Sampling(**chosen, bias=bias, seed=(seed + choice) % 2**63, form=form),
+                "stops": self._texts.stops, **options,
             }
             for prompt in prompts
             for choice in range(asked.n)

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 SORTED = (256, 4096, 1 << 31)
 """Candidates that top-p looks at: sorting a whole vocabulary takes milliseconds."""
+
+
+class DeadEndError(Exception):
+    """No token may follow, or it cannot be told which."""
+
+
+class Form(Protocol):
+    """What an answer must look like."""
+
+    def allowed(self) -> Tensor:
+        """(tokens,) bool: those that may come next. Raises DeadEndError."""
+
+    def took(self, token: int) -> None:
+        """`token` is part of the answer now."""
+
+
+MakeForm = Callable[[], Form]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +44,7 @@ class Sampling:
         repetition_penalty: divides positive logits of tokens of prompt and answer, multiplies negative ones.
         bias: added to logits, by token.
         seed: the same one gives the same answer to the same request.
+        form: of the answer, made anew for each.
     """
 
     temperature: float = 0.0
@@ -36,11 +56,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     bias: dict[int, float] = field(default_factory=dict)
     seed: int = 0
+    form: MakeForm | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the likeliest token of the logits as they are is the answer."""
-        return self.temperature == 0 and not self.changes_logits
+        return self.temperature == 0 and not self.changes_logits and self.form is None
 
     @property
     def changes_logits(self) -> bool:
@@ -56,18 +77,23 @@ class Sampler:
         self._random = torch.Generator().manual_seed(sampling.seed)
         self._counts: Counter[int] = Counter()
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._form = sampling.form() if sampling.form else None
 
     def took(self, token: int) -> None:
         """`token` is part of the answer now."""
         if self.sampling.changes_logits:
             self._counts[token] += 1
             self._seen.add(token)
+        if self._form:
+            self._form.took(token)
 
     def choose(self, logits: Tensor) -> int:
-        """A token by logits (vocab_size,) float32."""
+        """A token by logits (vocab_size,) float32. Raises DeadEndError where the form leaves none."""
         s = self.sampling
         if s.changes_logits:
             logits = self._changed(logits)
+        if self._form:
+            logits = _only(logits, self._form.allowed())
         if s.temperature == 0:
             return int(logits.argmax())
         candidates, weights = self._candidates(torch.softmax(logits.double() / s.temperature, 0))
@@ -106,6 +132,16 @@ class Sampler:
             kept = weights >= s.min_p * weights.max()
             weights, tokens = weights[kept], tokens[kept]
         return tokens, weights
+
+
+def _only(logits: Tensor, allowed: Tensor) -> Tensor:
+    """`logits` where `allowed`, which may be shorter or longer, says so."""
+    size = min(len(logits), len(allowed))
+    found = torch.full_like(logits, -torch.inf)
+    found[:size] = torch.where(allowed[:size], logits[:size], -torch.inf)
+    if not bool(allowed[:size].any()):
+        raise DeadEndError("response_format: no token may follow")
+    return found
 
 
 def _largest(p: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.serve.adapters import NAME
 from halfbyte.serve.errors import ApiError
 
 MOST_CHARACTERS = 2_000_000
 MOST_TOKENS = 1_000_000
+MOST_SCHEMA_CHARACTERS, MOST_SCHEMA_DEPTH = 65_536, 64
 
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -46,10 +47,43 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class ResponseFormat(_Strict):
-    """Only text: no library for grammars is among the dependencies."""
+class JsonSchema(_Strict):
+    """A name for the client, and the schema, by which the answer is held."""
 
-    type: Literal["text"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[str, Field(max_length=4096)] = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _bounded(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        level: list[Any] = [schema]
+        for _ in range(MOST_SCHEMA_DEPTH):
+            level = [
+                inner
+                for outer in level
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(inner, dict | list)
+            ]
+        if level:
+            raise ValueError(f"nested more than {MOST_SCHEMA_DEPTH} deep")
+        if len(json.dumps(schema)) > MOST_SCHEMA_CHARACTERS:
+            raise ValueError(f"more than {MOST_SCHEMA_CHARACTERS} characters")
+        return schema
+
+
+class ResponseFormat(_Strict):
+    """Any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema comes with type json_schema, and only so")
+        return self
 
 
 class _Generation(_Strict):

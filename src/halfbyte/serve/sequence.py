@@ -23,7 +23,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer: "stop" (an end token), "length", "cancelled" or "error"."""
+    """The end of an answer: "stop" (an end token), "length", "cancelled", "refused" (its form), or "error"."""
 
     reason: str
     error: str = ""

@@ -29,7 +29,7 @@ class Texts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stops: Sequence[int], context: int) -> None:
-        self._tokenizer: Any = tokenizer
+        self.tokenizer: Any = tokenizer
         self._lock = threading.Lock()  # a tokenizer's settings change while it encodes
         self._most = context * CHARACTERS_PER_TOKEN
         self.stops, self.context, self.vocab_size = frozenset(stops), context, len(tokenizer)
@@ -47,7 +47,7 @@ class Texts:
         try:
             text = _within(
                 TEMPLATE_SECONDS,
-                lambda: self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+                lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
             )
         except TimeoutError:
             raise ApiError(400, "the model's chat template takes too long for this", param="messages") from None
@@ -62,15 +62,15 @@ class Texts:
 
     def token(self, token: int) -> str:
         """The text of one token."""
-        return str(self._tokenizer.decode([token]))
+        return str(self.tokenizer.decode([token]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         with self._lock:
-            return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+            return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 
     def _check(self, characters: int, param: str) -> None:
         if characters > self._most:
