@@ -41,7 +41,9 @@ FUSED = pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"], indire
 
 
 def quantized(rows: int, cols: int, blocksize: int, quant_type: str = "nf4", nested: bool = True) -> tuple[Any, ...]:
+    """Random, its scales of either sign, as `quant.scale` may choose them."""
     codes, absmax = torch.ops.halfbyte.quantize_4bit(torch.randn(rows, cols), quant_type, blocksize)
+    absmax[::3].neg_()
     scales = compress_absmax(absmax) if nested else (absmax, None, 0.0)
     return (codes, *scales, quant_type, blocksize)
 

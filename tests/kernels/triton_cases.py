@@ -75,6 +75,7 @@ def test_codec_equals_reference(quant_type: str, blocksize: int) -> None:
         codes_ref, absmax_ref = quantize_reference(weight, quant_type, blocksize)
         assert same_bits(codes, codes_ref), (shape, dtype)
         assert same_bits(absmax, absmax_ref), (shape, dtype)
+        absmax[::3].neg_()  # of either sign, as `quant.scale` may choose them
         nested_codes, nested_absmax, offset = compress_absmax(absmax)
         for scales in ((absmax, None, 0.0), (nested_codes, nested_absmax, offset)):
             for out_dtype in (torch.float32, HALF):
@@ -108,9 +109,10 @@ def test_a_nan_shows_in_its_scale() -> None:
 
 
 def packed_weight(rows: int, cols: int, quant_type: str, blocksize: int, double_quant: bool) -> tuple[tuple, Tensor]:
-    """A random weight, packed, and its decoded values in float64."""
+    """A random weight with scales of either sign, packed, and its decoded values in float64."""
     torch.manual_seed(rows + cols)
     codes, absmax = quantize_reference(torch.randn(rows, cols, device=DEVICE), quant_type, blocksize)
+    absmax[::3].neg_()
     scales = compress_absmax(absmax) if double_quant else (absmax, None, 0.0)
     packed = (codes, *scales, quant_type, blocksize)
     return packed, dequantize_reference(*packed, (rows, cols), torch.float64)

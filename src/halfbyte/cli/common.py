@@ -126,8 +126,6 @@ def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple
     Returns:
         the loaded base, its tokenizer, and notes for the user.
     """
-    from dataclasses import replace
-
     from halfbyte.cli.progress import LoadBar
     from halfbyte.errors import ConfigError
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
@@ -137,8 +135,7 @@ def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple
     if not model:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
     if saved is not None and saved.info.get("quant"):
-        known = {key: saved.info["quant"][key] for key in ("quant_type", "blocksize", "double_quant")}
-        quant = replace(quant, **known)
+        quant = quant.with_recipe(saved.info["quant"])
     tokenizer = load_tokenizer(model)
     dtype, reason = choose_compute_dtype(quant.compute_dtype)
     notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]

@@ -7,7 +7,8 @@ Defaults follow the QLoRA paper (arXiv 2305.14314, §4 and appendix B) unless th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from halfbyte.dtypes import COMPUTE_DTYPES, parse_bytes
 from halfbyte.errors import ConfigError
 
 QuantType = Literal["nf4", "fp4"]
+Scale = Literal["auto", "absmax", "mse", "mse-signed"]
 Schedule = Literal["constant", "linear", "cosine"]
 Weights = Literal["resident", "mmap", "stream"]
 Activations = Literal["resident", "disk"]
@@ -49,6 +51,10 @@ class QuantConfig:
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
     """Quantize the scales themselves to 8 bits: 4.127 instead of 4.5 bits per weight."""
+    scale: Scale = "auto"
+    """absmax (largest magnitude), mse (least error), mse-signed (either sign); auto: absmax, calibrated mse-signed."""
+    calibrate: str = ""
+    """`halfbyte quantize`: samples, JSON lines, whose text decides scales and codes; empty: the weights alone do."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What matrix products run in; auto takes what this hardware does fast and says why."""
     skip_modules: tuple[str, ...] = ()
@@ -59,8 +65,25 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _require_choice("quant.quant_type", self.quant_type, get_args(QuantType))
         _require_choice("quant.blocksize", self.blocksize, BLOCKSIZES)
+        _require_choice("quant.scale", self.scale, get_args(Scale))
         _require_choice("quant.compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
         _require_choice("quant.embeddings", self.embeddings, ("as_stored", "int8"))
+
+    @property
+    def chosen_scale(self) -> str:
+        """`scale`, auto decided."""
+        return self.scale if self.scale != "auto" else "mse-signed" if self.calibrate else "absmax"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the bytes of a 4-bit weight depend on, as it is recorded; the scale where it is not absmax."""
+        more = {} if self.chosen_scale == "absmax" else {"scale": self.chosen_scale}
+        return {"quant_type": self.quant_type, "double_quant": self.double_quant, "blocksize": self.blocksize, **more}
+
+    def with_recipe(self, recipe: Mapping[str, Any]) -> QuantConfig:
+        """These settings with the recorded `recipe`."""
+        known = {key: recipe[key] for key in ("quant_type", "double_quant", "blocksize") if key in recipe}
+        return replace(self, **known, scale=recipe.get("scale", "absmax"), calibrate="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +100,8 @@ class LoraConfig:
     """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
+    init: Literal["random", "cloq"] = "random"
+    """random (A uniform, B zero); cloq: what `halfbyte quantize` with quant.calibrate and this left by the base."""
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "lora.r", self.r, "the rank is at least 1")
@@ -84,6 +109,7 @@ class LoraConfig:
             0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "an alpha of 0 or less trains nothing"
         )
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability, at least 0 and below 1")
+        _require_choice("lora.init", self.init, ("random", "cloq"))
         _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
 
     @property

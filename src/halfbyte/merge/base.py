@@ -85,9 +85,7 @@ class MergeBase:
     def recipe(self) -> dict[str, Any]:
         """{"quant_type": ..., "blocksize": ..., "double_quant": ...} of the 4-bit weights."""
         if not self.in_4_bits or not self.targets:
-            return {
-                key: getattr(self.quant, key) for key in ("quant_type", "double_quant", "blocksize")
-            }  # fmt: skip
+            return self.quant.recipe
         assert self.source.stored_quantization is not None
         blocksize = self.quantized(min(self.targets)).blocksize
         return {**stored_quant_settings(self.source.stored_quantization), "blocksize": blocksize}

@@ -60,7 +60,7 @@ class FourBit:
     max_drift, mapped_bytes = 0.2, 0
 
     def __init__(self, job: Job) -> None:
-        self._job, self._recipe = job, replace(job.fold.base.quant, **job.fold.base.recipe())
+        self._job, self._recipe = job, job.fold.base.quant.with_recipe(job.fold.base.recipe())
         self._text = training_text(job)
         self.work_bytes = text_bytes(job.fold.base, self._text[0].numel())
         self.form = f"4bit {self._recipe.quant_type}"

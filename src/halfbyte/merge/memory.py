@@ -8,7 +8,7 @@ from halfbyte.errors import ResourceError
 from halfbyte.merge.base import MergeBase
 from halfbyte.merge.drift import Probe
 from halfbyte.merge.job import Format
-from halfbyte.model.memory import resident_memory
+from halfbyte.model.memory import matrix_sides, resident_memory
 from halfbyte.plan import budget_of
 from halfbyte.plan.merging import GROUP_TOKENS, drift_bytes, error_feedback_bytes
 
@@ -16,21 +16,13 @@ from halfbyte.plan.merging import GROUP_TOKENS, drift_bytes, error_feedback_byte
 def predicted_peak(base: MergeBase, probe: Probe, format: Format) -> int:
     """Bytes: what is resident now, and the larger of measuring drift and what the format needs."""
     group = max(GROUP_TOKENS, max(map(len, probe.ids)))
-    drift = drift_bytes(len(base.model.get_input_embeddings().weight), *_widths(base), group)
+    drift = drift_bytes(len(base.model.get_input_embeddings().weight), *matrix_sides(base.model), group)
     return resident_memory() + max(drift, format.work_bytes) + format.mapped_bytes
 
 
 def text_bytes(base: MergeBase, rows: int) -> int:
     """Of codes chosen on `rows` tokens of text, padding included."""
-    return error_feedback_bytes(*_widths(base), rows)
-
-
-def _widths(base: MergeBase) -> tuple[int, int]:
-    """Of the model's states, and the largest side of a matrix that is not of the vocabulary's size."""
-    vocabulary, width = base.model.get_input_embeddings().weight.shape
-    shapes = [tuple(parameter.shape) for parameter in base.model.parameters()]
-    matrices = [shape for shape in shapes if len(shape) == 2 and vocabulary not in shape]
-    return int(width), max((max(shape) for shape in matrices), default=int(width))
+    return error_feedback_bytes(*matrix_sides(base.model), rows)
 
 
 def check_budget(config: RunConfig, needed: int) -> None:

@@ -141,8 +141,7 @@ def _prepare(
     """Read and check everything, the cheapest first; the base's hash, which reads it once, comes last."""
     parts = read_parts(weights)
     recipe: dict[str, Any] = next((part.adapter.info["quant"] for part in parts if part.adapter.info.get("quant")), {})
-    known = {key: recipe[key] for key in ("quant_type", "blocksize", "double_quant") if key in recipe}
-    base = open_base(config.model.path, replace(config.quant, **known))
+    base = open_base(config.model.path, config.quant.with_recipe(recipe) if recipe else config.quant)
     parts = tuple(replace(part, updates=updates_of(part.adapter, base.model)) for part in parts)
     tokenizer = load_tokenizer(config.model.path)
     hashes = [template_hash(part, tokenizer, base.source.label, any_template=any_template) for part in parts]

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint.adapter import Adapter
+from halfbyte.checkpoint.adapter import Adapter, pairs
 from halfbyte.config import LoraConfig
 from halfbyte.errors import AdapterError
 from halfbyte.model.targets import modules_to_adapt
 from halfbyte.nn.lora_linear import fuse_lora_layers
+
+START = "start"
+"""Folder beside a base's files: the adapter that training may begin at (lora.init)."""
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.PeftModel:
@@ -22,16 +25,33 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
 
     The random numbers come from `seed` alone, whatever ran before.
     """
-    names = modules_to_adapt(model, lora.target_modules)
-    config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
-        target_modules=shortest_names(model, names), task_type="CAUSAL_LM",
-    )  # fmt: skip
+    config = peft_config(model, lora, modules_to_adapt(model, lora.target_modules))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, config)
     fuse_lora_layers(adapted)
     return adapted
+
+
+def peft_config(model: PreTrainedModel, lora: LoraConfig, names: list[str]) -> peft.LoraConfig:
+    """PEFT's config of an adapter on the layers `names` of `model`."""
+    return peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
+        target_modules=shortest_names(model, names), task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def begin_at(model: peft.PeftModel, start: Adapter, scaling: float) -> None:
+    """Give the fresh adapter of `model`, whose update is scaled by `scaling`, the update of `start`.
+
+    Raises:
+        AdapterError: it is of other layers or of another rank.
+    """
+    factors = {module: own / scaling for module, (_, _, own) in pairs(start).items()}
+    load_adapter_state(model, {
+        name: tensor * factors[name.removeprefix("base_model.model.").rpartition(".lora_")[0]] if ".lora_B." in name
+        else tensor for name, tensor in start.state.items()
+    })  # fmt: skip
 
 
 def attach_saved(model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name: str = "default") -> peft.PeftModel:

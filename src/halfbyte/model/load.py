@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.config import QuantConfig
 from halfbyte.config.schema import check_stored
 from halfbyte.dtypes import format_bytes
-from halfbyte.errors import ModelError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
@@ -91,7 +91,7 @@ def load_model(
         ConfigError: weights that are not stored in 4 bits cannot be left on disk.
     """
     source = open_source(path)
-    check_stored(placement.weights, path, in_4_bits=source.stored_quantization is not None)
+    _check_stored(source, placement, quant)
     reader = source.open_tensors(mapped=placement.weights == "mmap")
     model = skeleton(source)
     names = match_names(model, reader, path)
@@ -134,6 +134,15 @@ def load_model(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
         quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
     )  # fmt: skip
+
+
+def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> None:
+    check_stored(placement.weights, source.label, in_4_bits=source.stored_quantization is not None)
+    if quant.calibrate and source.stored_quantization is None:
+        raise ConfigError(
+            "is chosen once, when the model is written in 4 bits", where="quant.calibrate",
+            fix=f"Run: halfbyte quantize --model {source.label} --output DIR --set quant.calibrate=FILE, and use DIR",
+        )  # fmt: skip
 
 
 def skeleton(source: Source) -> PreTrainedModel:
@@ -230,4 +239,4 @@ def _recipe(source: Source, quant: QuantConfig, model: PreTrainedModel) -> dict[
     layer = next((m for m in model.modules() if isinstance(m, Linear4bit)), None)
     if source.stored_quantization is not None and layer is not None:
         return {**stored_quant_settings(source.stored_quantization), "blocksize": layer.blocksize}
-    return {"quant_type": quant.quant_type, "double_quant": quant.double_quant, "blocksize": quant.blocksize}
+    return quant.recipe

@@ -1,4 +1,4 @@
-"""Memory of this process, as the operating system counts it."""
+"""Memory: of this process, as the operating system counts it, and the sides of a model's matrices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from transformers import PreTrainedModel
 
 
 def resident_memory() -> int:
@@ -27,3 +28,11 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matrix_sides(model: PreTrainedModel) -> tuple[int, int]:
+    """Width of the hidden states, and the largest side of a matrix that is not of the vocabulary's size."""
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    matrices = [shape for shape in shapes if len(shape) == 2 and vocabulary not in shape]
+    return int(width), max((max(shape) for shape in matrices), default=int(width))

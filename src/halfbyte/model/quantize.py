@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from halfbyte.checkpoint import check_target, write_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_shards
@@ -47,6 +48,55 @@ class QuantizeResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Unquantized:
+    """A model in 16 bits that is to be written in 4: what is known before any tensor is read.
+
+    Attributes:
+        names: the stored name of every parameter.
+        targets: the linear layers that are quantized.
+        sizes: bytes of every stored tensor.
+    """
+
+    source: Source
+    reader: TensorReader
+    model: PreTrainedModel
+    names: dict[str, str]
+    targets: list[str]
+    sizes: dict[str, int]
+    quant: QuantConfig
+
+    @property
+    def header_bytes(self) -> int:
+        """Room for a shard's header: a 4-bit weight is up to seven tensors."""
+        return sum(7 * (len(name) + 200) for name in self.names)
+
+    def finish(self, folder: Path) -> None:
+        """Write config, tokenizer and what else makes a model of the tensors in `folder`."""
+        _write_config(self, folder)
+        load_tokenizer(self.source.label).save_pretrained(folder)
+        for file in COPIED_FILES:
+            if self.source.path.is_dir() and (self.source.path / file).is_file():
+                shutil.copyfile(self.source.path / file, folder / file)
+
+
+def open_unquantized(path: str, output: str | Path, quant: QuantConfig) -> Unquantized:
+    """The model called `path`, checked as far as that needs no weights.
+
+    Raises:
+        ModelError: the model cannot be read.
+        ConfigError: it is already in 4 bits, or `output` holds something else.
+    """
+    source = open_source(path)
+    _check_wish(source, quant)
+    check_target(Path(output))
+    reader, model = source.open_tensors(), skeleton(source)
+    names = match_names(model, reader, path)
+    targets = modules_to_quantize(model, quant.skip_modules)
+    sizes = {name: prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names.values()}
+    return Unquantized(source, reader, model, names, targets, sizes, quant)
+
+
 def quantize_model(
     path: str, output: str | Path, quant: QuantConfig, *, on_progress: Progress | None = None
 ) -> QuantizeResult:
@@ -58,13 +108,8 @@ def quantize_model(
         ResourceError: the disk is full or not writable; nothing is left under the final name.
     """
     started = time.perf_counter()
-    source = open_source(path)
-    _check_wish(source, quant)
-    check_target(Path(output))
-    reader = source.open_tensors()
-    model = skeleton(source)
-    names = match_names(model, reader, path)
-    targets = modules_to_quantize(model, quant.skip_modules)
+    job = open_unquantized(path, output, quant)
+    reader, model, names = job.reader, job.model, job.names
     counts = {"weights": 0, "bytes": 0}
 
     def tensors() -> Iterator[tuple[str, Tensor | Pieces]]:
@@ -72,7 +117,7 @@ def quantize_model(
             if on_progress:
                 on_progress(done, len(names), name)
             module_name, _, leaf = name.rpartition(".")
-            if module_name not in targets or leaf != "weight":
+            if module_name not in job.targets or leaf != "weight":
                 slices = unquantized_slices(reader, stored_name, model.get_parameter(name), path)
                 yield name, Pieces(reader.dtype(stored_name), reader.shape(stored_name), slices)
                 continue
@@ -88,19 +133,13 @@ def quantize_model(
             for key, tensor in weight.bnb_tensors().items():
                 yield f"{name}.{key}", tensor
 
-    sizes = {name: prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names.values()}
-    with write_folder(output, expected_bytes=sum(sizes.values()) // 3) as writer:
-        header_bytes = sum(7 * (len(name) + 200) for name in names)  # a 4-bit weight is up to seven tensors
-        _, bytes_out = write_shards(writer.path, tensors(), header_bytes=header_bytes)
-        _write_config(source, reader, names, model, targets, quant, writer.path)
-        load_tokenizer(path).save_pretrained(writer.path)
-        for file in COPIED_FILES:
-            if source.path.is_dir() and (source.path / file).is_file():
-                shutil.copyfile(source.path / file, writer.path / file)
+    with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as writer:
+        _, bytes_out = write_shards(writer.path, tensors(), header_bytes=job.header_bytes)
+        job.finish(writer.path)
     if on_progress:
         on_progress(len(names), len(names), "")
     return QuantizeResult(
-        bytes_in=sum(sizes.values()), bytes_out=bytes_out, quantized=len(targets),
+        bytes_in=sum(job.sizes.values()), bytes_out=bytes_out, quantized=len(job.targets),
         bits_per_weight=8 * counts["bytes"] / max(counts["weights"], 1), peak_memory=peak_memory(),
         seconds=time.perf_counter() - started, output=str(output),
     )  # fmt: skip
@@ -117,23 +156,20 @@ def _check_wish(source: Source, quant: QuantConfig) -> None:
         )  # fmt: skip
 
 
-def _write_config(
-    source: Source, reader: TensorReader, names: dict[str, str], model: Any, targets: list[str], quant: QuantConfig,
-    folder: Path,
-) -> None:  # fmt: skip
+def _write_config(job: Unquantized, folder: Path) -> None:
     """config.json with bitsandbytes' quantization_config, and the dtype most of the model was in."""
+    quant, stored = job.quant, [s for name, s in job.names.items() if name.rpartition(".")[0] in job.targets]
     dtype = max(
-        (reader.dtype(stored) for name, stored in names.items() if name.rpartition(".")[0] in targets),
-        key=lambda d: (d == torch.bfloat16, d.itemsize), default=torch.float32,
+        map(job.reader.dtype, stored), key=lambda d: (d == torch.bfloat16, d.itemsize), default=torch.float32
     )  # fmt: skip
-    skipped = sorted(set(linear_names(model)) - set(targets))
+    skipped = sorted(set(linear_names(job.model)) - set(job.targets))
     compute = None if quant.compute_dtype == "auto" else quant.compute_dtype
     settings = HalfbyteConfig(
         bnb_4bit_quant_type=quant.quant_type, bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=compute, blocksize=quant.blocksize, llm_int8_skip_modules=skipped,
     ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
-    config = source.config
+    config = job.source.config
     config.dtype = dtype
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(job.model).__name__]
     config.quantization_config = settings.to_dict()
     config.save_pretrained(folder)

@@ -31,3 +31,12 @@ def quantized_bytes(shape: tuple[int, ...], blocksize: int, double_quant: bool) 
 def bits_per_weight(blocksize: int, double_quant: bool) -> float:
     """Bits of a weight in a large layer: 4.127 for blocks of 64 with double quantization, 4.5 without."""
     return 4 + (8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double_quant else 32 / blocksize)
+
+
+def slice_rows(shape: tuple[int, ...], blocksize: int, max_elements: int) -> int:
+    """Rows of a slice for `quantize_slices`: at most `max_elements` where whole pairs of blocks allow it."""
+    row = prod(shape[1:])
+    unit = 1
+    while unit * row % (2 * blocksize):
+        unit *= 2
+    return max(max_elements // (unit * row), 1) * unit

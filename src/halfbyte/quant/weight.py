@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.config.schema import BLOCKSIZES, QuantConfig
+from halfbyte.config.schema import BLOCKSIZES
 from halfbyte.errors import ModelError
 from halfbyte.quant import ops
-from halfbyte.quant.absmax import compress_absmax, expand_absmax
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
+from halfbyte.quant.absmax import expand_absmax
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes, slice_rows
 from halfbyte.quant.codebook import codebook, dynamic_map
-from halfbyte.quant.memory import lasting
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -197,101 +195,3 @@ def _read_state(packed: Tensor, name: str) -> dict[str, Any]:
 def _same_table(stored: Tensor, values: Tensor) -> bool:
     stored = stored.cpu().float().reshape(-1)
     return stored.shape == values.shape and torch.allclose(stored, values, rtol=0, atol=1e-6)
-
-
-def quantize(
-    weight: Tensor,
-    *,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    name: str = "weight",
-) -> QuantizedWeight:
-    """Quantize `weight` to 4 bits.
-
-    Args:
-        weight: any shape; float32, bfloat16 or float16; every element finite.
-        name: what an error calls it.
-
-    Raises:
-        ModelError: the weight has NaN or Inf, or is not a floating-point tensor.
-        ConfigError: `quant_type` or `blocksize` is not one of those supported.
-    """
-    return quantize_slices(
-        [weight], tuple(weight.shape), weight.dtype, QuantConfig(
-            quant_type=quant_type,  # type: ignore[arg-type]
-            blocksize=blocksize, double_quant=double_quant
-        ), name=name,
-    )  # fmt: skip
-
-
-def quantize_slices(
-    slices: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype, config: QuantConfig, *, name: str
-) -> QuantizedWeight:
-    """Quantize a weight that arrives in slices of its first dimension, so that it need never be whole in memory.
-
-    Args:
-        slices: in order; each but the last holds a multiple of ``2 * blocksize`` elements (see `slice_rows`).
-    """
-    quantizer = SliceQuantizer(slices, shape, dtype, config, name=name)
-    parts = quantizer.codes()
-    codes, count = next(parts), num_code_bytes(prod(shape))
-    if codes.numel() < count:
-        whole, filled = lasting(count) if codes.device.type == "cpu" else codes.new_empty(count), 0
-        for part in chain([codes], parts):
-            whole[filled : filled + part.numel()] = part
-            filled += part.numel()
-        codes = whole
-    return quantizer.finish(codes)
-
-
-class SliceQuantizer:
-    """`quantize_slices` for a caller that takes the codes of each slice away before the next is read."""
-
-    def __init__(
-        self, slices: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype, config: QuantConfig, *, name: str
-    ) -> None:
-        self.shape = shape
-        self._slices, self._dtype, self._config, self._name = slices, dtype, config, name
-        self._scales: list[Tensor] = []
-        self._bad = 0
-
-    def codes(self) -> Iterator[Tensor]:
-        """The codes of each slice, flat."""
-        for part in map(Tensor.detach, self._slices):
-            if part.dtype not in SOURCE_DTYPES:
-                why = "float32, bfloat16 and float16 are supported"
-                raise ModelError(f"has dtype {part.dtype}", where=self._name, why=why)
-            codes, scales = torch.ops.halfbyte.quantize_4bit(part, self._config.quant_type, self._config.blocksize)
-            # NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
-            if not scales.sum().isfinite():
-                self._bad += int((~torch.isfinite(part)).sum())
-            self._scales.append(scales)
-            yield codes
-
-    def finish(self, codes: Tensor) -> QuantizedWeight:
-        """The weight, once `codes()` has been used up; `codes` is all of them, or a meta tensor in their place.
-
-        Raises:
-            ModelError: the slices held NaN or Inf.
-        """
-        if self._bad:
-            fix = "Use a checkpoint whose weights are finite"
-            raise ModelError(f"has {self._bad} NaN or Inf", where=self._name, fix=fix)
-        absmax = self._scales[0] if len(self._scales) == 1 else torch.cat(self._scales)
-        nested_absmax, offset = None, 0.0
-        if self._config.double_quant:
-            absmax, nested_absmax, offset = compress_absmax(absmax)
-        return QuantizedWeight(
-            codes=codes, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset,
-            quant_type=self._config.quant_type, blocksize=self._config.blocksize, shape=self.shape, dtype=self._dtype,
-        )  # fmt: skip
-
-
-def slice_rows(shape: tuple[int, ...], blocksize: int, max_elements: int) -> int:
-    """Rows of a slice for `quantize_slices`: at most `max_elements` where whole pairs of blocks allow it."""
-    row = prod(shape[1:])
-    unit = 1
-    while unit * row % (2 * blocksize):
-        unit *= 2
-    return max(max_elements // (unit * row), 1) * unit

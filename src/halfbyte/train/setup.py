@@ -12,12 +12,13 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint import latest_checkpoint, versions
+from halfbyte.checkpoint import Adapter, check_base, latest_checkpoint, load_adapter, versions
 from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
+from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
-from halfbyte.model.adapt import attach_lora
+from halfbyte.model.adapt import START, attach_lora, begin_at
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
@@ -153,12 +154,28 @@ def _checkpoint_of(config: RunConfig) -> Path | None:
 
 def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
+    if config.lora.init == "cloq":
+        begin_at(model, _start(loaded, config), config.lora.scaling)
+        observer.note(f"adapter: begins at {loaded.source.path / START}")
     trainable = [p for p in model.parameters() if p.requires_grad]
     observer.note(
         f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
         f"scaling {config.lora.scaling:g}"
     )
     return model
+
+
+def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
+    """What `halfbyte quantize` left beside the base to begin at."""
+    folder = loaded.source.path / START
+    if not folder.is_dir():
+        raise ConfigError(
+            "needs a start that was written with the base", where="lora.init", why=f"there is no {folder}",
+            fix="Run: halfbyte quantize --model MODEL --output DIR --set quant.calibrate=FILE --set lora.init=cloq",
+        )  # fmt: skip
+    start = load_adapter(folder)
+    check_base(start, loaded.base_sha256, base=config.model.path)
+    return start
 
 
 def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer) -> AdamW:

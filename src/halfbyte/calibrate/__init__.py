@@ -1,0 +1,5 @@
+"""Which codes and scales lose least on the user's data: chosen layer by layer, written in the same format."""
+
+from halfbyte.calibrate.run import CalibrateResult, calibrate_model
+
+__all__ = ["CalibrateResult", "calibrate_model"]

@@ -1,0 +1,39 @@
+"""How much text a calibration can look at within a budget of memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.config import RunConfig
+from halfbyte.data import TokenizedData, calibration_text
+from halfbyte.dtypes import format_bytes
+from halfbyte.errors import ResourceError
+from halfbyte.model.memory import matrix_sides, resident_memory
+from halfbyte.plan import budget_of
+from halfbyte.plan.merging import error_feedback_bytes
+
+MOST_TOKENS, LEAST_TOKENS = 16384, 512
+"""Of text to calibrate on: fewer where the budget wants it."""
+
+
+def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) -> tuple[tuple[Tensor, Tensor], int]:
+    """As much of `data` as memory.budget has room for (`calibration_text`), and the bytes of the fullest moment.
+
+    Raises:
+        ResourceError: not even for LEAST_TOKENS; names the smallest budget that works.
+    """
+    budget, resident, tokens = budget_of(config), resident_memory(), MOST_TOKENS
+    while True:
+        rows = [torch.from_numpy(data[i].input_ids).long() for i in range(min(tokens // 16, len(data)))]
+        text = calibration_text(rows, tokens)
+        needed = resident + error_feedback_bytes(*matrix_sides(model), text[0].numel())
+        if budget is None or needed <= budget.bytes:
+            return text, needed
+        if tokens == LEAST_TOKENS:
+            raise ResourceError(
+                f"{format_bytes(budget.bytes)} are not enough to calibrate", where=budget.source,
+                why=f"{LEAST_TOKENS} tokens of text take {needed} bytes", fix=f"Give --memory {-(-needed // 10**6)}MB",
+            )  # fmt: skip
+        tokens //= 2

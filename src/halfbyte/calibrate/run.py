@@ -1,0 +1,115 @@
+"""`halfbyte quantize` with quant.calibrate: scales and codes chosen on the user's text, layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.calibrate.memory import text_within
+from halfbyte.calibrate.write import CalibratedWriter, LayerError
+from halfbyte.checkpoint import versions, write_folder
+from halfbyte.checkpoint.adapter import write_adapter
+from halfbyte.checkpoint.durable import FolderWriter
+from halfbyte.checkpoint.shard_writer import ShardWriter
+from halfbyte.config import LoraConfig, RunConfig
+from halfbyte.config.names import matches
+from halfbyte.data import load_data
+from halfbyte.dtypes import format_bytes
+from halfbyte.model.adapt import START, peft_config
+from halfbyte.model.base_hash import BaseHash
+from halfbyte.model.lent import LentModel
+from halfbyte.model.load import Progress
+from halfbyte.model.memory import peak_memory
+from halfbyte.model.quantize import QuantizeResult, Unquantized, open_unquantized
+from halfbyte.model.source import load_tokenizer, tokenizer_sha256
+from halfbyte.quant.error_feedback import DAMPING
+
+CONFIG_KEY = "halfbyte_calibrated"
+"""In config.json, so that it stays with the model when files are copied one by one."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateResult(QuantizeResult):
+    """A quantized model whose codes were chosen on `tokens` tokens of text."""
+
+    tokens: int
+    predicted_peak_memory: int
+    layers: tuple[LayerError, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def calibrate_model(
+    config: RunConfig, output: str | Path, *, say: Say = lambda text: None, on_progress: Progress | None = None
+) -> CalibrateResult:
+    """Write `config.model.path` in 4 bits, its scales and codes such that its outputs on the text
+    `config.quant.calibrate` are close; with `config.lora.init` "cloq" an adapter beside it makes
+    up for most of the rest.
+
+    Raises:
+        ModelError, ConfigError: as `quantize_model`.
+        DataError: the text cannot be read.
+        ResourceError: the disk is full, or memory.budget too small for any text.
+    """
+    started = time.perf_counter()
+    path, quant = config.model.path, config.quant
+    job = open_unquantized(path, output, quant)
+    tokenizer = load_tokenizer(path)
+    data = load_data(quant.calibrate, tokenizer, config.data)
+    (ids, counts), predicted = text_within(config, job.model, data)
+    tokens, ranks = int(counts.sum()), _ranks(job, config.lora)
+    why = "calibrated" if quant.scale == "auto" else "as set"
+    say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
+    say(f"scales: {quant.chosen_scale} ({why})")
+    calibrated = {
+        "scale": quant.chosen_scale, "damping": DAMPING, "data": quant.calibrate, "data_sha256": data.report.sha256,
+        "tokens": tokens, "adapter_rank": max(ranks.values(), default=0),
+    }  # fmt: skip
+    setattr(job.source.config, CONFIG_KEY, calibrated)
+    record = {"base": path, "tokenizer_sha256": tokenizer_sha256(tokenizer), "versions": versions()}
+    with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as folder:
+        with ShardWriter(folder.path, header_bytes=job.header_bytes) as shards, BaseHash() as base:
+            written = CalibratedWriter(job, shards, base, ranks, on_progress)
+            written.write(LentModel(job.source), ids, counts)
+            shards.finish()
+        job.finish(folder.path)
+        layers = [asdict(layer) for layer in written.layers]
+        folder.write_json("halfbyte.json", {**record, "calibrated": calibrated, "layers": layers})
+        if ranks:
+            record |= {"base": str(output), "base_sha256": base.hexdigest(), "calibrated": calibrated}
+            _write_start(folder.path / START, job, config.lora, written, record)
+    return CalibrateResult(
+        bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
+        bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(), predicted_peak_memory=predicted,
+        seconds=time.perf_counter() - started, output=str(output), tokens=tokens, layers=tuple(written.layers),
+    )  # fmt: skip
+
+
+def _ranks(job: Unquantized, lora: LoraConfig) -> dict[str, int]:
+    """Of the parameters whose layers get an adapter to begin at."""
+    if lora.init != "cloq":
+        return {}
+    wanted = lora.target_modules
+    return {f"{name}.weight": lora.r for name in job.targets if wanted == "all-linear" or matches(name, tuple(wanted))}
+
+
+def _write_start(
+    path: Path, job: Unquantized, lora: LoraConfig, written: CalibratedWriter, info: dict[str, Any]
+) -> None:
+    """The adapter to begin at, as a folder that PEFT reads."""
+    state: dict[str, Tensor] = {}
+    for name, (a, b) in written.starts.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        state |= {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": (b / lora.scaling).contiguous()}
+    names = [name.removesuffix(".weight") for name in written.starts]
+    path.mkdir()
+    write_adapter(FolderWriter(path), state, peft_config(job.model, lora, names).to_dict(), info)

@@ -1,0 +1,118 @@
+"""The tensors of a calibrated model, each layer's weight written when its inputs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.calibrate.start import start_of
+from halfbyte.checkpoint.shard_writer import Pieces, ShardWriter
+from halfbyte.model.base_hash import BaseHash
+from halfbyte.model.lent import LentModel
+from halfbyte.model.load import Progress
+from halfbyte.model.quantize import Unquantized
+from halfbyte.model.read import read_unquantized, unquantized_slices
+from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.quant import QuantizedWeight, quantize_slices
+from halfbyte.quant.error_feedback import Moments, round_with_feedback
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """What quantizing changed in a layer.
+
+    Attributes:
+        name: of the parameter.
+        weights: squared error relative to the weights' squares.
+        outputs: the same of the layer's outputs on the calibration text, from the inputs of the quantized model.
+        nearest: `outputs` of the nearest codes to the same scales.
+    """
+
+    name: str
+    weights: float
+    outputs: float
+    nearest: float
+
+
+class CalibratedWriter:
+    """Writes every tensor of `job` into `shards`, and hashes it into `base`.
+
+    Args:
+        ranks: by parameter, of an adapter to begin at, which the text goes through, too.
+    """
+
+    def __init__(
+        self, job: Unquantized, shards: ShardWriter, base: BaseHash, ranks: Mapping[str, int],
+        on_progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self._job, self._shards, self._base, self._ranks, self._on_progress = job, shards, base, ranks, on_progress
+        self.starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._done: dict[str, None] = {}
+        self._bits, self._weights = 0, 0
+        self.layers: list[LayerError] = []
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales included."""
+        return self._bits / max(self._weights, 1)
+
+    def write(self, model: LentModel, ids: Tensor, counts: Tensor) -> None:
+        """Run the text (`run_side_by_side`) and write."""
+        job, targets = self._job, {f"{name}.weight" for name in self._job.targets}
+        for name, stored in job.names.items():
+            if name not in targets:
+                slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
+                slices = self._base.through(name, slices)
+                self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
+        run_side_by_side(model, ids, counts, self._stored, targets, self._round)
+        for name in targets - set(self._done):  # no text passed them
+            self._write(name, self._nearest(name, self._target(name), None))
+
+    def _stored(self, name: str) -> Tensor:
+        job = self._job
+        return read_unquantized(job.reader, job.names[name], job.model.get_parameter(name), job.source.label)
+
+    def _target(self, name: str) -> Tensor:
+        module = self._job.model.get_submodule(name.rpartition(".")[0])
+        weight = self._stored(name).float()
+        return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+    def _round(self, name: str, moments: Moments) -> Tensor:
+        target = self._target(name)
+        plain = self._nearest(name, target, moments.own.diagonal())
+        weight = round_with_feedback(target, moments, plain)
+        decoded = weight.dequantize(torch.float32)
+        wrong, before = decoded - target, plain.dequantize(torch.float32) - target
+        size = float((target @ moments.own * target).sum())
+        self.layers.append(LayerError(
+            name=name, weights=float((wrong * wrong).sum() / (target * target).sum()),
+            outputs=float((wrong @ moments.own * wrong).sum()) / size,
+            nearest=float((before @ moments.own * before).sum()) / size,
+        ))  # fmt: skip
+        self._write(name, weight)
+        if name not in self._ranks:
+            return decoded
+        a, b = self.starts[name] = start_of(target, decoded, moments, self._ranks[name])
+        return decoded + b @ a
+
+    def _nearest(self, name: str, target: Tensor, importance: Tensor | None) -> QuantizedWeight:
+        job = self._job
+        return quantize_slices(
+            [target], tuple(target.shape), job.reader.dtype(job.names[name]), job.quant, name=name,
+            importance=importance,
+        )  # fmt: skip
+
+    def _write(self, name: str, weight: QuantizedWeight) -> None:
+        self._done[name] = None
+        self._bits += 8 * weight.nbytes
+        self._weights += weight.codes.numel() * 2
+        if self._on_progress:
+            self._on_progress(len(self._done), len(self._job.targets), name)
+        self._base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
+        self._shards.add(name, weight.codes.view(-1, 1))
+        for key, tensor in weight.bnb_tensors().items():
+            self._shards.add(f"{name}.{key}", tensor)

@@ -1,0 +1,95 @@
+"""A block's scale of least squared error in place of its largest magnitude: the same codebook, files and kernels.
+
+A scale may be negative: NF4 has eight steps above zero and seven below, so a block whose largest magnitude is negative
+is better turned around. Each candidate's scale is replaced by the best one for its codes, in closed form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax
+from halfbyte.quant.blocks import num_blocks
+from halfbyte.quant.codebook import codebook
+from halfbyte.quant.nibbles import pack_nibbles
+
+FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
+"""Candidates, as parts of the largest magnitude; what is between them is found in closed form."""
+FLOOR = 1e-3
+"""Least importance of a column, as a part of their mean: a column that never fired in calibration may fire later."""
+CHUNK = 1 << 18
+"""Weights that are searched at a time: they and what is made of them fit into a cache."""
+
+
+def least_error_scales(
+    weight: Tensor, quant_type: str, blocksize: int, *, signed: bool, importance: Tensor | None = None
+) -> Tensor:
+    """The scales s of least sum over a block of ``importance * (weight - s * value of its code)^2``.
+
+    Args:
+        weight: any shape and float dtype.
+        signed: whether a scale may be negative.
+        importance: (weight.shape[-1],) float32, at least 0; None: all alike.
+
+    Returns:
+        (ceil(n/blocksize),) float32; 0 for a block of zeros; not finite where the weight is not.
+    """
+    flat = weight.reshape(-1)
+    scales = torch.empty(num_blocks(flat.numel(), blocksize))
+    if importance is not None:
+        importance = importance.clamp(min=FLOOR * float(importance.mean()) + TINY)
+    step = max(CHUNK // blocksize, 1)
+    for first in range(0, len(scales), step):
+        start, stop = first * blocksize, min((first + step) * blocksize, flat.numel())
+        w = _blocks(flat[start:stop].float(), blocksize)
+        h = None
+        if importance is not None:
+            h = _blocks(importance[torch.arange(start, stop) % len(importance)], blocksize)
+        scales[first : first + step] = _best(w, h, quant_type, signed)
+    return scales
+
+
+def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    """(ceil(n/2),) uint8: the nearest code of every weight to the (num_blocks,) `scales` it is decoded with."""
+    flat, table = weight.reshape(-1), codebook(quant_type)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    for start in range(0, flat.numel(), CHUNK):
+        w = _blocks(flat[start : start + CHUNK].float(), blocksize)
+        ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], table.boundaries)
+        part = codes[start : start + CHUNK]
+        part.copy_(table.order[ranks.view(-1)[: len(part)]])
+    return pack_nibbles(codes, table.zero_code)
+
+
+def double_quantized(scales: Tensor) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
+    """`compress_absmax`, and what the scales are decoded to."""
+    compressed = compress_absmax(scales)
+    return compressed, expand_absmax(*compressed)
+
+
+def _best(w: Tensor, h: Tensor | None, quant_type: str, signed: bool) -> Tensor:
+    """Of the blocks w (blocks, blocksize), their columns weighted by `h`."""
+    table = codebook(quant_type)
+    levels = table.values[table.order.int()]
+    peak, weighted = w.abs().amax(1), w if h is None else w * h
+    best, scales = torch.full_like(peak, -1.0), torch.zeros_like(peak)
+    for factor in FACTORS:
+        for sign in (1, -1) if signed else (1,):
+            values = levels[torch.bucketize(w * _inverse(sign * factor * peak)[:, None], table.boundaries)]
+            along = (weighted * values).sum(1)
+            norm = (values * values if h is None else values * values * h).sum(1).clamp(min=TINY)
+            gain = along * along / norm  # what the error is less than with all codes 0
+            better = gain > best
+            best = gain.where(better, best)
+            scales = (along / norm).where(better, scales)
+    return scales.where(peak.isfinite(), peak)
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    return scales.where(scales != 0, 1.0).reciprocal()
+
+
+def _blocks(flat: Tensor, blocksize: int) -> Tensor:
+    short = -flat.numel() % blocksize
+    return (torch.nn.functional.pad(flat, (0, short)) if short else flat).view(-1, blocksize)
