@@ -1,13 +1,13 @@
 """`halfbyte serve` under load, over HTTP: every answer against the same request alone, throughput, latency, memory.
 
-    python benchmarks/bench_serve.py --model MODEL [--requests 1000] [--output benchmarks/results/serve.json]
+usage: bench_serve.py [--model MODEL] [--requests 1000] [--many 10000] [--rounds 3]
 
 1. 8 adapters made at random (rank 16, all linear layers), and the base; each request first by itself.
 2. The same requests from 16 clients at once in random order, while an admin unloads and loads adapters: every answer
    has to be the one that it was alone. A client that finds its adapter unloaded asks again.
-3. Throughput of 1 and of 16 clients with the base; latency of the 1,000.
+3. Throughput of 1 and of 16 clients with the base, in turns; latency of the 1,000.
 4. One pass of 8 sequences under 8 adapters against 8 under one, interleaved.
-5. Memory and blocks after `--many` small requests more.
+5. Memory and blocks after `--many` small requests more, beside what was planned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,44 +28,35 @@ from typing import Any
 import httpx
 import psutil
 import torch
+from common import write_result
+
+from halfbyte.cli.demo import smollm2_path
 
 ADAPTERS, CLIENTS, RANK = 8, 16, 16
 WORDS = "write tell a short long story about the sea the wind and old mountains where nobody has lived"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=smollm2_path())
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--many", type=int, default=10_000)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "serve.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(options, Path(folder))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write_result(options.output, result)
 
 
 def run(options: Any, folder: Path) -> dict[str, Any]:
     base = make_adapters(options.model, folder)
     pair = one_adapter_or_eight(base, folder)
     del base
-    command = [
-        sys.executable,
-        "-m",
-        "halfbyte",
-        "serve",
-        "--model",
-        options.model,
-        "--name",
-        "base",
-        "--port",
-        "0",
-        "--json",
-    ]
-    command += ["--adapter-dir", str(folder), "--queue", "256"]
+    command = [sys.executable, "-m", "halfbyte", "serve", "--model", str(options.model), "--name", "base", "--json"]
+    command += ["--port", "0", "--adapter-dir", str(folder), "--queue", "256"]
     for index in range(ADAPTERS):
         command += ["--adapter", f"a{index}={folder / f'a{index}'}"]
     keys = {"HALFBYTE_API_KEY": "user-key", "HALFBYTE_ADMIN_KEY": "admin-key"}
@@ -81,10 +71,7 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
             served = asyncio.run(load(json.loads(line)["url"], psutil.Process(server.pid), options))
         finally:
             server.terminate()
-    return {
-        "model": Path(options.model).name, "cpu": platform.processor() or platform.machine(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)), "rank": RANK, **served, **pair,
-    }  # fmt: skip
+    return {"model": Path(options.model).name, "rank": RANK, **served, **pair}
 
 
 def make_adapters(model: str, folder: Path) -> Any:
@@ -145,12 +132,19 @@ async def load(url: str, process: psutil.Process, options: Any) -> dict[str, Any
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         client.headers["authorization"] = "Bearer user-key"
         asked = requests(options.requests)
+        memory = {"at_start": process.memory_info().rss}
         alone = [await answer(client, body) for body in asked]
+        memory["after_alone"] = process.memory_info().rss
         found, churned = await together(client, asked)
         equal = sum(mine[0] == other[0] for mine, other in zip(found, alone, strict=True))
         seconds = sorted(times for _, times, _ in found)
-        rates = {f"tokens_per_s_of_{n}": await throughput(client, n) for n in (1, CLIENTS)}
-        before = process.memory_info().rss
+        memory["after_churn"] = process.memory_info().rss
+        rates: dict[int, list[float]] = {1: [], CLIENTS: []}
+        for _ in range(options.rounds):
+            for clients, measured in rates.items():
+                measured.append(await throughput(client, clients))
+        one, sixteen = (statistics.median(measured) for measured in rates.values())
+        memory["before_many"] = process.memory_info().rss
         gate = asyncio.Semaphore(CLIENTS)
 
         async def small(index: int) -> None:
@@ -158,19 +152,19 @@ async def load(url: str, process: psutil.Process, options: Any) -> dict[str, Any
                 body = {"model": f"a{index % ADAPTERS}", "prompt": [index % 5000 + 10, 20, 30], "max_tokens": 1}
                 (await client.post("/v1/completions", json=body)).raise_for_status()
 
-        halfway = 0
-        for start in range(0, options.many, options.many // 4 or 1):
-            await asyncio.gather(
-                *(small(i) for i in range(start, min(start + (options.many // 4 or 1), options.many)))
-            )
-            halfway = halfway or process.memory_info().rss
+        quarter = max(options.many // 4, 1)
+        for start in range(0, options.many, quarter):
+            await asyncio.gather(*(small(i) for i in range(start, min(start + quarter, options.many))))
+            memory.setdefault("after_a_quarter", process.memory_info().rss)
+        memory["after_many"] = process.memory_info().rss
         metrics = (await client.get("/metrics")).text
         return {
             "requests": len(asked), "equal_to_alone": equal, "adapters_loaded_and_unloaded": churned,
             **{f"p{p}_s": seconds[min(len(seconds) * p // 100, len(seconds) - 1)] for p in (50, 95, 99)},
-            **rates, "sixteen_over_one": rates[f"tokens_per_s_of_{CLIENTS}"] / rates["tokens_per_s_of_1"],
-            "more_requests": options.many, "rss_before_mb": before / 1e6, "rss_after_a_quarter_mb": halfway / 1e6,
-            "rss_after_mb": process.memory_info().rss / 1e6,
+            "tokens_per_s_of_1": one, "tokens_per_s_of_16": sixteen, "sixteen_over_one": sixteen / one,
+            "more_requests": options.many, "memory": memory,
+            "planned_memory": number(metrics, "planned_memory_bytes"),
+            "peak_memory": number(metrics, "peak_memory_bytes"),
             "blocks_in_use_after": number(metrics, "cache_blocks_in_use"), "descriptors": process.num_fds(),
         }  # fmt: skip
 

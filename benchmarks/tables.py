@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, memory.md, merge.md, reliability.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, memory.md, merge.md, reliability.md, serve.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -177,6 +177,31 @@ def reliability(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def serving(result: dict[str, Any]) -> Rows:
+    """Correctness, speed and memory under load, beside the goals."""
+    count, churned, many = result["requests"], result["adapters_loaded_and_unloaded"], result["more_requests"]
+    one, sixteen = result["tokens_per_s_of_1"], result["tokens_per_s_of_16"]
+    seconds = ", ".join(f"{result[f'p{p}_s']:.2f}" for p in (50, 95, 99))
+
+    def megabytes(*sizes: float) -> str:
+        return ", ".join(f"{size / 1e6:.0f}" for size in sizes)
+
+    memory = result["memory"]
+    around = megabytes(*(memory[name] for name in ("at_start", "after_alone", "after_churn")))
+    flat = megabytes(*(memory[name] for name in ("before_many", "after_a_quarter", "after_many")))
+    return [
+        ["", "", "goal"],
+        [f"answers equal to those alone, adapters unloaded and loaded {churned} times meanwhile",
+         f"{result['equal_to_alone']:,} of {count:,}", f"all of {count:,}"],
+        ["tokens a second of 1 client, of 16", f"{one:.0f}, {sixteen:.0f}: {sixteen / one:.1f} times", "3 times"],
+        ["a pass of 8 rows under 8 adapters, over one under one", f"{result['eight_over_one']:.2f}", "1.2"],
+        ["seconds of an answer beside 15 others, p50, p95, p99", seconds, ""],
+        ["MB at the start, after the requests alone, after those with adapters that came and went", around, "flat"],
+        [f"MB before, after a quarter of and after {many:,} requests more", flat, "flat"],
+        ["MB at most, and as planned", megabytes(result["peak_memory"], result["planned_memory"]), "no more"],
+    ]  # fmt: skip
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -195,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "70B": ("large-70b", seventy),
     "merging": ("merge", merges),
     "reliability": ("reliability", reliability),
+    "serving": ("serve", serving),
 }
 
 
@@ -225,7 +251,7 @@ def main() -> None:
     for page in (
         map(Path, sys.argv[2:])
         if len(sys.argv) > 2
-        else [docs / name for name in ("speed.md", "memory.md", "merge.md", "reliability.md")]
+        else [docs / name for name in ("speed.md", "memory.md", "merge.md", "reliability.md", "serve.md")]
     ):
         fill(page, folder)
 

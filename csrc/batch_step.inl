@@ -2,6 +2,12 @@
 // blocks, and an adapter for each row. What a row gives depends on its sequence and its adapter alone, to the bit: every
 // sum is taken by one thread in an order that neither the other rows nor the number of threads change.
 
+// Runs `body` with a zero of the type that A and B are kept in.
+template <class Body>
+inline void with_low_rank_type(const hb_low_rank& low, Body body) {
+    return low.dtype == HB_BF16 ? body(bf16()) : body(float());
+}
+
 struct BatchSizes {
     int64_t input, ordered, qkv, gate_up, low_rank, queries, scores;
     int64_t row, own;  // floats of a row; of a thread
@@ -167,14 +173,18 @@ class BatchStep {
             for (const hb_low_rank* low = batch_.rows[row].adapter + slot;
                  low < batch_.rows[row].adapter + slot + count; ++low) {
                 const int64_t first = at_least(part.first - at, 0), last = at_most(part.last - at, low->rank);
-                for (int64_t r = first; r < last; ++r) dots(low->A + r * cols, cols, row, column + r, low->scaling);
+                with_low_rank_type(*low, [&](auto number) {
+                    const auto* a = static_cast<const decltype(number)*>(low->A);
+                    for (int64_t r = first; r < last; ++r) dots(a + r * cols, cols, row, column + r, low->scaling);
+                });
                 at += low->rank, column += low->rank;
             }
         }
     }
 
     // One row of A times the rows from `row` on that share the adapter.
-    void dots(const float* a, int64_t cols, int64_t row, int64_t column, float scaling) {
+    template <class T>
+    void dots(const T* a, int64_t cols, int64_t row, int64_t column, float scaling) {
         const int64_t end = run_end(row);
         for (; row < end; row += few_rows)
             with_count<few_rows>(end - row, [&](auto n) {
@@ -190,8 +200,8 @@ class BatchStep {
         const int64_t stride = rows_in(group, count);
         for (int i = 0; i < count; y += group[i++].rows) {
             const RowSpan part = share(group[i].rows, 16, number_, threads_);
-            for (int64_t first = part.first; first < part.last; first += 16) {  // they stay in L1 for all rows of x
-                const int64_t last = at_most(first + 16, part.last);
+            for (int64_t first = part.first; first < part.last; first += dot_rows_at_once) {
+                const int64_t last = at_most(first + dot_rows_at_once, part.last);
                 for (int64_t r = 0; r < m; r += few_rows)
                     with_count<few_rows>(m - r, [&](auto n) {
                         matrix_rows<decltype(n)::value>(group[i], first, last, r, y + r * stride, stride);
@@ -229,14 +239,17 @@ class BatchStep {
     void add_update(const hb_low_rank* group, int i, int64_t row, int64_t first, int64_t last, float* y) {
         const hb_low_rank& low = group[i];
         if (!low.rank) return;
-        const float *b = low.B + first * low.rank, *u = shared_.low_rank + row * sizes_.low_rank + rank_of(group, i);
+        const float* u = shared_.low_rank + row * sizes_.low_rank + rank_of(group, i);
         float sums[16] = {};
         for (int64_t k = first; k < last; ++k) sums[k - first] = y[k];
-        for (int64_t v = 0; v < 16; v += vec_width) {
-            vec sum = vload(sums + v);
-            for (int64_t r = 0; r < low.rank; ++r) sum = vfma(vbroadcast(u + r), vload(b + r * 16 + v), sum);
-            vstore(sums + v, sum);
-        }
+        with_low_rank_type(low, [&](auto number) {
+            const auto* b = static_cast<const decltype(number)*>(low.B) + first * low.rank;
+            for (int64_t v = 0; v < 16; v += vec_width) {
+                vec sum = vload(sums + v);
+                for (int64_t r = 0; r < low.rank; ++r) sum = vfma(vbroadcast(u + r), vload(b + r * 16 + v), sum);
+                vstore(sums + v, sum);
+            }
+        });
         for (int64_t k = first; k < last; ++k) y[k] = sums[k - first];
     }
 

@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 5, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 6, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -230,10 +230,11 @@ HB_API int hb_token_step(const hb_decoder* decoder, int64_t position, const floa
 // ---- tokens of several sequences through all layers (serving) ----
 
 struct hb_low_rank {  // an adapter on one matrix
-    const float* A;   // (rank, cols)
-    const float* B;   // (ceil(rows / 16), rank, 16): blocks of 16 rows, transposed, zeros past the end
+    const void* A;    // (rank, cols)
+    const void* B;    // (ceil(rows / 16), rank, 16): blocks of 16 rows, transposed, zeros past the end
     int64_t rank;     // 0: nothing on this matrix
     float scaling;
+    int32_t dtype;  // of A and B: HB_F32 or HB_BF16
 };
 
 // Where a layer's matrices stand in an adapter: qkv, o, gate_up, down.

@@ -1,6 +1,7 @@
 // The scales of a row, before the row itself: one look-up a scale, with nothing to decide in between.
 
 constexpr int64_t max_row_scales = 1024;
+constexpr int64_t dot_rows_at_once = 16;  // of W, times a few rows of x that stay in L1 meanwhile
 #define HB_NOINLINE __attribute__((noinline))
 
 // Scales of blocks [first, first + count).

@@ -19,7 +19,7 @@ from halfbyte.model.batch import BatchDecoder
 from halfbyte.model.plain_batch import PlainBatch
 from halfbyte.serve import Engine
 from halfbyte.serve.engine import FullError, StoppedError
-from halfbyte.serve.sampling import Sampling
+from halfbyte.serve.sampling import Sampler, Sampling
 
 # PEFT 0.21 asks transformers for a deprecated attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -187,17 +187,31 @@ class Broken:
         return logits
 
 
-def test_a_failed_answer_leaves_the_others_alone(decoder: BatchDecoder, asking: Any) -> None:
+def test_a_failed_answer_leaves_the_others_alone(
+    decoder: BatchDecoder, asking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN logits, a pass that raises, a sampler that raises: each ends one answer, its neighbours are the same."""
     engine = Engine(Broken(decoder))
     engine.start()
     ask = asking(engine)
-    expected = ask("a1", prompt_of(5, 20)).ids
-    answers = [ask("a1", prompt_of(5, 20)), ask("a1", [20, 8])]
-    assert answers[1].reason == "error"
-    assert answers[0].ids == expected
-    assert ask("a1", [7, 9]).reason == "error"  # the whole pass is lost, the engine goes on
-    assert ask("a1", prompt_of(5, 20)).ids == expected
+    sampled = {"sampling": Sampling(temperature=0.9, seed=1), "logprobs": 2}
+    alone = ask("a1", prompt_of(5, 20), **sampled)
+    assert alone.reason == "length"
+    expected, choose = alone.events, Sampler.choose
+
+    def fails(sampler: Sampler, logits: torch.Tensor) -> int:
+        if sampler.sampling.seed == 13:
+            raise RuntimeError
+        return choose(sampler, logits)
+
+    monkeypatch.setattr(Sampler, "choose", fails)
+    for prompt, options in (([20, 8], {}), ([7, 9], {}), ([20, 9], {"sampling": Sampling(temperature=1, seed=13)})):
+        answers = [ask("a1", prompt_of(5, 20), **sampled), ask("a1", prompt, **options)]
+        assert answers[1].reason == "error"
+        assert answers[0].reason == "length"
+        assert answers[0].events == expected
     engine.stop(5)
+    assert engine.pool.in_use == 0
 
 
 def test_a_dead_engine_says_so(decoder: BatchDecoder, asking: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from halfbyte.cli import serve as command
+from halfbyte.dtypes import parse_bytes
 from halfbyte.errors import ConfigError, ResourceError
 from halfbyte.serve import text as text_module
 from halfbyte.serve.cache import BlockPool, chain, shared_prefix
@@ -125,6 +126,14 @@ def test_binding() -> None:
         taken.listen()
         with pytest.raises(ResourceError, match="cannot be listened on"):
             bind(Settings(port=taken.getsockname()[1]))
+
+
+def test_what_does_not_fit_is_not_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"are needed, 100.0 MB are allowed.* is the least") as small:
+        command.serve(model=str(tiny_llama), memory="100MB", port=0)
+    least = parse_bytes(str(small.value).rpartition(": ")[2].partition(" is the")[0])
+    with pytest.raises(ResourceError, match=r"--cache-tokens \d+ fits"):
+        command.serve(model=str(tiny_llama), memory=str(least + 10**7), port=0, cache_tokens=10**6)
 
 
 def test_keys_and_names_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

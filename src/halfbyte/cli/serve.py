@@ -11,12 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, check_adapter_fits, console, emit, open_base
+from halfbyte.cli.common import (
+    AsJson,
+    Config,
+    Debug,
+    Memory,
+    Model,
+    Set,
+    check_adapter_fits,
+    console,
+    emit,
+    known_machine,
+    open_base,
+)
 
 if TYPE_CHECKING:
+    from halfbyte.config import RunConfig
     from halfbyte.model.batch import BatchDecoder
     from halfbyte.model.plain_batch import PlainBatch
+    from halfbyte.serve import Adapters, Room
     from halfbyte.serve.guard import Keys
+    from halfbyte.serve.text import Texts
 
 API_KEY, ADMIN_KEY = "HALFBYTE_API_KEY", "HALFBYTE_ADMIN_KEY"
 NEEDED = ("starlette", "uvicorn", "pydantic")
@@ -31,6 +46,7 @@ def serve(
         Path | None, typer.Option("--adapter-dir", help="Where the admin may load adapters from, by name.")
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Of the base, for requests; default: the model's.")] = "",
+    memory: Memory = None,
     host: Annotated[str, typer.Option("--host", help="Any but this machine's own needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any.")] = 8000,
     batch: Annotated[int, typer.Option("--batch", min=1, max=64, help="Answers that are written at once.")] = 16,
@@ -47,40 +63,87 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """An OpenAI-compatible server: adapters by name over one 4-bit base, batched together."""
+    from contextlib import closing
+    from dataclasses import replace
+
     from halfbyte.config import load_config
 
     _check_extra()
-    from halfbyte.checkpoint import load_adapter
-    from halfbyte.model.generate import stop_ids
-    from halfbyte.serve import Adapters
+    from halfbyte.kernels.buffers import steady_memory
     from halfbyte.serve.start import Settings, bind
     from halfbyte.serve.start import serve as run_server
-    from halfbyte.serve.text import Texts
 
-    run, out = load_config(config, settings or (), model__path=model), console()
+    run, out = load_config(config, settings or (), model__path=model, memory__budget=memory), console()
     _log_to_stderr(debug)
     chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
     _check_folder(adapter_dir)
-    listening = bind(chosen)
     named = [_named(text) for text in adapter or ()]
-    loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, out)
-    decoder, more = open_decoder(loaded.model, max(cache_tokens, context), context)
+    positions = max(cache_tokens, context)
+    with closing(bind(chosen)) as listening, steady_memory():
+        planned, plan_text, room = _plan(run, [folder for _, folder in named], positions, context)
+        decoder, adapters, texts, notes = _open(run, name, named, adapter_dir, room, positions, context)
+
+        def ready(url: str) -> None:
+            models = [served.name for served in adapters.all()]
+            for note in [*notes, plan_text, f"listening on {url}, serving {', '.join(models)}"]:
+                out.print(note, style="dim", markup=False)
+            emit({"url": url, "models": models, "predicted_peak_memory": planned}, as_json)
+
+        run_server(decoder, adapters, texts, replace(chosen, planned_memory=planned), listening, ready)
+
+
+def _open(
+    run: RunConfig, name: str, named: list[tuple[str, Path]], adapter_dir: Path | None, room: Room | None,
+    positions: int, context: int,
+) -> tuple[BatchDecoder | PlainBatch, Adapters, Texts, list[str]]:  # fmt: skip
+    """What computes, what it serves, the tokenizer's side, and notes for the user."""
+    from halfbyte.checkpoint import load_adapter
+    from halfbyte.model.generate import stop_ids
+    from halfbyte.serve import Adapters
+    from halfbyte.serve.text import Texts
+
+    loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, console())
+    decoder, more = open_decoder(loaded.model, positions, context)
     notes += more
     adapters = Adapters(
-        name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir,
+        name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir, room=room,
         check=lambda saved: check_adapter_fits(run, saved, loaded, tokenizer),
     )  # fmt: skip
     for adapter_name, folder in named:
         notes += adapters.load(adapter_name, folder)
-    texts = Texts(tokenizer, stops=stop_ids(loaded.model, tokenizer), context=decoder.context)
+    return decoder, adapters, Texts(tokenizer, stops=stop_ids(loaded.model, tokenizer), context=decoder.context), notes
 
-    def ready(url: str) -> None:
-        models = [served.name for served in adapters.all()]
-        for note in [*notes, f"listening on {url}, serving {', '.join(models)}"]:
-            out.print(note, style="dim", markup=False)
-        emit({"url": url, "models": models}, as_json)
 
-    run_server(decoder, adapters, texts, chosen, listening, ready)
+def _plan(run: RunConfig, folders: list[Path], cache_tokens: int, context: int) -> tuple[int, str, Room | None]:
+    """Most memory in bytes, the plan in words, and what a budget leaves for adapters; before anything is loaded.
+
+    Raises:
+        ResourceError: it does not fit.
+    """
+    from halfbyte.dtypes import format_bytes
+    from halfbyte.errors import ResourceError
+    from halfbyte.model.memory import resident_memory
+    from halfbyte.plan import Serving, budget_of, compute_dtype, plan_serving, read_base, serving_text, tokenizer_bytes
+    from halfbyte.serve import Room
+
+    machine, budget = known_machine(), budget_of(run)
+    base = read_base(run.model.path, run.quant, compute_dtype(run, machine))
+    made = plan_serving(run, base, machine, Serving(
+        cache_tokens=cache_tokens, context=context, adapters=folders,
+        runtime=resident_memory() + tokenizer_bytes(base),
+    ))  # fmt: skip
+    text = serving_text(made, budget)
+    if budget is None:
+        return made.peak_memory, text, None
+    if made.peak_memory > budget.bytes:
+        least, most = made.with_cache(context).peak_memory, made.most_cache_tokens(budget.bytes)
+        fits = f"--cache-tokens {most} fits" if most >= context else f"{format_bytes(least)} is the least"
+        raise ResourceError(
+            f"{format_bytes(made.peak_memory)} are needed, {format_bytes(budget.bytes)} are allowed",
+            where=budget.source, why=text,
+            fix=f"Give --memory more, a smaller --cache-tokens or fewer adapters: {fits}",
+        )  # fmt: skip
+    return made.peak_memory, text, Room(made.room_for_adapters(budget.bytes), made.adapter_itemsize)
 
 
 def open_decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:

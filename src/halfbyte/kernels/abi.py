@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -155,7 +155,9 @@ ADAPTED = 7
 class LowRank(ct.Structure):
     """`hb_low_rank`."""
 
-    _fields_ = (("A", ct.c_void_p), ("B", ct.c_void_p), ("rank", ct.c_int64), ("scaling", ct.c_float))
+    _fields_ = (
+        ("A", ct.c_void_p), ("B", ct.c_void_p), ("rank", ct.c_int64), ("scaling", ct.c_float), ("dtype", ct.c_int32),
+    )  # fmt: skip
 
 
 class Row(ct.Structure):

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import abi
-from halfbyte.kernels.abi import ADAPTED, KEY_BLOCK, NO_MEMORY, OK
+from halfbyte.kernels.abi import ADAPTED, DTYPES, KEY_BLOCK, NO_MEMORY, OK
+from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.decoder_structures import Layer, Matrix, Norm, Structures, step_library
 
 MATRICES = ADAPTED
 BLOCK = KEY_BLOCK
 """Positions in a block of the cache."""
 _B_ROWS = 16
+_LINE = 32
+"""Elements that begin with a cache line."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +36,54 @@ class LowRank:
 
 
 class Adapter:
-    """An adapter in the library's layout.
+    """An adapter in the library's layout, in one piece of memory.
 
     Args:
         layers: for each layer its `MATRICES` places, None where there is nothing.
+        dtype: that it is kept in, float32 or bfloat16.
     """
 
-    def __init__(self, layers: Sequence[Sequence[LowRank | None]]) -> None:
-        self._structures = Structures()
+    def __init__(self, layers: Sequence[Sequence[LowRank | None]], dtype: torch.dtype = torch.float32) -> None:
         places = [low for layer in layers for low in layer]
         assert len(places) == len(layers) * MATRICES
-        self._array = (abi.LowRank * len(places))(*map(self._struct, places))
+        self._array = (abi.LowRank * len(places))()
+        self._memory = empty((sum(_elements(low) for low in places if low is not None),), dtype)
         self.pointer = ct.addressof(self._array)
-        self.nbytes = sum(tensor.nbytes for tensor in self._structures.kept if isinstance(tensor, Tensor))
+        at = 0
+        for struct, low in zip(self._array, places, strict=True):
+            if low is None:
+                continue
+            rows, rank = low.lora_B.shape
+            blocks = torch.zeros(_aligned(rows, _B_ROWS), rank)
+            blocks[:rows] = low.lora_B
+            struct.A = self._put(low.lora_A.flatten(), at)
+            struct.B = self._put(blocks.view(-1, _B_ROWS, rank).transpose(1, 2).flatten(), at + _A_elements(low))
+            struct.rank, struct.scaling, struct.dtype = rank, low.scaling, DTYPES[dtype]
+            at += _elements(low)
 
-    def _struct(self, low: LowRank | None) -> abi.LowRank:
-        if low is None:
-            return abi.LowRank()
-        rows, rank = low.lora_B.shape
-        padded = torch.zeros(-(-rows // _B_ROWS) * _B_ROWS, rank)
-        padded[:rows] = low.lora_B
-        blocks = padded.view(-1, _B_ROWS, rank).transpose(1, 2)
-        pointers = (self._structures.pointer_to(tensor, torch.float32) for tensor in (low.lora_A, blocks))
-        return abi.LowRank(*pointers, rank, low.scaling)
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def _put(self, values: Tensor, at: int) -> int:
+        """The address of `values` in our memory, from element `at` on."""
+        part = self._memory[at : at + values.numel()]
+        part.copy_(values)
+        return part.data_ptr()
+
+
+def _aligned(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+def _A_elements(low: LowRank) -> int:  # noqa: N802
+    return _aligned(low.lora_A.numel(), _LINE)
+
+
+def _elements(low: LowRank) -> int:
+    """That both matrices take, each from the begin of a cache line on."""
+    rows, rank = low.lora_B.shape
+    return _A_elements(low) + _aligned(_aligned(rows, _B_ROWS) * rank, _LINE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,7 @@ class BatchStep:
             *(abi.Row(r.position, r.blocks.data_ptr(), r.adapter.pointer if r.adapter else None) for r in rows)
         )
         chosen = (ct.c_int64 * len(wanted))(*wanted)
-        logits = torch.empty(len(wanted), self.vocab_size)
+        logits = empty((len(wanted), self.vocab_size), torch.float32)
         batch = abi.Batch(
             ct.addressof(structs), len(rows), self.num_blocks, x.data_ptr(), ct.addressof(chosen), len(wanted),
             logits.data_ptr(),

@@ -54,6 +54,11 @@ class BatchDecoder:
         }
         self._shapes = {name: self._shape(*place) for name, place in self._places.items()}
 
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """That adapters are kept in: where products of training run in bfloat16, they round A and B to it as well."""
+        return torch.bfloat16 if self._parts.dtype == torch.bfloat16 else torch.float32
+
     @torch.no_grad()
     def try_out(self) -> None:
         """Compute some tokens here and in transformers.
@@ -91,7 +96,8 @@ class BatchDecoder:
             raise AdapterError(
                 f"{len(wrong)} tensors do not fit this model", where=str(saved.folder), why="; ".join(wrong[:5])
             )
-        return Adapter(layers)
+        exact = all(tensor.dtype == torch.bfloat16 for tensor in saved.state.values())
+        return Adapter(layers, torch.bfloat16 if exact else self.adapter_dtype)
 
     @torch.no_grad()
     def run(self, ids: Sequence[int], rows: Sequence[Row], wanted: Sequence[int]) -> Tensor:

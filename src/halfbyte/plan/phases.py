@@ -125,12 +125,12 @@ def _adapter_sizes(s: Sizes) -> list[int]:
 def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, history: bool = False) -> dict[str, Ledger]:
     """A ledger for each phase, in the order in which they come."""
     s = sizes(config, base, machine, work.tokens)
-    found = {"load": _static(config, base, machine, work)}
+    found = {"load": static(config, base, machine, work)}
     found["load"].where = "load"
     found["load"].hold("load_slice", slice=base.load_extra)
 
     def with_adapter(tokens: int, *, backward: bool, keep_history: bool = False) -> tuple[Ledger, Sizes]:
-        led = _static(config, base, machine, work)
+        led = static(config, base, machine, work)
         own = replace(s, tokens=tokens)
         led.keep_history = keep_history
         led.hold("adapters", adapters=4 * adapter_parameters(own))
@@ -177,7 +177,8 @@ def tokenizer_bytes(base: Base) -> int:
     return int(TOKENIZER * (base.tokenizer_file or 0))
 
 
-def _static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
+def static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
+    """What is held all the time: Python, libraries and the base."""
     led = Ledger()
     led.hold("runtime", runtime=runtime_bytes(base, machine) if work.runtime is None else work.runtime)
     if config.memory.weights == "stream":

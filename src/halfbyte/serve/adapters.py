@@ -6,19 +6,35 @@ import hashlib
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfbyte.checkpoint import Adapter, load_adapter
-from halfbyte.checkpoint.adapter import pairs
-from halfbyte.errors import AdapterError
+from halfbyte.checkpoint.adapter import pairs, stored_size
+from halfbyte.dtypes import format_bytes
+from halfbyte.errors import AdapterError, ResourceError
 from halfbyte.serve.sequence import ServedAdapter
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Of an adapter: one part of a path and nothing more."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for adapters.
+
+    Attributes:
+        bytes: of all of them, the file of one that is being read included.
+        itemsize: bytes of a number of an adapter in memory.
+    """
+
+    bytes: int
+    itemsize: int
 
 
 class Adapters:
@@ -31,15 +47,17 @@ class Adapters:
         lay_out: an adapter as read -> what the engine computes with; raises AdapterError where it does not fit.
         check: raises AdapterError for an adapter of another base; returns notes.
         folder: from where adapters may be loaded by name while serving; None: from nowhere.
+        room: that they must do with; None: any.
     """
 
     def __init__(
         self, base: str, *, lay_out: Callable[[Adapter], Any], check: Callable[[Adapter], list[str]],
-        folder: Path | None = None,
+        folder: Path | None = None, room: Room | None = None,
     ) -> None:  # fmt: skip
         self._lay_out, self._check = lay_out, check
         self._folder = folder.resolve() if folder is not None else None
-        self._changing = threading.Lock()
+        self._changing, self._room = threading.Lock(), room
+        self._in_memory: list[tuple[weakref.ref[Any], int]] = []  # unloaded ones too, while requests use them
         self.base = base
         self._named = {base: ServedAdapter(base, hashlib.sha256(b"base").digest(), None, int(time.time()))}
 
@@ -50,20 +68,43 @@ class Adapters:
     def find(self, name: str) -> ServedAdapter | None:
         return self._named.get(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that are in memory."""
+        return sum(size for alive, size in self._in_memory if alive() is not None)
+
     def load(self, name: str, folder: Path) -> list[str]:
         """Serve the adapter in `folder` as `name`, in place of what was served so before; notes for the user.
 
         Raises:
             AdapterError: it is damaged, for another base, or does not fit; nothing has changed then.
+            ResourceError: there is no memory for it; nothing has changed.
         """
         if name == self.base or not re.fullmatch(NAME, name):
             raise AdapterError("is no name for an adapter", where=name, fix="Letters, digits, . _ - and not the base")
         with self._changing:
+            size = self._check_room(name, folder)
             saved = load_adapter(folder)
             notes = self._check(saved)
             served = ServedAdapter(name, content_hash(saved), self._lay_out(saved), int(time.time()))
+            self._in_memory.append((weakref.ref(served), getattr(served.adapter, "nbytes", size)))
             self._named = {**self._named, name: served}
         return notes
+
+    def _check_room(self, name: str, folder: Path) -> int:
+        """Bytes that the adapter in `folder` will take, if there is room for them. Raises ResourceError."""
+        self._in_memory = [(alive, size) for alive, size in self._in_memory if alive() is not None]
+        numbers, file = stored_size(folder)
+        if self._room is None:
+            return 4 * numbers
+        need, free = numbers * self._room.itemsize, self._room.bytes - self.nbytes
+        if need + file > free:
+            raise ResourceError(
+                f"takes {format_bytes(need + file)} while it is read, {format_bytes(free)} are free", where=name,
+                why=f"--memory leaves {format_bytes(self._room.bytes)} for adapters",
+                fix="Unload another one, or start with more --memory or fewer --cache-tokens",
+            )  # fmt: skip
+        return need
 
     def load_by_name(self, name: str) -> list[str]:
         """`load` from the folder of this name in the allowed one.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from halfbyte.serve.engine import Engine, FullError, StoppedError
@@ -34,9 +33,9 @@ class Request:
     """One request in the engine.
 
     Attributes:
-        ids: of the prompt of each choice.
         orders: one for each choice, without `put`.
         stops: texts that end an answer.
+        in_pieces: tokens are wanted as they come, not all of an answer at its end.
     """
 
     engine: Engine
@@ -45,9 +44,10 @@ class Request:
     stops: list[str]
     chat: bool
     name: str
+    in_pieces: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    _events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    _events: asyncio.Queue[tuple[int, list[Event]]] = field(default_factory=asyncio.Queue)
     _sequences: list[Sequence] = field(default_factory=list)
     new_tokens: int = 0
 
@@ -57,12 +57,10 @@ class Request:
     def start(self) -> None:
         """Raises ApiError where the engine takes no more."""
         loop = asyncio.get_running_loop()
-
-        def put(index: int, event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        orders = [Order(**order, put=partial(put, index)) for index, order in enumerate(self.orders)]
+        orders = [
+            Order(**order, put=_sender(loop, self._events, index, at_once=self.in_pieces or bool(self.stops)))
+            for index, order in enumerate(self.orders)
+        ]
         try:
             self._sequences = self.engine.submit(orders)
         except FullError:
@@ -82,36 +80,57 @@ class Request:
             "prompt_tokens": prompts, "completion_tokens": self.new_tokens, "total_tokens": prompts + self.new_tokens,
         }  # fmt: skip
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """As they come, until every choice has ended. Raises ApiError where the engine failed."""
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """As they come, until every choice has ended; who leaves off earlier cancels. Raises ApiError where the engine
+        failed."""
         writers = {index: Writer(self.texts, self.stops) for index in range(len(self.orders))}
         held: dict[int, list[Token]] = {index: [] for index in writers}
-        try:
-            while writers:
-                index, event = await self._events.get()
-                writer = writers.get(index)
-                if writer is None:
-                    continue  # ended at a stop string before the engine knew
-                if isinstance(event, Token):
-                    held[index].append(event)
-                    self.new_tokens += not event.prompt
-                    text = "" if event.prompt else writer.add(event.id)
-                    finish = "stop" if writer.stopped else None
-                elif event.reason == "error":
-                    raise ApiError(500, event.error)
-                elif event.reason == "refused":
-                    raise ApiError(400, event.error, param="response_format")
-                else:
-                    text, finish = writer.end(), _reason(event)
-                    finish = "stop" if writer.stopped else finish
-                if finish:
-                    del writers[index]
-                    self.engine.cancel([self._sequences[index]])
-                if text or finish:
-                    yield Piece(index, text, held[index], finish)
-                    held[index] = []
-        finally:
-            self.cancel()
+        while writers:
+            index, events = await self._events.get()
+            writer = writers.get(index)
+            if writer is None:
+                continue  # ended at a stop string before the engine knew
+            tokens = [event for event in events if isinstance(event, Token)]
+            answered = [token.id for token in tokens if not token.prompt]
+            held[index] += tokens
+            self.new_tokens += len(answered)
+            text, finish = writer.add(*answered) if answered else "", None
+            last = events[-1]
+            if isinstance(last, Finished):
+                if last.reason == "error":
+                    raise ApiError(500, last.error)
+                if last.reason == "refused":
+                    raise ApiError(400, last.error, param="response_format")
+                text, finish = text + writer.end(), _reason(last)
+            if writer.stopped:
+                finish = "stop"
+            if finish:
+                del writers[index]
+                self.engine.cancel([self._sequences[index]])
+            if text or finish:
+                yield Piece(index, text, held[index], finish)
+                held[index] = []
+
+
+def _sender(
+    loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, list[Event]]], index: int, *, at_once: bool
+) -> Callable[[Event], None]:
+    """What the engine's thread calls with the events of choice `index`; unless `at_once`, they are sent at its end.
+
+    It must not know the request, which holds the sequences that hold this: in a cycle an adapter would outlive its
+    last answer until Python looks for cycles.
+    """
+    held: list[Event] = []
+
+    def put(event: Event) -> None:
+        held.append(event)
+        if at_once or isinstance(event, Finished):
+            sent = held.copy()
+            held.clear()
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, (index, sent))
+
+    return put
 
 
 def _reason(event: Finished) -> str:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, ResourceError
 from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.errors import ApiError
@@ -33,9 +33,11 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # fmt: skip
 
 
-def make_app(engine: Engine, adapters: Adapters, texts: Texts, keys: Keys, *, local_only: bool) -> App:
+def make_app(
+    engine: Engine, adapters: Adapters, texts: Texts, keys: Keys, *, local_only: bool, planned_memory: int = 0
+) -> App:
     """The server as an ASGI application."""
-    generation, routes = Generation(engine, adapters, texts), _Routes(engine, adapters)
+    generation, routes = Generation(engine, adapters, texts), _Routes(engine, adapters, planned_memory)
     app = Starlette(
         routes=[
             Route("/", routes.page, methods=["GET"]),
@@ -56,8 +58,8 @@ def make_app(engine: Engine, adapters: Adapters, texts: Texts, keys: Keys, *, lo
 
 
 class _Routes:
-    def __init__(self, engine: Engine, adapters: Adapters) -> None:
-        self._engine, self._adapters = engine, adapters
+    def __init__(self, engine: Engine, adapters: Adapters, planned_memory: int) -> None:
+        self._engine, self._adapters, self._planned_memory = engine, adapters, planned_memory
 
     async def page(self, request: Request) -> Response:
         text = files("halfbyte.serve").joinpath("page.html").read_text(encoding="utf-8")
@@ -73,7 +75,7 @@ class _Routes:
         return JSONResponse(found, 200 if well else 503)
 
     async def metrics(self, request: Request) -> Response:
-        text = metrics_text(self._engine, len(self._adapters.all()) - 1)
+        text = metrics_text(self._engine, self._adapters, self._planned_memory)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
@@ -93,7 +95,7 @@ class _Routes:
         try:
             notes = await asyncio.to_thread(self._adapters.load_by_name, name)
         except HalfbyteError as error:
-            raise ApiError(400, str(error), param="name") from None
+            raise ApiError(507 if isinstance(error, ResourceError) else 400, str(error), param="name") from None
         return JSONResponse({"name": name, "loaded": True, "notes": notes})
 
     async def unload(self, request: Request) -> Response:

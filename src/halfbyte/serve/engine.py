@@ -158,10 +158,13 @@ class Engine:
             self._finish(sequence, Finished("cancelled"))
         self._admit()
         parts = self._parts()
-        if not parts:
-            return
-        # Rows of one adapter side by side: its matrices are then read once for all of them.
-        parts.sort(key=lambda part: part[0].order.served.content)
+        if parts:
+            # Rows of one adapter side by side: its matrices are then read once for all of them.
+            self._pass(sorted(parts, key=lambda part: part[0].order.served.content))
+
+    def _pass(self, parts: list[tuple[Running, int]]) -> None:
+        """Compute `parts` together. Where that fails each goes by itself, with the same result: only those fail then
+        whose own failure it was."""
         ids: list[int] = []
         rows: list[Row] = []
         wanted: list[int] = []  # rows whose logits are wanted, and for whom
@@ -176,10 +179,13 @@ class Engine:
                 rows.append(Row(position, table, adapter))
         try:
             logits = self._runner.run(ids, rows, wanted)
-        except (MemoryError, RuntimeError, ValueError) as error:  # this pass is lost, the engine is not
-            log.exception("a forward pass failed")
-            for sequence, _ in parts:
-                self._finish(sequence, Finished("error", f"{type(error).__name__} in the forward pass"))
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if len(parts) > 1:
+                for part in parts:
+                    self._pass([part])
+            else:
+                log.exception("a forward pass failed")
+                self._finish(parts[0][0], Finished("error", f"{type(error).__name__} in the forward pass"))
             return
         self.counts.steps += 1
         self.counts.rows += len(rows)
@@ -270,20 +276,26 @@ class Engine:
         best, likeliest = logits.max(1)
         sound = torch.isfinite(best).tolist()
         for row, ((sequence, position), token) in enumerate(zip(owners, likeliest.tolist(), strict=True)):
+            if sequence not in self._running:
+                continue
             if not sound[row]:
-                if sequence in self._running:
-                    self._finish(sequence, Finished("error", "the logits are not finite"))
-            elif position < len(sequence.order.prompt) - 1:
-                sequence.told = position + 1
-                sequence.order.put(self._token(sequence, logits[row], sequence.tokens[position + 1], prompt=True))
-            elif sequence in self._running:
-                plain = sequence.order.sampling.plain
-                try:
-                    chosen = token if plain else sequence.sampler.choose(logits[row])
-                except DeadEndError as error:
-                    self._finish(sequence, Finished("refused", str(error)))
-                else:
-                    self._say(sequence, chosen, logits[row])
+                self._finish(sequence, Finished("error", "the logits are not finite"))
+                continue
+            try:
+                self._tell(sequence, position, token, logits[row])
+            except DeadEndError as error:
+                self._finish(sequence, Finished("refused", str(error)))
+            except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+                log.exception("an answer failed")  # it alone
+                self._finish(sequence, Finished("error", f"{type(error).__name__} while a token was chosen"))
+
+    def _tell(self, sequence: Running, position: int, likeliest: int, logits: Tensor) -> None:
+        if position < len(sequence.order.prompt) - 1:
+            sequence.told = position + 1
+            sequence.order.put(self._token(sequence, logits, sequence.tokens[position + 1], prompt=True))
+        else:
+            plain = sequence.order.sampling.plain
+            self._say(sequence, likeliest if plain else sequence.sampler.choose(logits), logits)
 
     def _say(self, sequence: Running, token: int, logits: Tensor) -> None:
         order = sequence.order

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -46,9 +47,7 @@ class Generation:
         logprobs = asked.top_logprobs if asked.logprobs else None
         form = await self._grammars.form(asked.response_format)
         orders = self._orders(asked, served, [prompt], most, form, logprobs=logprobs)
-        return await self._respond(
-            http, asked, Request(self._engine, self._texts, orders, asked.stops, True, asked.model)
-        )
+        return await self._respond(http, asked, orders, chat=True)
 
     async def complete(self, http: HttpRequest) -> Response:
         asked = parse(await read_body(http), CompletionRequest)
@@ -58,9 +57,7 @@ class Generation:
         orders = self._orders(
             asked, served, prompts, asked.max_tokens, None, logprobs=asked.logprobs, prompt_logprobs=tell
         )
-        return await self._respond(
-            http, asked, Request(self._engine, self._texts, orders, asked.stops, False, asked.model)
-        )
+        return await self._respond(http, asked, orders, chat=False)
 
     def _served(self, name: str) -> Any:
         served = self._adapters.find(name)
@@ -114,12 +111,18 @@ class Generation:
             for choice in range(asked.n)
         ]  # fmt: skip
 
-    async def _respond(self, http: HttpRequest, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
+    async def _respond(
+        self, http: HttpRequest, asked: ChatRequest | CompletionRequest, orders: list[dict[str, Any]], *, chat: bool
+    ) -> Response:
+        request = Request(self._engine, self._texts, orders, asked.stops, chat, asked.model, in_pieces=asked.stream)
         request.start()
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return EventStream(_stream(request, asked, usage=usage))
-        return await _while_connected(http, _whole(request, asked))
+            return EventStream(_stream(request, asked, usage=usage), request.cancel)
+        try:
+            return await _while_connected(http, _whole(request, asked))
+        finally:
+            request.cancel()
 
 
 async def _whole(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
@@ -151,7 +154,7 @@ async def _whole(request: Request, asked: ChatRequest | CompletionRequest) -> Re
 
 async def _stream(
     request: Request, asked: ChatRequest | CompletionRequest, *, usage: bool
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     kind = "chat.completion.chunk" if request.chat else "text_completion"
     ends = {"usage": None} if usage else {}
     if request.chat:
@@ -160,8 +163,9 @@ async def _stream(
             choice = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
             yield {**envelope(request, kind, [choice]), **ends}
     offsets = [0] * len(request.orders)
-    async for piece in request.pieces():
-        yield {**envelope(request, kind, [_chunk(request, piece, offsets)]), **ends}
+    async with aclosing(request.pieces()) as pieces:
+        async for piece in pieces:
+            yield {**envelope(request, kind, [_chunk(request, piece, offsets)]), **ends}
     if usage:
         yield {**envelope(request, kind, []), "usage": request.usage}
 
@@ -182,23 +186,24 @@ def _chunk(request: Request, piece: Piece, offsets: list[int]) -> dict[str, Any]
 
 
 class EventStream(Response):
-    """Server-sent events. Ends, and with it the answer, when the client leaves or stops reading."""
+    """Server-sent events, which end when the client leaves or stops reading; then `ended` is called."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, objects: AsyncGenerator[dict[str, Any], None], ended: Callable[[], None]) -> None:
         super().__init__()
+        self._ended = ended
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-store"
         self._objects = objects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         pump = asyncio.ensure_future(self._pump(send))
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait([pump, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._ended()
             for task in (pump, gone):
                 task.cancel()
             await asyncio.gather(pump, gone, return_exceptions=True)
@@ -209,8 +214,10 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         try:
-            async for found in self._objects:
-                await event(json.dumps(found))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with aclosing(self._objects) as objects:
+                async for found in objects:
+                    await event(json.dumps(found))
         except ApiError as error:
             await event(json.dumps(error.body))
         await event("[DONE]")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from halfbyte.model.memory import peak_memory, resident_memory
+from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.engine import Engine
 
 
-def metrics_text(engine: Engine, adapters: int) -> str:
-    """One line a number, after its type."""
+def metrics_text(engine: Engine, adapters: Adapters, planned_memory: int) -> str:
+    """One line a number, after its type; of memory, bytes."""
     counts, pool = engine.counts, engine.pool
     gauges = {
-        "running_sequences": engine.running, "waiting_sequences": engine.waiting, "adapters": adapters,
-        "cache_blocks": pool.count, "cache_blocks_in_use": pool.in_use,
+        "running_sequences": engine.running, "waiting_sequences": engine.waiting, "adapters": len(adapters.all()) - 1,
+        "cache_blocks": pool.count, "cache_blocks_in_use": pool.in_use, "adapter_bytes": adapters.nbytes,
+        "resident_memory_bytes": resident_memory(), "peak_memory_bytes": peak_memory(),
+        "planned_memory_bytes": planned_memory,
     }  # fmt: skip
     counters = {
         "forward_passes": counts.steps, "rows": counts.rows, "prompt_tokens": counts.prompt_tokens,

@@ -1,4 +1,7 @@
-"""uvicorn's HTTP/1.1 protocol with a deadline for headers: a client that sends a byte a second is closed."""
+"""uvicorn's HTTP/1.1 protocol with a bound on connections and a deadline for headers.
+
+A client that sends a byte a second is closed; thousands that come at once are refused, and who is served goes on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+MOST_CONNECTIONS = 512
 HEADER_SECONDS = 10.0
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"content-length: 99\r\n\r\n"
+    b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": null}}'
+)
 
 
 class DeadlineProtocol(H11Protocol):
@@ -18,7 +27,11 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._set_deadline()
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.write(_REFUSAL)
+            transport.close()
+        else:
+            self._set_deadline()
 
     def data_received(self, data: bytes) -> None:
         if self._deadline is None and self.conn.their_state is h11.IDLE:

@@ -16,12 +16,13 @@ from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.app import make_app
 from halfbyte.serve.engine import Engine, Runner
 from halfbyte.serve.guard import App, Keys
-from halfbyte.serve.protocol import DeadlineProtocol
+from halfbyte.serve.protocol import MOST_CONNECTIONS, DeadlineProtocol
 from halfbyte.serve.text import Texts
 
 log = logging.getLogger("halfbyte.serve")
-MOST_CONNECTIONS = 512
 IDLE_SECONDS = 15
+SEND_BUFFER = 128 * 1024
+"""Of a connection, in the system: what a client that reads slowly makes us hold."""
 DRAIN_SECONDS = 20
 NO_KEYS = Keys(None, None)
 
@@ -33,6 +34,7 @@ class Settings:
     Attributes:
         batch: answers that are written at once.
         queue: that may wait.
+        planned_memory: bytes, for /metrics; 0 where nothing was planned.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +42,7 @@ class Settings:
     batch: int = 16
     queue: int = 64
     keys: Keys = NO_KEYS
+    planned_memory: int = 0
 
 
 def is_loopback(host: str) -> bool:
@@ -66,6 +69,7 @@ def bind(settings: Settings) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # accepted ones inherit it
         listening.bind(address)
         listening.listen(MOST_CONNECTIONS)
     except OSError as error:
@@ -82,7 +86,7 @@ def make_server(app: App) -> uvicorn.Server:
     """uvicorn with the limits that a public server needs."""
     return uvicorn.Server(uvicorn.Config(
         app, http=DeadlineProtocol, ws="none", lifespan="off", access_log=False, log_level="warning",
-        limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=DRAIN_SECONDS,
         server_header=False, proxy_headers=False, log_config=None,
     ))  # fmt: skip
 
@@ -98,7 +102,10 @@ def serve(
     """
     lost = threading.Event()
     engine = Engine(runner, most_running=settings.batch, most_waiting=settings.queue, on_death=lambda: give_up())
-    app = make_app(engine, adapters, texts, settings.keys, local_only=is_loopback(settings.host))
+    app = make_app(
+        engine, adapters, texts, settings.keys, local_only=is_loopback(settings.host),
+        planned_memory=settings.planned_memory,
+    )  # fmt: skip
     server = make_server(app)
 
     def give_up() -> None:

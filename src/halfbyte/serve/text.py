@@ -90,9 +90,9 @@ class Writer:
         self._held = ""
         self.stopped = False
 
-    def add(self, token: int) -> str:
+    def add(self, *tokens: int) -> str:
         """Text that is certain now."""
-        self._ids.append(token)
+        self._ids += tokens
         before = self._texts.decode(self._ids[self._context : self._read])
         text = self._texts.decode(self._ids[self._context :])
         if text.endswith("�") and len(self._ids) - self._read < 8:

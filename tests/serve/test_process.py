@@ -1,0 +1,105 @@
+"""`halfbyte serve` as a process of its own: its budget, its descriptors, thousands of connections, and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and limits of Linux")
+
+
+def command(model: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "halfbyte", "serve", "--model", str(model), "--port", "0", "--name", "base",
+            "--json", "--context", "256", *options]  # fmt: skip
+
+
+@contextmanager
+def running(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL."""
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, log.read_text()
+            yield process, json.loads(line)["url"]
+        finally:
+            process.kill()
+
+
+def ask(url: str, **fields: Any) -> Any:
+    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0} | fields
+    return httpx.post(url + "/v1/completions", json=body, timeout=60)
+
+
+def test_from_start_to_sigterm(make_llama: Any, tmp_path: Path) -> None:
+    import resource
+
+    log = tmp_path / "log"
+    with running(log, *command(make_llama(intermediate_size=128), "--memory", "3GB")) as (process, url):
+        assert "planned memory" in log.read_text()
+        expected = ask(url).json()["choices"]
+        port = int(url.rpartition(":")[2])
+
+        # Descriptors run out: who gets none waits, and when there are some again, all goes on.
+        served = psutil.Process(process.pid)
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (served.num_fds() + 10, hard))
+        with ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            time.sleep(0.5)
+        assert ask(url).json()["choices"] == expected
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+        # Many connections at once: all but MOST_CONNECTIONS are refused, and the process holds no more than these.
+        with ExitStack() as stack:
+            refused = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(900)][600:]
+            for connection in refused:
+                connection.settimeout(20)
+                assert connection.recv(12) == b"HTTP/1.1 503"
+            until = time.monotonic() + 20
+            while served.num_fds() > 600:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        assert ask(url).json()["choices"] == expected
+
+        # SIGTERM under load: what is being written is finished, nothing new is taken, and the end is clean.
+        results: list[list[int]] = [[] for _ in range(8)]
+        streams = [threading.Thread(target=read, args=(url, found)) for found in results]
+        for stream in streams:
+            stream.start()
+        while not all(results):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        for stream in streams:
+            stream.join(30)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert {len(events) for events in results} == {len(results[0])}
+        assert all(events[-1] == -1 for events in results)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def read(url: str, found: list[int]) -> None:
+    """The numbers of a stream's events, and -1 for its end."""
+    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 200, "temperature": 0, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as stream:
+        for number, line in enumerate(line for line in stream.iter_lines() if line.startswith("data: ")):
+            found.append(-1 if line == "data: [DONE]" else number)
