@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]       default: docs/speed.md, memory.md, merge.md, reliability.md, serve.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,reliability,serve}.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """

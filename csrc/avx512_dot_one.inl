@@ -73,6 +73,7 @@ HB_NOINLINE void dot_few_64(const hb_weight& w, const Decoder& d, int64_t first,
             for (int m = 0; m < M; ++m) total[m] = begin ? totals[row - first][m] : _mm512_setzero_ps();
             int64_t b = 0;
             for (; b + 2 <= end - begin; b += 2) {
+                if (slice < blocks) __builtin_prefetch(codes + b * 32 + w.cols);  // two rows on: no stream to foresee
                 const __m512 low = _mm512_set1_ps(scales[b]);
                 const __m512 scale = _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + b + 1));
                 const Weights128 weights(_mm512_loadu_si512(codes + b * 32), table);
