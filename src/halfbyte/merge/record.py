@@ -78,10 +78,10 @@ def check_output(output: Path, *inputs: Path) -> None:
     """ConfigError if `output` holds something, or lies in, or holds, one of `inputs`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError("is there already", where=str(output), fix="Give another --output, or move this one away")
-    for folder in (path if path.is_dir() else path.parent for path in inputs):
-        mine, theirs = output.resolve(), folder.resolve()
+    for path in inputs:
+        mine, theirs = output.resolve(), path.resolve()
         if mine == theirs or theirs in mine.parents or mine in theirs.parents:
-            raise ConfigError(f"overlaps {folder}", where=str(output), fix="Give a folder of its own as --output")
+            raise ConfigError(f"overlaps {path}", where=str(output), fix="Give a folder of its own as --output")
 
 
 def card(merged: dict[str, Any], drift: dict[str, Any], use: str) -> str:
