@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,reliability,serve}.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,fidelity,reliability,serve}.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -165,6 +165,16 @@ def merges(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def fidelity(result: dict[str, Any]) -> Rows:
+    """Held-out loss on each base, and the share of NF4's gap that it closes."""
+    rows = [["base", "loss before", "closed", "loss after", "closed", "prose", "closed"]]
+    for name, row in result["rows"].items():
+        cells = [text for key in ("before", "mean_after", "prose")
+                 for text in (f"{row[key]:.3f}", f"{row[f'closed_{key}']:.0%}")]  # fmt: skip
+        rows.append([name, *cells])
+    return rows
+
+
 def reliability(result: dict[str, Any]) -> Rows:
     """Each proof with what it counted."""
     rows = [["proof", "counted", "passed", "seconds"]]
@@ -219,6 +229,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "streaming": ("large-stream", streaming),
     "70B": ("large-70b", seventy),
     "merging": ("merge", merges),
+    "fidelity": ("fidelity", fidelity),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
 }
@@ -251,7 +262,7 @@ def main() -> None:
     for page in (
         map(Path, sys.argv[2:])
         if len(sys.argv) > 2
-        else [docs / name for name in ("speed.md", "memory.md", "merge.md", "reliability.md", "serve.md")]
+        else [docs / f"{name}.md" for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve")]
     ):
         fill(page, folder)
 

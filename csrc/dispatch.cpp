@@ -106,6 +106,15 @@ int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t
     return HB_OK;
 }
 
+int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance, int64_t cols,
+                          const float* levels, const float* bounds, const float* factors, int count, float* scales,
+                          int threads) {
+    if (!power_of_two(blocksize, 32) || blocksize > 4096 || cols < 1) return HB_UNSUPPORTED;
+    current()->least_error_scales(w, dtype, n, blocksize, importance, cols, levels, bounds, factors, count, scales,
+                                  threads);
+    return HB_OK;
+}
+
 int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count, const hb_state_map* maps,
              int threads) {
     current()->adamw(numbers, pages, count, maps, threads);

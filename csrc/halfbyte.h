@@ -115,6 +115,13 @@ HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype
 HB_API int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t* codes, float* absmax,
                             int threads);
 
+// n elements -> scales[ceil(n / blocksize)], each of least sum of importance times squared error among those that the codes
+// of `count` candidates, factors[c] times the largest magnitude, would like best. `importance` is of the cols columns of W,
+// or NULL; `levels` are the 16 ascending values, `bounds` their midpoints. What is not finite makes its scale so.
+HB_API int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
+                                 int64_t cols, const float* levels, const float* bounds, const float* factors,
+                                 int count, float* scales, int threads);
+
 // One step in place; maps[0] is exp_avg's, maps[1] exp_avg_sq's, read only where moments have 8 bits.
 HB_API int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count,
                     const hb_state_map* maps, int threads);

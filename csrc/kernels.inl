@@ -2,6 +2,7 @@
 // it. Included inside an ISA's namespace, after its own pieces.
 
 #include "quantize.inl"
+#include "scales.inl"
 #include "dequantize.inl"
 #include "adamw.inl"
 
@@ -41,6 +42,7 @@ constexpr hb_table all_kernels = {
     count_nonfinite,
     dequantize,
     quantize_8bit,
+    least_error_scales,
     adamw,
     linear,
     linear_backward,

@@ -211,6 +211,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
     "hb_quantize_8bit": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _INT)),
+    "hb_least_error_scales": (
+        _INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _SIZE, *3 * [_POINTER], _INT, _POINTER, _INT),
+    ),
     "hb_adamw": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _INT)),
     "hb_linear": (_INT, (_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
     "hb_linear_backward": (

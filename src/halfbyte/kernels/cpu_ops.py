@@ -22,7 +22,9 @@ from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
+from halfbyte.quant.codebook import codebook
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
+from halfbyte.quant.scales import factors_of, least_error_scales_reference
 
 
 def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
@@ -63,6 +65,24 @@ def _quantize_8bit(x: Tensor) -> tuple[Tensor, Tensor]:
     if run_native("hb_quantize_8bit", x.data_ptr(), x.numel(), signed, codes.data_ptr(), absmax.data_ptr()):
         return codes, absmax
     return quantize_8bit_reference(x)
+
+
+@torch.library.impl("halfbyte::least_error_scales", "CPU")
+def _least_error_scales(
+    weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
+) -> Tensor:
+    flat, table = weight.detach().contiguous(), codebook(quant_type)
+    scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
+    levels, factors = table.values[table.order.int()], torch.tensor(factors_of(signed))
+    weights = None if importance is None else importance.float().contiguous()
+    columns = 1 if weights is None else weights.numel()
+    if flat.dtype in DTYPES and run_native(
+        "hb_least_error_scales", flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize,
+        None if weights is None else weights.data_ptr(), columns, levels.data_ptr(),
+        table.boundaries.data_ptr(), factors.data_ptr(), len(factors), scales.data_ptr(),
+    ):  # fmt: skip
+        return scales
+    return least_error_scales_reference(weight, quant_type, blocksize, signed, importance)
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CPU")

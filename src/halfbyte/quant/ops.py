@@ -15,11 +15,16 @@ from torch import Tensor
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
+from halfbyte.quant.scales import least_error_scales_reference
 
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float nested_offset, str quant_type, int blocksize"
 
 torch.library.define("halfbyte::quantize_4bit", "(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)")
 torch.library.define("halfbyte::quantize_8bit", "(Tensor x) -> (Tensor, Tensor)")
+torch.library.define(
+    "halfbyte::least_error_scales",
+    "(Tensor weight, str quant_type, int blocksize, bool signed, Tensor? importance) -> Tensor",
+)
 torch.library.define("halfbyte::dequantize_4bit", f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor")
 torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor")
 torch.library.define("halfbyte::linear_4bit_dx", f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor")
@@ -58,6 +63,16 @@ torch.library.impl("halfbyte::quantize_8bit", "CompositeExplicitAutograd", quant
 @torch.library.register_fake("halfbyte::quantize_8bit")
 def _quantize_8bit_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.uint8), x.new_empty(num_blocks(x.numel(), NESTED_BLOCKSIZE))
+
+
+torch.library.impl("halfbyte::least_error_scales", "CompositeExplicitAutograd", least_error_scales_reference)
+
+
+@torch.library.register_fake("halfbyte::least_error_scales")
+def _least_error_scales_fake(
+    weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
+) -> Tensor:
+    return weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CompositeExplicitAutograd")

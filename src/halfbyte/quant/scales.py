@@ -19,7 +19,7 @@ FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
 FLOOR = 1e-3
 """Least importance of a column, as a part of their mean: a column that never fired in calibration may fire later."""
 CHUNK = 1 << 18
-"""Weights that are searched at a time: they and what is made of them fit into a cache."""
+"""Weights that are worked on at a time: they and what is made of them fit into a cache."""
 
 
 def least_error_scales(
@@ -35,10 +35,18 @@ def least_error_scales(
     Returns:
         (ceil(n/blocksize),) float32; 0 for a block of zeros; not finite where the weight is not.
     """
-    flat = weight.reshape(-1)
-    scales = torch.empty(num_blocks(flat.numel(), blocksize))
     if importance is not None:
         importance = importance.clamp(min=FLOOR * float(importance.mean()) + TINY)
+    scales: Tensor = torch.ops.halfbyte.least_error_scales(weight, quant_type, blocksize, signed, importance)
+    return scales
+
+
+def least_error_scales_reference(
+    weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
+) -> Tensor:
+    """The operator `least_error_scales` in plain torch: `least_error_scales`, `importance` above 0."""
+    flat = weight.reshape(-1)
+    scales = torch.empty(num_blocks(flat.numel(), blocksize))
     step = max(CHUNK // blocksize, 1)
     for first in range(0, len(scales), step):
         start, stop = first * blocksize, min((first + step) * blocksize, flat.numel())
@@ -68,21 +76,25 @@ def double_quantized(scales: Tensor) -> tuple[tuple[Tensor, Tensor, float], Tens
     return compressed, expand_absmax(*compressed)
 
 
+def factors_of(signed: bool) -> tuple[float, ...]:
+    """The candidates, of both signs with `signed`."""
+    return FACTORS + tuple(-factor for factor in FACTORS) if signed else FACTORS
+
+
 def _best(w: Tensor, h: Tensor | None, quant_type: str, signed: bool) -> Tensor:
     """Of the blocks w (blocks, blocksize), their columns weighted by `h`."""
     table = codebook(quant_type)
     levels = table.values[table.order.int()]
     peak, weighted = w.abs().amax(1), w if h is None else w * h
     best, scales = torch.full_like(peak, -1.0), torch.zeros_like(peak)
-    for factor in FACTORS:
-        for sign in (1, -1) if signed else (1,):
-            values = levels[torch.bucketize(w * _inverse(sign * factor * peak)[:, None], table.boundaries)]
-            along = (weighted * values).sum(1)
-            norm = (values * values if h is None else values * values * h).sum(1).clamp(min=TINY)
-            gain = along * along / norm  # what the error is less than with all codes 0
-            better = gain > best
-            best = gain.where(better, best)
-            scales = (along / norm).where(better, scales)
+    for factor in factors_of(signed):
+        values = levels[torch.bucketize(w * _inverse(factor * peak)[:, None], table.boundaries)]
+        along = (weighted * values).sum(1)
+        norm = (values * values if h is None else values * values * h).sum(1).clamp(min=TINY)
+        gain = along * along / norm  # what the error is less than with all codes 0
+        better = gain > best
+        best = gain.where(better, best)
+        scales = (along / norm).where(better, scales)
     return scales.where(peak.isfinite(), peak)
 
 
