@@ -19,9 +19,9 @@ from random_adapters import write_random_adapter
 from halfbyte.checkpoint import load_adapter
 from halfbyte.cli.chat import name_adapters
 from halfbyte.cli.main import main
-from halfbyte.cli.serve import open_decoder
+from halfbyte.cli.serve import open_served
 from halfbyte.cli.speaker import Answer, Conversation, Speaker, TooLongError
-from halfbyte.config import QuantConfig
+from halfbyte.config import QuantConfig, load_config
 from halfbyte.data.records import RecordReader
 from halfbyte.errors import ConfigError
 from halfbyte.model import load_model
@@ -152,13 +152,12 @@ class Shown:
 
 
 @pytest.fixture
-def speaker(tiny_llama: Path, tiny_tokenizer: Any) -> Iterator[tuple[Speaker, Adapters, Texts]]:
-    loaded = load_model(tiny_llama, QuantConfig(), compute_dtype=torch.float32)
-    decoder, _ = open_decoder(loaded.model, 256, 256)
+def speaker(tiny_llama: Path) -> Iterator[tuple[Speaker, Adapters, Texts]]:
+    run = load_config(None, ["quant.compute_dtype=float32"], model__path=str(tiny_llama))
+    decoder, adapters, texts, _ = open_served(run, "base", [], None, None, 256, 256)
     engine = Engine(decoder)
     engine.start()
-    texts = Texts(tiny_tokenizer, stops=[2], context=decoder.context)
-    yield Speaker(engine, texts), Adapters("base", lay_out=decoder.load, check=lambda saved: []), texts
+    yield Speaker(engine, texts), adapters, texts
     engine.stop(5)
     assert engine.pool.in_use == 0
 

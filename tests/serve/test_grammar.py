@@ -9,6 +9,9 @@ import time
 from typing import Any
 
 import pytest
+import torch
+
+from halfbyte.serve.sampling import Sampling
 
 pytest.importorskip("llguidance")
 httpx = pytest.importorskip("httpx")
@@ -98,6 +101,29 @@ def test_others_do_not_notice(ask: Any, client: Any) -> None:
     beside = ask("base", prompt, max_tokens=60, logprobs=2)
     client.chat.completions.create(**asked(n=4, seed=1), response_format=by(SCHEMA))
     assert [vars(e) for e in alone.events] == [vars(e) for e in beside.events if beside.ids]
+
+
+class DeadEnd:
+    """A form that leaves nothing after two tokens."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def allowed(self) -> torch.Tensor:
+        return torch.full((400,), self.taken < 2)
+
+    def took(self, token: int) -> None:
+        self.taken += 1
+
+
+def test_a_dead_end_ends_one_answer(ask: Any) -> None:
+    prompt = [5, 40, 41, 42, 43]
+    alone = ask("a1", prompt).ids
+    refused, beside = ask("base", prompt, sampling=Sampling(form=DeadEnd)), ask("a1", prompt)
+    assert len(refused.ids) == 2
+    assert refused.reason == "refused"
+    assert "no token may follow" in refused.events[-1].error
+    assert beside.ids == alone
 
 
 def nested(depth: int) -> dict[str, Any]:

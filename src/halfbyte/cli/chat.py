@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, check_adapter_fits, console, emit, open_base
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
 from halfbyte.cli.generate import MaxNewTokens, Seed, Temperature
-from halfbyte.cli.serve import base_name, open_decoder
+from halfbyte.cli.serve import base_name, open_served
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HELP = """\
 /adapter NAME   talk to this adapter from here on; /adapter off to the base, /adapter alone switches to and fro
 /adapters       which ones there are
-/compare TEXT   answers of the base and of every adapter to TEXT, side by side; the conversation stays as it is
+/compare TEXT   answers of the base and of every adapter to TEXT, in one batch; the conversation stays as it is
 /retry          another answer to the last message
 /new            start over
 /system TEXT    another system message; without TEXT, none
@@ -49,24 +49,15 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """A conversation in the terminal, with adapters to switch between and to compare; /help tells more."""
-    from halfbyte.checkpoint import load_adapter
     from halfbyte.cli.speaker import Conversation, Speaker
     from halfbyte.config import load_config
-    from halfbyte.model.generate import stop_ids
-    from halfbyte.serve import Adapters, Engine
-    from halfbyte.serve.text import Texts
+    from halfbyte.serve import Engine
 
     run, out = load_config(config, settings or (), model__path=model), console()
-    named = name_adapters(adapter or ())
-    loaded, tokenizer, notes = open_base(run, load_adapter(next(iter(named.values()))) if named else None, out)
+    named = list(name_adapters(adapter or ()).items())
     # Twice: the base's or another adapter's reading of the conversation stays beside the one that goes on.
-    decoder, more = open_decoder(loaded.model, 2 * context if named else context, context)
-    adapters = Adapters(
-        base_name(str(run.model.path)), lay_out=decoder.load,
-        check=lambda saved: check_adapter_fits(run, saved, loaded, tokenizer),
-    )  # fmt: skip
-    notes += more + [note for name, folder in named.items() for note in adapters.load(name, folder)]
-    texts = Texts(tokenizer, stops=stop_ids(loaded.model, tokenizer), context=decoder.context)
+    positions = 2 * context if named else context
+    decoder, adapters, texts, notes = open_served(run, "", named, None, None, positions, context)
     if not texts.chats:
         notes.append("this model has no chat template: each message is continued by itself")
     for note in [*notes, "/help tells the commands"]:

@@ -81,7 +81,7 @@ def serve(
     positions = max(cache_tokens, context)
     with closing(bind(chosen)) as listening, steady_memory():
         planned, plan_text, room = _plan(run, [folder for _, folder in named], positions, context)
-        decoder, adapters, texts, notes = _open(run, name, named, adapter_dir, room, positions, context)
+        decoder, adapters, texts, notes = open_served(run, name, named, adapter_dir, room, positions, context)
 
         def ready(url: str) -> None:
             models = [served.name for served in adapters.all()]
@@ -92,7 +92,7 @@ def serve(
         run_server(decoder, adapters, texts, replace(chosen, planned_memory=planned), listening, ready)
 
 
-def _open(
+def open_served(
     run: RunConfig, name: str, named: list[tuple[str, Path]], adapter_dir: Path | None, room: Room | None,
     positions: int, context: int,
 ) -> tuple[BatchDecoder | PlainBatch, Adapters, Texts, list[str]]:  # fmt: skip
@@ -103,7 +103,7 @@ def _open(
     from halfbyte.serve.text import Texts
 
     loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, console())
-    decoder, more = open_decoder(loaded.model, positions, context)
+    decoder, more = _decoder(loaded.model, positions, context)
     notes += more
     adapters = Adapters(
         name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir, room=room,
@@ -146,7 +146,7 @@ def _plan(run: RunConfig, folders: list[Path], cache_tokens: int, context: int) 
     return made.peak_memory, text, Room(made.room_for_adapters(budget.bytes), made.adapter_itemsize)
 
 
-def open_decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
+def _decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
     """What computes, and a note where that is not the native step."""
     from halfbyte.model.batch import BatchDecoder
     from halfbyte.model.decoder_parts import NotCoveredError
