@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from halfbyte.model.load import Progress
 from halfbyte.model.quantize import Unquantized
 from halfbyte.model.read import read_unquantized, unquantized_slices
 from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant import QuantizedWeight, quantize_slices
 from halfbyte.quant.error_feedback import Moments, round_with_feedback
 
@@ -68,7 +70,7 @@ class CalibratedWriter:
                 slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
                 slices = self._base.through(name, slices)
                 self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
-        run_side_by_side(model, ids, counts, self._stored, targets, self._round)
+        run_side_by_side(model, ids, counts, self._stored, targets, self._round, chunk_tokens=CHUNK_TOKENS)
         for name in targets - set(self._done):  # no text passed them
             self._write(name, self._nearest(name, self._target(name), None))
 
@@ -81,7 +83,7 @@ class CalibratedWriter:
         weight = self._stored(name).float()
         return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
-    def _round(self, name: str, moments: Moments) -> Tensor:
+    def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
         target = self._target(name)
         plain = self._nearest(name, target, moments.own.diagonal())
         weight = round_with_feedback(target, moments, plain)
@@ -95,9 +97,9 @@ class CalibratedWriter:
         ))  # fmt: skip
         self._write(name, weight)
         if name not in self._ranks:
-            return decoded
+            return partial(weight.dequantize, torch.float32)
         a, b = self.starts[name] = start_of(target, decoded, moments, self._ranks[name])
-        return decoded + b @ a
+        return lambda: weight.dequantize(torch.float32) + b @ a
 
     def _nearest(self, name: str, target: Tensor, importance: Tensor | None) -> QuantizedWeight:
         job = self._job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class MergeBase:
         names: the stored name of every parameter.
         targets: parameters that training holds in 4 bits.
         quant: how they are quantized where they are not stored in 4 bits.
+        remembered: how many of the 4-bit weights read last are kept, for those who read them several times.
     """
 
     source: Source
@@ -37,6 +38,8 @@ class MergeBase:
     names: dict[str, str]
     targets: frozenset[str]
     quant: QuantConfig
+    remembered: int = 0
+    _recent: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
 
     @property
     def in_4_bits(self) -> bool:
@@ -45,8 +48,15 @@ class MergeBase:
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Parameter `name`, one of `targets`, in 4 bits and in the orientation of nn.Linear."""
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        return read_quantized(self.reader, self.names[name], module, self.quant, self.source.label)
+        weight = self._recent.get(name)
+        if weight is None:
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            weight = read_quantized(self.reader, self.names[name], module, self.quant, self.source.label)
+            if self.remembered:
+                self._recent[name] = weight
+            if len(self._recent) > self.remembered:
+                del self._recent[next(iter(self._recent))]
+        return weight
 
     def original_slices(self, name: str) -> Iterable[Tensor]:
         """Parameter `name`, one of `targets`, as it was before quantization, in the orientation of nn.Linear; each

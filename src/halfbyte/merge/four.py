@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +16,12 @@ from halfbyte.merge.sixteen import kept
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant import QuantizedWeight, quantize_slices
 from halfbyte.quant.error_feedback import Moments, round_with_feedback
+
+REMEMBERED = 8
+"""4-bit weights of the base kept while text goes through a decoder layer several times: those of a common one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +67,19 @@ class FourBitWriter:
         for name in base.names:
             if name not in base.targets:
                 self._shards.add(name, kept(self._fold, name))
-        run_side_by_side(model, ids, counts, self._trained, base.targets, self._round)
+        trained = Fold(replace(base, remembered=REMEMBERED), self._fold.updates)
+        run_side_by_side(model, ids, counts, trained.weight, base.targets, self._round, chunk_tokens=CHUNK_TOKENS)
         for name in base.names:
             if name in base.targets and name not in self._done:  # the text did not pass it
                 self._write(name, self._nearest(name, self._fold.whole(name)))
 
-    def _trained(self, name: str) -> Tensor:
-        return Fold(self._fold.base, self._fold.updates).weight(name)
-
-    def _round(self, name: str, moments: Moments) -> Tensor:
+    def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
         target = self._fold.whole(name)
         weight = round_with_feedback(target, moments, self._nearest(name, target))
         decoded = weight.dequantize(torch.float32)
         self._note(name, decoded, moments.own)
         self._write(name, weight)
-        return decoded
+        return partial(weight.dequantize, torch.float32)
 
     def _note(self, name: str, decoded: Tensor, own: Tensor) -> None:
         update = self._fold.updates.get(name)

@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.checkpoint import check_base, write_folder
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericsError
+from halfbyte.kernels.buffers import steady_memory
 from halfbyte.merge.base import open_base
 from halfbyte.merge.combine import Combine
 from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, joined, probe_of
@@ -65,6 +66,7 @@ class MergeResult:
         return asdict(self)
 
 
+@steady_memory()
 def merge(
     config: RunConfig, adapter: str | Path | Mapping[str, float], output: str | Path, *, format: str = "16bit",
     base: str = "quantized", original: str = "", gguf_type: str = "F16", combine: str = "cat", rank: int = 0,

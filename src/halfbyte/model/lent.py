@@ -25,7 +25,7 @@ class LentModel:
     """Logits of an architecture under any set of weights, in float32; peak memory one tensor and the activations."""
 
     def __init__(self, source: Source) -> None:
-        self._label = source.label
+        self.label = source.label
         self._model = skeleton(source).eval()
         self._alias: dict[str, str] = dict(self._model.all_tied_weights_keys)
         for name, module in list(self._model.named_modules()):
@@ -37,11 +37,21 @@ class LentModel:
         """The skeleton, for hooks."""
         return self._model
 
-    @torch.no_grad()
-    def hidden(self, input_ids: Tensor, weights: Weights) -> None:
-        """Run all but the output head, for what hooks see of it."""
-        with self.lend(weights):
-            self._model.base_model(input_ids=input_ids, use_cache=False)
+    def decoder_layers(self) -> nn.ModuleList:
+        """One after the other.
+
+        Raises:
+            ModelError: the model has no list of them.
+        """
+        count = self._model.config.get_text_config().num_hidden_layers
+        for module in self._model.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        raise ModelError("has no list of decoder layers", where=self.label, fix="Merge with --format 16bit")
+
+    def run(self, input_ids: Tensor) -> None:
+        """All but the output head, for what hooks see of it, while weights are lent."""
+        self._model.base_model(input_ids=input_ids, use_cache=False)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, weights: Weights) -> Tensor:
@@ -57,7 +67,7 @@ class LentModel:
             if "meta" not in str(error).lower():
                 raise
             raise ModelError(
-                "cannot be run module by module", where=self._label,
+                "cannot be run module by module", where=self.label,
                 why="a parameter is read outside the module that has it",
             ) from error  # fmt: skip
         return logits

@@ -1,61 +1,200 @@
-"""Text through a model as it should be and as it is being written, layer by layer: what calibration needs to see."""
+"""Text through a model as it should be and as it is being written, layer by layer: what calibration needs to see.
+
+Of all the text only the hidden states between two decoder layers are kept. It goes through a layer in chunks, several
+times: for each group of linear layers that have one input (of a Llama's: q, k, v; o; gate, up; down) as far as that
+input, whose moments are summed; then the group is written. At last it goes through the whole layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.errors import ModelError
+from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.quant.error_feedback import Moments
 
-Writer = Callable[[str, Moments], Tensor]
-"""Given a parameter's name and its layer's inputs, writes it; the weight (out, in) that the text goes on with."""
+PADDED = 64
+"""Sequences are padded to multiples of this, so that the chunks are of few shapes."""
+
+Writer = Callable[[str, Moments], Callable[[], Tensor]]
+"""Given a parameter's name and its layer's inputs, writes it; what it returns gives the weight (out, in) that the text
+goes on with, whenever it is called."""
 
 
+@steady_memory()
+@torch.no_grad()
 def run_side_by_side(
-    model: LentModel, ids: Tensor, counts: Tensor, weights: Weights, names: Collection[str], writer: Writer
-) -> None:
-    """Run text through all but the head; `writer` gets each weight of `names` when its inputs are known.
+    model: LentModel, ids: Tensor, counts: Tensor, weights: Weights, names: Collection[str], writer: Writer,
+    *, chunk_tokens: int,
+) -> None:  # fmt: skip
+    """Run text through the decoder layers; `writer` gets each weight of `names` when its inputs are known.
 
     Args:
         ids: (sequences, tokens) int64, padded at the end.
         counts: the same shape: which tokens are text.
         weights: of the model as it should be.
-        names: parameters called "<linear layer>.weight". Those that no text passes are not given to `writer`.
+        names: parameters called "<linear layer>.weight". Those that no text passes, row by row in a decoder layer, are
+            not given to `writer`.
+        chunk_tokens: of text that goes through a layer at a time, in each of the two models.
+
+    Raises:
+        ModelError: the model has no list of decoder layers, or they are given more of the text than hidden states.
     """
-    pair = _Pair(counts, writer)
-    with ExitStack() as hooks:
-        for name, module in model.model.named_modules():
-            if f"{name}.weight" in names:
-                hooks.callback(module.register_forward_hook(partial(pair.after, f"{name}.weight")).remove)
-        model.hidden(torch.cat([ids, ids]), weights)
+    chunks = list(_chunks(ids, counts, chunk_tokens))
+    with model.lend(weights):
+        layers = _layers(model, [pair for pair, _ in chunks], names)
+        states = [_input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
+        for layer in layers:
+            with ExitStack() as written:
+                for group in layer.groups:
+                    moments = _moments(layer, group[0].module, states, [count for _, count in chunks])
+                    for linear in group:
+                        written.enter_context(linear.second_half_by(writer(linear.name, moments)))
+                    del moments
+                for i, state in enumerate(states):
+                    states[i] = layer(state)
 
 
-class _Pair:
-    """One batch, its first half the wanted model's and its second the written one's."""
+def _chunks(ids: Tensor, counts: Tensor, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of `tokens` tokens or one sequence, in few shapes: the ids, twice, and which of them are text."""
+    lengths = -(-counts.sum(1) // PADDED) * PADDED
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().view(-1)
+        size = min(max(tokens // length, 1), len(rows))
+        fill = (0, max(length - ids.shape[1], 0), 0, -len(rows) % size)
+        parts = [nn.functional.pad(of[rows, :length], fill).split(size) for of in (ids, counts)]
+        for some, count in zip(*parts, strict=True):
+            yield some.repeat(2, 1), count
 
-    def __init__(self, counts: Tensor, writer: Writer) -> None:
-        self._counts, self._writer = counts, writer
-        self._input: Tensor | None = None
-        self._moments: Moments | None = None
 
-    @torch.no_grad()
-    def after(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The layer's output, its second half by the weight that was written."""
-        weight = self._writer(name, self._moments_of(args[0]))
+class _Linear:
+    """A linear layer, and the name of its weight."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self._ours: Tensor | None = None
+
+    @contextmanager
+    def second_half_by(self, weight: Callable[[], Tensor]) -> Iterator[None]:
+        """Inside the block the second half of a batch is multiplied with `weight` instead of its own."""
+        with ExitStack() as hooks:
+            hooks.callback(self.module.register_forward_pre_hook(self._split, prepend=True).remove)
+            hooks.callback(self.module.register_forward_hook(partial(self._join, weight), prepend=True).remove)
+            yield
+
+    def _split(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wanted, self._ours = args[0].chunk(2)
+        return (wanted, *args[1:])
+
+    def _join(
+        self, weight: Callable[[], Tensor], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        assert self._ours is not None
+        ours, self._ours = self._ours, None
         bias = module.bias if isinstance(module.bias, Tensor) else None
-        half = nn.functional.linear(args[0].chunk(2)[1], weight, bias)
-        return torch.cat([output.chunk(2)[0], half])
+        return torch.cat([output, nn.functional.linear(ours, weight(), bias)])
 
-    def _moments_of(self, x: Tensor) -> Moments:
-        """Of the input `x`; made once where several layers have the same one."""
-        if self._moments is None or x is not self._input:
-            self._input = self._moments = None  # before the next are made
-            wanted, ours = (part[self._counts] for part in x.chunk(2))
-            self._moments = Moments(ours.T @ ours, wanted.T @ ours)
-            self._input = x
-        return self._moments
+
+@dataclass
+class _Layer:
+    """A decoder layer, what chunks of each shape are accompanied by, and its linear layers by their inputs."""
+
+    module: nn.Module
+    calls: dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    groups: list[list[_Linear]] = field(default_factory=list)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        args, kwargs = self.calls[states.shape[:2]]
+        output = self.module(states, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: list[Tensor]) -> Moments:
+    """Of the input of `module`, a part of `layer`."""
+    sums: list[Tensor] = []
+    for state, count in zip(states, counts, strict=True):
+        wanted, ours = (part[count] for part in _input_of(module, partial(layer, state)).chunk(2))
+        if not sums:
+            sums = [torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2)]
+        sums[0].addmm_(ours.T, ours)
+        sums[1].addmm_(wanted.T, ours)
+    return Moments(*sums)
+
+
+class _Reached(BaseException):
+    """The rest of a pass is not needed."""
+
+
+def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What `module` is given first when `run` runs it; the pass ends there."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(stop, prepend=True)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _layers(model: LentModel, chunks: list[Tensor], names: Collection[str]) -> list[_Layer]:
+    """The decoder layers as passes of `chunks` find them: one of each shape, and one more to see that nothing but the
+    hidden states depends on the text.
+    """
+    layers = [_Layer(module) for module in model.decoder_layers()]
+    linears = {model.model.get_submodule(name.removesuffix(".weight")): name for name in names}
+    before: list[Tensor] = []
+
+    def note_call(layer: _Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before.clear()
+        call = (args[1:], kwargs)
+        if not _same(layer.calls.setdefault(args[0].shape[:2], call), call):
+            raise ModelError(
+                "cannot be run layer by layer", where=model.label, why="layers are given more of the text than states"
+            )
+
+    def note_linear(layer: _Layer, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, known = args[0], [linear.module for group in layer.groups for linear in group]
+        if module in known or x.shape[:2] not in layer.calls:
+            return
+        if not before or before[0] is not x:
+            before[:] = [x]
+            layer.groups.append([])
+        layer.groups[-1].append(_Linear(linears[module], module))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            note = partial(note_call, layer)
+            hooks.callback(layer.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            for module in filter(linears.__contains__, layer.module.modules()):
+                hooks.callback(module.register_forward_pre_hook(partial(note_linear, layer)).remove)
+        of_shape = {chunk.shape: chunk for chunk in reversed(chunks)}
+        for chunk in (*of_shape.values(), chunks[-1]):
+            model.run(chunk)
+    return layers
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nests of tuples, lists, dicts, tensors and plain values are equal."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

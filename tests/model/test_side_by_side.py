@@ -1,0 +1,98 @@
+"""Text through two models side by side, a layer at a time and in chunks: the same as all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.errors import ModelError
+from halfbyte.model.lent import LentModel
+from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.model.source import open_source
+from halfbyte.quant import quantize
+from halfbyte.quant.error_feedback import Moments
+
+MakeLlama = Callable[..., Path]
+
+LENGTHS = (70, 70, 33, 120, 64, 5, 17, 64)
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[Tensor, Tensor]:
+    """Sequences of different lengths, padded at the end."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 300, (length,), generator=generator) for length in LENGTHS]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad([torch.ones(len(row)).bool() for row in rows], batch_first=True)
+
+
+def through(model: Path, text: tuple[Tensor, Tensor], chunk_tokens: int) -> dict[str, Moments]:
+    """Moments by parameter, every layer written as its nearest 4-bit weight."""
+    source = open_source(str(model))
+    reader = source.open_tensors()
+    seen: dict[str, Moments] = {}
+
+    def write(name: str, moments: Moments) -> Callable[[], Tensor]:
+        seen[name] = moments
+        return partial(quantize(reader.read(name).float()).dequantize, torch.float32)
+
+    names = {name for name in reader.names() if "_proj" in name}
+    run_side_by_side(LentModel(source), *text, reader.read, names, write, chunk_tokens=chunk_tokens)
+    assert seen.keys() == names
+    return seen
+
+
+def test_chunks_change_nothing_but_the_last_bits(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:
+    """Measured: 2e-6 of the moments' norm."""
+    once, chunked = through(tiny_llama, text, 10**6), through(tiny_llama, text, 64)
+    for name, moments in once.items():
+        for one, other in ((moments.own, chunked[name].own), (moments.cross, chunked[name].cross)):
+            assert (one - other).norm() < 2e-5 * one.norm(), name
+
+
+def test_layers_with_one_input_share_its_moments(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:
+    seen = through(tiny_llama, text, 64)
+    layer = "model.layers.1.{}_proj.weight".format
+    assert seen[layer("self_attn.q")] is seen[layer("self_attn.k")] is seen[layer("self_attn.v")]
+    assert seen[layer("mlp.gate")] is seen[layer("mlp.up")]
+    assert len({id(moments) for moments in seen.values()}) == 8
+
+
+def test_the_moments_are_those_of_both_models(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:
+    """Against hooks on the whole model, with stored weights and with quantized ones."""
+    from transformers import AutoModelForCausalLM
+
+    seen = through(tiny_llama, text, 64)
+    name = "model.layers.1.mlp.down_proj.weight"
+    inputs = []
+    for quantized in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        if quantized:
+            for key, parameter in model.named_parameters():
+                if "_proj" in key and key != name:
+                    parameter.data = quantize(parameter.data).dequantize(torch.float32)
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+        with torch.no_grad():
+            model(input_ids=text[0])
+    wanted, ours = (x[text[1]] for x in inputs)
+    assert (seen[name].own - ours.T @ ours).norm() < 1e-4 * (ours.T @ ours).norm()
+    assert (seen[name].cross - wanted.T @ ours).norm() < 1e-4 * (wanted.T @ ours).norm()
+    assert (seen[name].cross - ours.T @ ours).norm() > 1e-2 * (ours.T @ ours).norm()
+
+
+def test_a_layer_that_is_given_more_of_the_text_is_refused(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:
+    source = open_source(str(tiny_llama))
+    model, read = LentModel(source), source.open_tensors().read
+
+    def with_ids(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> object:
+        return args, {**kwargs, "ids": args[0].mean()}
+
+    model.decoder_layers()[0].register_forward_pre_hook(with_ids, with_kwargs=True)
+    with pytest.raises(ModelError, match="cannot be run layer by layer"):
+        run_side_by_side(model, *text, read, (), lambda name, moments: read, chunk_tokens=64)  # type: ignore[arg-type]
