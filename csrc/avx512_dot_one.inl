@@ -48,53 +48,75 @@ struct Weights64 {
     }
 };
 
+// total[M] += `blocks` blocks of a row of W, from `codes` on, times those of x. Where `ahead` is not zero, codes so many
+// bytes on are fetched.
+template <int M>
+inline __attribute__((always_inline)) void add_blocks_64(const uint8_t* codes, const float* scales, __m512 table,
+                                                         int64_t blocks, const float* x, int64_t stride, int64_t ahead,
+                                                         __m512* total) {
+    int64_t b = 0;
+    for (; b + 2 <= blocks; b += 2) {
+        if (ahead) __builtin_prefetch(codes + b * 32 + ahead);
+        const __m512 low = _mm512_set1_ps(scales[b]);
+        const __m512 scale = _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + b + 1));
+        const Weights128 weights(_mm512_loadu_si512(codes + b * 32), table);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(weights.dot(x + m * stride + b * 64), scale, total[m]);
+    }
+    if (b < blocks) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + b * 32));
+        const __m512i dwords = _mm512_inserti64x4(_mm512_castsi256_si512(half), _mm256_srli_epi32(half, 4), 1);
+        const Weights64 weights(dwords, table);
+        const __m512 scale = _mm512_set1_ps(scales[b]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(weights.dot(x + m * stride + b * 64), scale, total[m]);
+    }
+}
+
 // Blocks of 64 columns at a time: M rows of x fill at most half of 48 KB of L1 while rows of W pass by.
 template <int M>
 constexpr int64_t blocks_at_once = M == 1 ? max_row_scales : 24576 / 256 / M / 2 * 2;
 
-// y(M, y_stride) = rows [first, last) of W, in blocks of 64, times x(M, stride), which order_one has ordered; of more than
-// one x, up to dot_rows_at_once rows of W. Inlined it runs a fifth slower: gcc keeps the loop's pointers in vector
+// dot_few_64 for rows that are longer than that, slice by slice; sums are the same to the bit.
+template <int M>
+HB_NOINLINE void dot_slices_64(const hb_weight& w, const Decoder& d, int64_t first, int64_t last, const float* x,
+                               int64_t stride, float* y, int64_t y_stride) {
+    const __m512 table = _mm512_loadu_ps(d.codebook);
+    const int64_t blocks = w.cols / 64;
+    const int64_t slice = divide_up(divide_up(blocks, divide_up(blocks, blocks_at_once<M>)), 2) * 2;
+    float scales[blocks_at_once<M>];
+    __m512 total[dot_rows_at_once][M];
+    for (int64_t row = 0; row < last - first; ++row)
+        for (int m = 0; m < M; ++m) total[row][m] = _mm512_setzero_ps();
+    for (int64_t begin = 0; begin < blocks; begin += slice) {
+        const int64_t count = at_most(slice, blocks - begin);
+        for (int64_t row = first; row < last; ++row) {
+            scales_of_row(w, row * blocks + begin, count, scales);
+            const uint8_t* codes = w.codes + row * (w.cols / 2) + begin * 32;
+            // A slice of each row is no stream that a processor foresees: that of the row after the next one is asked for.
+            add_blocks_64<M>(codes, scales, table, count, x + begin * 64, stride, w.cols, total[row - first]);
+        }
+    }
+    for (int64_t row = first; row < last; ++row)
+        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[row - first][m]);
+}
+
+// y(M, y_stride) = rows [first, last) of W, in blocks of 64, times x(M, stride), which order_one has ordered; of more
+// than one x, up to dot_rows_at_once rows of W. Inlined it runs a fifth slower: gcc keeps the loop's pointers in vector
 // registers.
 template <int M>
 HB_NOINLINE void dot_few_64(const hb_weight& w, const Decoder& d, int64_t first, int64_t last, const float* x,
                             int64_t stride, float* y, int64_t y_stride) {
-    const __m512 table = _mm512_loadu_ps(d.codebook);
     const int64_t blocks = w.cols / 64;
-    const int64_t slice = divide_up(divide_up(blocks, divide_up(blocks, blocks_at_once<M>)), 2) * 2;
+    if constexpr (M > 1)
+        if (blocks > blocks_at_once<M>) return dot_slices_64<M>(w, d, first, last, x, stride, y, y_stride);
+    const __m512 table = _mm512_loadu_ps(d.codebook);
     float scales[max_row_scales];
-    __m512 totals[M == 1 ? 1 : dot_rows_at_once][M];
-    for (int64_t begin = 0; begin < blocks; begin += slice) {
-        const int64_t end = at_most(begin + slice, blocks);
-        for (int64_t row = first; row < last; ++row) {
-            scales_of_row(w, row * blocks + begin, end - begin, scales);
-            const uint8_t* codes = w.codes + row * (w.cols / 2) + begin * 32;
-            const float* from = x + begin * 64;
-            __m512 total[M];
-            for (int m = 0; m < M; ++m) total[m] = begin ? totals[row - first][m] : _mm512_setzero_ps();
-            int64_t b = 0;
-            for (; b + 2 <= end - begin; b += 2) {
-                if (slice < blocks) __builtin_prefetch(codes + b * 32 + w.cols);  // two rows on: no stream to foresee
-                const __m512 low = _mm512_set1_ps(scales[b]);
-                const __m512 scale = _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + b + 1));
-                const Weights128 weights(_mm512_loadu_si512(codes + b * 32), table);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m)
-                    total[m] = _mm512_fmadd_ps(weights.dot(from + m * stride + b * 64), scale, total[m]);
-            }
-            if (b < end - begin) {
-                const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + b * 32));
-                const __m512i dwords = _mm512_inserti64x4(_mm512_castsi256_si512(half), _mm256_srli_epi32(half, 4), 1);
-                const Weights64 weights(dwords, table);
-                const __m512 scale = _mm512_set1_ps(scales[b]);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m)
-                    total[m] = _mm512_fmadd_ps(weights.dot(from + m * stride + b * 64), scale, total[m]);
-            }
-            if (end == blocks) {
-                for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[m]);
-            } else {
-                for (int m = 0; m < M; ++m) totals[row - first][m] = total[m];
-            }
-        }
+    for (int64_t row = first; row < last; ++row) {
+        scales_of_row(w, row * blocks, blocks, scales);
+        __m512 total[M];
+        for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
+        add_blocks_64<M>(w.codes + row * (w.cols / 2), scales, table, blocks, x, stride, 0, total);
+        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[m]);
     }
 }

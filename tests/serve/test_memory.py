@@ -78,6 +78,49 @@ def test_unloaded_adapters_go_with_their_last_answer(server: Any, adapters: Adap
     assert server.engine.pool.in_use == 0
 
 
+@pytest.mark.slow
+def test_a_thousand_loads_under_traffic(server: Any, adapters: Adapters, make_adapter: Any) -> None:
+    """Two versions of an adapter take turns under one name: every answer is one of theirs, and neither stays."""
+    folders = [make_adapter(seed, server.folder / f"v{seed}") for seed in (7, 8)]
+    body = {"model": "turns", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0}
+
+    def ask(client: Any) -> str | None:
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code in (200, 404), answer.text
+        return str(answer.json()["choices"][0]["text"]) if answer.status_code == 200 else None
+
+    expected, found, going = [], list[str | None](), True
+    with httpx.Client(base_url=server.url, headers=server.user, timeout=30) as client:
+        for folder in folders:
+            adapters.load("turns", folder)
+            expected.append(ask(client))
+    assert expected[0] != expected[1]
+
+    def user() -> None:
+        with httpx.Client(base_url=server.url, headers=server.user, timeout=30) as client:
+            while going:
+                found.append(ask(client))
+
+    users = [threading.Thread(target=user) for _ in range(4)]
+    for thread in users:
+        thread.start()
+    for number in range(1000):
+        adapters.load("turns", folders[number % 2])
+        if number % 3 == 0:
+            adapters.unload("turns")
+    going = False
+    for thread in users:
+        thread.join()
+    assert {*found} <= {*expected, None}
+    assert {*expected} <= {*found}
+    adapters.unload("turns")
+    until = time.monotonic() + 5
+    while adapters.nbytes > 3 * adapters._in_memory[0][1]:  # those of the fixture
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert server.engine.pool.in_use == 0
+
+
 def test_an_adapter_without_room_is_refused(adapters: Adapters, make_adapter: Any, tmp_path: Path) -> None:
     folder = make_adapter(4)
     served = adapters.find("a1")

@@ -74,10 +74,7 @@ def test_from_start_to_sigterm(make_llama: Any, tmp_path: Path) -> None:
             for connection in refused:
                 connection.settimeout(20)
                 assert connection.recv(12) == b"HTTP/1.1 503"
-            until = time.monotonic() + 20
-            while served.num_fds() > 600:
-                assert time.monotonic() < until
-                time.sleep(0.01)
+            wait_for(lambda: served.num_fds() < 600)
         assert ask(url).json()["choices"] == expected
 
         # SIGTERM under load: what is being written is finished, nothing new is taken, and the end is clean.
@@ -103,3 +100,38 @@ def read(url: str, found: list[int]) -> None:
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as stream:
         for number, line in enumerate(line for line in stream.iter_lines() if line.startswith("data: ")):
             found.append(-1 if line == "data: [DONE]" else number)
+
+
+@pytest.mark.slow
+def test_ten_thousand_connections(make_llama: Any, tmp_path: Path) -> None:
+    """All at once, each with a request on its way: who is refused hears it, and nothing is left of them."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, 11_000)
+    if most < 11_000:
+        pytest.skip(f"{hard} descriptors a process")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        with running(tmp_path / "log", *command(make_llama(intermediate_size=128))) as (process, url):
+            served = psutil.Process(process.pid)
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (most, hard))
+            expected = ask(url).json()["choices"]
+            descriptors, memory = served.num_fds(), served.memory_info().rss
+            with ExitStack() as stack:
+                for _ in range(10_000):
+                    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30)
+                    stack.enter_context(connection).sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+                wait_for(lambda: served.num_fds() < 600)
+            wait_for(lambda: served.num_fds() <= descriptors + 2)
+            assert ask(url).json()["choices"] == expected
+            assert served.memory_info().rss < memory + 100e6  # measured below 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def wait_for(condition: Any) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

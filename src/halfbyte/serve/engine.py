@@ -273,8 +273,8 @@ class Engine:
             self.pool.know(sequence.blocks[index], key)
 
     def _answer(self, owners: list[tuple[Running, int]], logits: Tensor) -> None:
-        best, likeliest = logits.max(1)
-        sound = torch.isfinite(best).tolist()
+        likeliest = logits.numpy().argmax(1)  # a tenth of the time of torch's; a NaN counts as the largest
+        sound = torch.isfinite(logits[torch.arange(len(owners)), torch.from_numpy(likeliest)]).tolist()
         for row, ((sequence, position), token) in enumerate(zip(owners, likeliest.tolist(), strict=True)):
             if sequence not in self._running:
                 continue
