@@ -149,7 +149,7 @@ def server(engine: Engine, adapters: Adapters, tiny_tokenizer: Any, tmp_path: Pa
     from halfbyte.serve.start import Settings, bind, make_server
     from halfbyte.serve.text import Texts
 
-    texts = Texts(tiny_tokenizer, stops=[2], context=128)
+    texts = Texts(tiny_tokenizer, stops=[2, 999], context=128)  # a config may name a token that is none
     keys = Keys("user-key", "admin-key")
     running = make_server(make_app(engine, adapters, texts, keys, local_only=True))
     listening = bind(Settings(port=0))

@@ -67,7 +67,8 @@ class Grammars:
             raise ApiError(429, "too many schemas are waiting", code="queue_full", retry_after=1) from None
         except ValueError as error:
             raise ApiError(400, f"{field}: {error}"[:500], param=field) from None
-        return partial(_Form, matcher, self._texts.stops)
+        stops = [token for token in self._texts.stops if token < self._texts.vocab_size]  # a config may name others
+        return partial(_Form, matcher, stops)
 
     def _prepare(self, schema: dict[str, Any]) -> Any:
         """A matcher at the beginning of an answer. Raises ValueError for the schema."""
@@ -108,8 +109,8 @@ def _try_out(grammar: str) -> None:
 class _Form:
     """One answer on its way through a grammar."""
 
-    def __init__(self, matcher: Any, stops: frozenset[int]) -> None:
-        self._matcher, self._stops = matcher.deep_copy(), sorted(stops)
+    def __init__(self, matcher: Any, stops: list[int]) -> None:
+        self._matcher, self._stops = matcher.deep_copy(), stops
 
     def allowed(self) -> Tensor:
         """(tokens,) bool, which may come next. Raises DeadEndError where that is too hard to tell."""
