@@ -93,6 +93,8 @@ def test_training_begins_there(made: Made, chat_file: Path, eval_file: Path, tmp
 
     stock, begun = run(), run(lora__init="cloq", lora__lora_alpha=2.0)  # another scaling, the same update
     assert stock != begun
+    with pytest.raises(ConfigError, match=r"lora\.r: is 8: .*start has rank 4"):
+        run(lora__init="cloq", lora__r=8, train__seed=1)
     folder = load_adapter(made[0] / "start").folder
     main(["eval", "--model", str(made[0]), "--adapter", str(folder), "--data", str(eval_file), "--json"])
 

@@ -15,6 +15,11 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_memory() -> int:
+    """Bytes that processes may still take without anything being swapped out."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_memory() -> int:
     """Most bytes ever resident since the process began."""
     if sys.platform == "win32":

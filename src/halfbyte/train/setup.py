@@ -174,6 +174,11 @@ def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
             fix="Run: halfbyte quantize --model MODEL --output DIR --set quant.calibrate=FILE --set lora.init=cloq",
         )  # fmt: skip
     start = load_adapter(folder)
+    if start.config["r"] != config.lora.r:
+        raise ConfigError(
+            f"is {config.lora.r}", where="lora.r", why=f"{folder} has rank {start.config['r']}",
+            fix=f"Give --set lora.r={start.config['r']}, or quantize with --set lora.r={config.lora.r}",
+        )  # fmt: skip
     check_base(start, loaded.base_sha256, base=config.model.path)
     return start
 
