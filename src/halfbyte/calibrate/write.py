@@ -22,10 +22,13 @@ from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant import QuantizedWeight, quantize_slices
 from halfbyte.quant.error_feedback import Moments, round_with_feedback
 
+SWEEPS = 2
+"""Over the columns after error feedback: the third changes next to nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """What quantizing changed in a layer.
+    """What quantizing changed in a layer, the start aside.
 
     Attributes:
         name: of the parameter.
@@ -84,9 +87,13 @@ class CalibratedWriter:
         return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
     def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
-        target = self._target(name)
+        target, rank = self._target(name), self._ranks.get(name, 0)
         plain = self._nearest(name, target, moments.own.diagonal())
-        weight = round_with_feedback(target, moments, plain)
+        weight = round_with_feedback(target, moments, plain, SWEEPS)
+        if rank:  # once more, of what the start leaves to do
+            a, b = start_of(target, weight.dequantize(torch.float32), moments, rank)
+            rest = target - b @ a
+            weight = round_with_feedback(rest, moments, self._nearest(name, rest, moments.own.diagonal()), SWEEPS)
         decoded = weight.dequantize(torch.float32)
         wrong, before = decoded - target, plain.dequantize(torch.float32) - target
         size = float((target @ moments.own * target).sum())
@@ -96,9 +103,9 @@ class CalibratedWriter:
             nearest=float((before @ moments.own * before).sum()) / size,
         ))  # fmt: skip
         self._write(name, weight)
-        if name not in self._ranks:
+        if not rank:
             return partial(weight.dequantize, torch.float32)
-        a, b = self.starts[name] = start_of(target, decoded, moments, self._ranks[name])
+        a, b = self.starts[name] = start_of(target, decoded, moments, rank)
         return lambda: weight.dequantize(torch.float32) + b @ a
 
     def _nearest(self, name: str, target: Tensor, importance: Tensor | None) -> QuantizedWeight:
