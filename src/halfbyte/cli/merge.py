@@ -13,7 +13,7 @@ from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, conso
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from halfbyte.merge.four import Survived
+    from halfbyte.merge.feedback import Survived
 
 Adapters = Annotated[
     list[str] | None,

@@ -16,12 +16,14 @@ from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.data import calibration_text
 from halfbyte.errors import ConfigError
+from halfbyte.merge import gguf_blocks
 from halfbyte.merge.adapter_folder import AdapterFolder
 from halfbyte.merge.base import open_base
 from halfbyte.merge.drift import probe_of
+from halfbyte.merge.feedback import FeedbackWriter
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.four import FourBitWriter
-from halfbyte.merge.gguf_file import GgufPlan, read_adapter, write_adapter, write_model
+from halfbyte.merge.four import FourBitShards
+from halfbyte.merge.gguf_file import GgufPlan, ModelFile, read_adapter, write_adapter, write_model
 from halfbyte.merge.job import Format, Job, Written
 from halfbyte.merge.memory import text_bytes
 from halfbyte.merge.record import CONFIG_KEY
@@ -61,7 +63,13 @@ class FourBit:
 
     def __init__(self, job: Job) -> None:
         self._job, self._recipe = job, job.fold.base.quant.with_recipe(job.fold.base.recipe())
-        self._text = training_text(job)
+        text = training_text(job)
+        if text is None:
+            raise ConfigError(
+                "is not set", where="data.train", why="4-bit codes are chosen on text like that which was trained on",
+                fix="Give --set data.train=FILE",
+            )  # fmt: skip
+        self._text = text
         self.work_bytes = text_bytes(job.fold.base, self._text[0].numel())
         self.form = f"4bit {self._recipe.quant_type}"
         self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
@@ -69,7 +77,7 @@ class FourBit:
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:
         names = fold.base.names
         with ShardWriter(folder, header_bytes=sum(7 * (len(name) + 200) for name in names)) as shards:
-            writer = FourBitWriter(fold, self._recipe, shards, on_progress)
+            writer = FeedbackWriter(fold, FourBitShards(fold, self._recipe, shards), fold.base.targets, on_progress)
             writer.write(LentModel(fold.base.source), *self._text)
             shards.finish()
         merged, dtype = self._job.record(self.form, fold.onto), fold.base.dtype()
@@ -86,14 +94,18 @@ class FourBit:
 
 
 class Gguf:
-    """One .gguf file."""
-
-    work_bytes = 0
+    """One .gguf file; in 4 and 5 bits its codes are chosen on text, where there is some."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._plan = job, GgufPlan(job.fold.base, job.gguf_type)
         self.form = f"gguf {job.gguf_type}"
-        self.max_drift = 0.01 if job.gguf_type in ("F16", "BF16", "Q8_0") else 0.2
+        self.max_drift = 0.2 if job.gguf_type in gguf_blocks.TYPES else 0.01
+        self._text = training_text(job) if job.gguf_type in gguf_blocks.TYPES else None
+        self.work_bytes = 0 if self._text is None else text_bytes(job.fold.base, self._text[0].numel())
+        if self._text is None and job.gguf_type in gguf_blocks.TYPES:
+            job.say(
+                "codes: the nearest, for there is no training text (--set data.train=FILE) to choose better ones on"
+            )
         self.expected_bytes = sum(
             self._plan.nbytes(name, tuple(job.fold.base.model.get_parameter(name).shape))
             for name in job.fold.base.names
@@ -104,9 +116,21 @@ class Gguf:
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:
         file = folder / f"{self._job.output.name}-{self._job.gguf_type}.gguf"
         merged = self._job.record(self.form, fold.onto)
-        write_model(fold, self._plan, self._job.tokenizer, merged, file, on_progress)
+        model, survived = ModelFile(fold, self._plan, self._job.tokenizer, merged, file), []
+        if self._text is None:
+            write_model(model, fold.base.names, on_progress)
+        else:
+            shapes = {name: tuple(fold.base.model.get_parameter(name).shape) for name in fold.base.targets}
+            names = {
+                name for name, shape in shapes.items() if self._plan.type_of(name, shape).name in gguf_blocks.TYPES
+            }
+            writer = FeedbackWriter(fold, model, names, on_progress)
+            writer.write(LentModel(fold.base.source), *self._text)
+            survived = writer.survived
         weights = GgufFile(file, fold.base.source.config).read
-        return Written(file.stat().st_size, weights, f"```bash\nllama-cli -m {file.name}\n```\n")
+        return Written(
+            file.stat().st_size, weights, f"```bash\nllama-cli -m {file.name}\n```\n", tuple(survived)
+        )  # fmt: skip
 
 
 class GgufLora:
@@ -137,18 +161,11 @@ ADAPTERS = ("gguf-lora", "adapter")
 """Those without the base."""
 
 
-def training_text(job: Job) -> tuple[Tensor, Tensor]:
-    """Ids (sequences, tokens) and which of them are text, of the run's training data.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def training_text(job: Job) -> tuple[Tensor, Tensor] | None:
+    """Ids (sequences, tokens) and which of them are text, of the run's training data; None where there is none."""
     files = list(dict.fromkeys(job.data.train or part.file("train") for part in job.parts))
     if not all(files):
-        raise ConfigError(
-            "is not set", where="data.train", why="4-bit codes are chosen on text like that which was trained on",
-            fix="Give --set data.train=FILE",
-        )  # fmt: skip
+        return None
     samples = CALIBRATION_TOKENS // 16 // len(files)
     probes = [probe_of(file, job.tokenizer, job.data, samples) for file in files]
     rows = [row for turn in zip_longest(*(probe.ids for probe in probes)) for row in turn if row is not None]

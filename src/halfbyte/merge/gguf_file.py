@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.merge.base import MergeBase
 from halfbyte.merge.fold import Fold
+from halfbyte.merge.gguf_blocks import blocks_with_feedback
 from halfbyte.merge.gguf_tokenizer import tokenizer_fields
 from halfbyte.merge.record import GGUF_KEY
 from halfbyte.merge.update import Update, Updates
 from halfbyte.model.gguf_source import ARCHITECTURES, permuted_heads, row_order
 from halfbyte.model.load import Progress
+from halfbyte.quant.error_feedback import Moments
 
 TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Numbers of the matrices. Vectors are F32; embeddings and head in Q8_0 where the others have fewer bits."""
@@ -85,30 +89,61 @@ class GgufPlan:
         return gguf.GGMLQuantizationType[kind]
 
 
-def write_model(
-    fold: Fold, plan: GgufPlan, tokenizer: Any, merged: dict[str, Any], file: Path, on_progress: Progress | None = None
-) -> None:
-    """Write the merged model: weights folded in float32 and rounded once."""
-    base = fold.base
-    writer = gguf.GGUFWriter(file, plan.architecture)
-    add_fields(writer, _copied(base) or _described(base, tokenizer))
-    add_fields(writer, [(GGUF_KEY, json.dumps(merged, sort_keys=True))])
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{plan.kind}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name in base.names:
-        shape = tuple(base.model.get_parameter(name).shape)
-        writer.add_tensor_info(
-            plan.name(name), shape, np.dtype(np.float32), plan.nbytes(name, shape), raw_dtype=plan.type_of(name, shape)
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, name in enumerate(base.names):
+class ModelFile:
+    """The merged model's file while it is written: fields and places first, then tensors in any order."""
+
+    def __init__(self, fold: Fold, plan: GgufPlan, tokenizer: Any, merged: dict[str, Any], file: Path) -> None:
+        self._fold, self._plan, self._file = fold, plan, file
+        base = fold.base
+        writer = gguf.GGUFWriter(file, plan.architecture)
+        add_fields(writer, _copied(base) or _described(base, tokenizer))
+        add_fields(writer, [(GGUF_KEY, json.dumps(merged, sort_keys=True))])
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{plan.kind}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        places, end = {}, 0
+        for name in base.names:
+            shape = tuple(base.model.get_parameter(name).shape)
+            kind, size = plan.type_of(name, shape), plan.nbytes(name, shape)
+            writer.add_tensor_info(plan.name(name), shape, np.dtype(np.float32), size, raw_dtype=kind)
+            places[name] = end
+            end = gguf.GGUFWriter.ggml_pad(end + size, writer.data_alignment)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        start = gguf.GGUFWriter.ggml_pad(file.stat().st_size, writer.data_alignment)
+        self._places = {name: start + place for name, place in places.items()}
+        os.truncate(file, start + end)
+
+    def put(self, name: str, data: NDArray[Any]) -> None:
+        """Write a tensor, as GGUF has it."""
+        with self._file.open("r+b") as file:
+            file.seek(self._places[name])
+            np.ascontiguousarray(data).tofile(file)
+
+    def keep(self, name: str) -> None:
+        """Write the merged value of a parameter, rounded once."""
+        self.nearest(name, self._fold.weight(name).float())
+
+    def nearest(self, name: str, target: Tensor) -> None:
+        """Write `target`, every number to its nearest."""
+        values = self._plan.rows(name, target)
+        self.put(name, quantize(values.numpy(), self._plan.type_of(name, tuple(values.shape))))
+
+    def round(self, name: str, target: Tensor, moments: Moments) -> Callable[[], Tensor]:
+        """Write codes chosen by error feedback."""
+        kind = self._plan.type_of(name, tuple(target.shape))
+        data = blocks_with_feedback(self._plan.rows(name, target), moments, kind.name)
+        self.put(name, data)
+        return lambda: self._plan.rows_back(name, torch.from_numpy(dequantize(data, kind)))
+
+
+def write_model(file: ModelFile, names: Collection[str], on_progress: Progress | None = None) -> None:
+    """Write every parameter: weights folded in float32 and rounded once, to the nearest number."""
+    for done, name in enumerate(names):
         if on_progress:
-            on_progress(done, len(base.names), name)
-        values = plan.rows(name, fold.weight(name).float())
-        writer.write_tensor_data(quantize(values.numpy(), plan.type_of(name, tuple(values.shape))))
-    writer.close()
+            on_progress(done, len(names), name)
+        file.keep(name)
 
 
 def write_adapter(updates: Updates, plan: GgufPlan, merged: dict[str, Any], file: Path) -> None:

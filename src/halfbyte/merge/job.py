@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from halfbyte.config import DataConfig
 from halfbyte.merge.combine import Combine
+from halfbyte.merge.feedback import Survived
 from halfbyte.merge.fold import Fold
-from halfbyte.merge.four import Survived
 from halfbyte.merge.parts import Part
 from halfbyte.merge.record import record
 from halfbyte.model.lent import Weights

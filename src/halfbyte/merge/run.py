@@ -15,9 +15,9 @@ from halfbyte.kernels.buffers import steady_memory
 from halfbyte.merge.base import open_base
 from halfbyte.merge.combine import Combine
 from halfbyte.merge.drift import Drift, DriftMeter, Probe, closest, joined, probe_of
+from halfbyte.merge.feedback import Survived
 from halfbyte.merge.fold import Fold, check_near, open_original
 from halfbyte.merge.formats import ADAPTERS, FORMATS
-from halfbyte.merge.four import Survived
 from halfbyte.merge.job import Job, Written
 from halfbyte.merge.memory import check_budget, predicted_peak
 from halfbyte.merge.parts import read_parts, template_hash
