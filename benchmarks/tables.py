@@ -157,11 +157,41 @@ def seventy(result: dict[str, Any]) -> Rows:
 
 def merges(result: dict[str, Any]) -> Rows:
     """What each way to merge keeps of an adapter."""
-    rows = [["", "held-out improvement kept", "loss", "KL, nats/token", "same likeliest token", "size"]]
+    head = [
+        "",
+        "held-out improvement kept",
+        "loss",
+        "over base + adapter",
+        "KL, nats/token",
+        "same likeliest token",
+        "size",
+    ]
+    rows = [head]
     for name, row in result["rows"].items():
         drift, size = row["drift"], f"{row['bytes_out'] / 1e6:.0f} MB" if "bytes_out" in row else ""
-        rows.append([name, f"{row['kept']:.1%}", f"{drift['loss']:.4f}", f"{drift['kl']:.1e}",
+        over = f"{drift['loss'] / drift['trained_loss'] - 1:+.2%}"
+        rows.append([name, f"{row['kept']:.1%}", f"{drift['loss']:.4f}", over, f"{drift['kl']:.1e}",
                      f"{drift['greedy_agreement']:.1%}", size])  # fmt: skip
+    return rows
+
+
+def combining(result: dict[str, Any]) -> Rows:
+    """Two adapters as one, against the exact sum."""
+    rows = [["", "loss", "KL from the exact sum", "same likeliest token", "size"]]
+    for name, row in result.get("combined", {}).items():
+        drift, size = row["drift"], f"{row['bytes_out'] / 1e6:.1f} MB" if "bytes_out" in row else ""
+        far = [f"{drift['kl']:.1e}", f"{drift['greedy_agreement']:.1%}"] if size else ["", ""]
+        rows.append([name, f"{drift['loss']:.4f}", *far, size])
+    return rows
+
+
+def same_answers(result: dict[str, Any]) -> Rows:
+    """Free answers that equal halfbyte's, and where the others part from them."""
+    found = {name: row for name, row in result.get("answers", {}).items() if isinstance(row, dict)}
+    rows = [["", "equal answers", "gap of the two likeliest tokens where the others part, in logits"]]
+    for name, row in found.items():
+        gaps = ", ".join(f"{first['gap']:.3g}" for first in row["first_differences"])
+        rows.append([name, f"{row['equal']} of {result['answers']['prompts']}", gaps])
     return rows
 
 
@@ -229,6 +259,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "streaming": ("large-stream", streaming),
     "70B": ("large-70b", seventy),
     "merging": ("merge", merges),
+    "combining": ("merge", combining),
+    "same answers": ("merge", same_answers),
     "fidelity": ("fidelity", fidelity),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),

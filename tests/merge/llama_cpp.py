@@ -18,6 +18,9 @@ params.n_ctx, params.n_parallel, params.warmup = job["context"], 1, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 if job.get("lora"):
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["lora"], 1.0)]
+if job.get("cache"):
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = int(getattr(xllamacpp.ggml_type, f"GGML_TYPE_{job['cache'].upper()}"))
 server = xllamacpp.Server(params)
 answers = []
 for prompt in job["prompts"]:
