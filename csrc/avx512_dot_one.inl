@@ -73,6 +73,36 @@ inline __attribute__((always_inline)) void add_blocks_64(const uint8_t* codes, c
     }
 }
 
+// y(M, y_stride) = the sums of `count` rows of M vectors: as vsum gives them to the bit, but of 16 rows at a time.
+template <int M>
+inline void store_sums(const __m512 (*total)[M], int64_t count, float* y, int64_t y_stride) {
+    static_assert(dot_rows_at_once == 16, "a vector of sums");
+    if (count < dot_rows_at_once) {
+        for (int64_t row = 0; row < count; ++row)
+            for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[row][m]);
+        return;
+    }
+    const __m512i in_order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    for (int m = 0; m < M; ++m) {
+        __m512 halves[8], quarters[4], pairs[2];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const __m512 a = total[i][m], b = total[i + 8][m];
+            halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
+                                        _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xdd));
+        for (int i = 0; i < 2; ++i)
+            pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(quarters[i], quarters[i + 2], 0x44),
+                                     _mm512_shuffle_ps(quarters[i], quarters[i + 2], 0xee));
+        const __m512 sums =
+            _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+        _mm512_storeu_ps(y + m * y_stride, _mm512_permutexvar_ps(in_order, sums));
+    }
+}
+
 // Blocks of 64 columns at a time: M rows of x fill at most half of 48 KB of L1 while rows of W pass by.
 template <int M>
 constexpr int64_t blocks_at_once = M == 1 ? max_row_scales : 24576 / 256 / M / 2 * 2;
@@ -97,8 +127,7 @@ HB_NOINLINE void dot_slices_64(const hb_weight& w, const Decoder& d, int64_t fir
             add_blocks_64<M>(codes, scales, table, count, x + begin * 64, stride, w.cols, total[row - first]);
         }
     }
-    for (int64_t row = first; row < last; ++row)
-        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[row - first][m]);
+    store_sums<M>(total, last - first, y + first, y_stride);
 }
 
 // y(M, y_stride) = rows [first, last) of W, in blocks of 64, times x(M, stride), which order_one has ordered; of more
@@ -112,11 +141,16 @@ HB_NOINLINE void dot_few_64(const hb_weight& w, const Decoder& d, int64_t first,
         if (blocks > blocks_at_once<M>) return dot_slices_64<M>(w, d, first, last, x, stride, y, y_stride);
     const __m512 table = _mm512_loadu_ps(d.codebook);
     float scales[max_row_scales];
+    __m512 totals[M > 1 ? dot_rows_at_once : 1][M];
     for (int64_t row = first; row < last; ++row) {
         scales_of_row(w, row * blocks, blocks, scales);
         __m512 total[M];
         for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
         add_blocks_64<M>(w.codes + row * (w.cols / 2), scales, table, blocks, x, stride, 0, total);
-        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[m]);
+        if constexpr (M == 1)
+            y[row] = vsum(total[0]);
+        else
+            for (int m = 0; m < M; ++m) totals[row - first][m] = total[m];
     }
+    if constexpr (M > 1) store_sums<M>(totals, last - first, y + first, y_stride);
 }
