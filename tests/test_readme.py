@@ -73,7 +73,7 @@ def test_every_command_runs_in_order(
     monkeypatch.setattr("uvicorn.Server.run", ask_once(uvicorn.Server.run))
     for line in lines:
         more = ["--port", "0"] if line.startswith("halfbyte serve") else []
-        assert main([*shlex.split(line)[1:], *more, "--json"]) == 0, (line, capsys.readouterr().err)
+        assert main([*shlex.split(line, comments=True)[1:], *more, "--json"]) == 0, (line, capsys.readouterr().err)
         json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/answers.md"):
         assert (workplace / name).stat().st_size > 0

@@ -165,7 +165,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         entries = json.loads(text, object_pairs_hook=_unique)
         del text
         base, position, infos = 8 + length, 0, {}
-        entries.pop("__metadata__", None)
+        metadata = entries.pop("__metadata__", None)
+        if metadata is not None and any(type(text) is not str for text in metadata.values()):
+            raise refuse("__metadata__ holds something else than texts")
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
