@@ -39,10 +39,9 @@ def bench_paged(options: argparse.Namespace, bits: int, opened: ExitStack) -> di
     params = [param for param in model.parameters() if param.requires_grad]
     state_bytes = sum(param.numel() for param in params) * {32: 8, 8: 2}[bits]
     optimizers = {
-        kind: AdamW(params, lr=1e-4, bits=bits, paged=kind == "paged", budget=state_bytes // 10,
-                    offload_dir=options.work)
-        for kind in ("unpaged", "paged")
-    }  # fmt: skip
+        "unpaged": AdamW(params, lr=1e-4, bits=bits),
+        "paged": AdamW(params, lr=1e-4, bits=bits, paged=True, budget=state_bytes // 10, offload_dir=options.work),
+    }
     where = optimizers["paged"].reserve()
     values = {kind: [param.detach().clone() for param in params] for kind in optimizers}
     losses: dict[str, list[float]] = {kind: [] for kind in optimizers}
@@ -78,8 +77,10 @@ def bench_alone(options: argparse.Namespace, bits: int, numel: int = 19_537_920)
     param = torch.nn.Parameter(torch.zeros(numel))
     param.grad = torch.randn(numel)
     budget = numel * {32: 8, 8: 2}[bits] // 10
-    kinds = {kind: AdamW([param], bits=bits, paged=kind == "paged", budget=budget, offload_dir=options.work)
-             for kind in ("unpaged", "paged")}  # fmt: skip
+    kinds = {
+        "unpaged": AdamW([param], bits=bits),
+        "paged": AdamW([param], bits=bits, paged=True, budget=budget, offload_dir=options.work),
+    }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(21):
         for kind, optimizer in kinds.items():
