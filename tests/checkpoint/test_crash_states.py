@@ -34,7 +34,7 @@ def memory_disk(tmp_path: Path) -> Iterator[Path]:
 
 def recorded(name: str, faultio: Path, folder: Path) -> tuple[Path, list[Op]]:
     """(the folder as it was before the save, the save's operations)."""
-    root, before, log = folder / "root", folder / "before", folder / "log"
+    root, before, log = folder / "saves", folder / "before", folder / "log"
     root.mkdir()
     SCENARIOS[name].prepare(root)
     shutil.copytree(root, before)
@@ -73,7 +73,7 @@ def test_any_operation_may_fail(
     name: str, errors: tuple[int, ...], faultio: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """The n-th operation fails, for every n: one clear error or none, nothing is left behind, the next save works."""
-    lines = drive(faultio, "sweep", name, tmp_path / "root", *map(str, errors)).splitlines()
+    lines = drive(faultio, "sweep", name, tmp_path / "saves", *map(str, errors)).splitlines()
     runs = [json.loads(line) for line in lines]
     for run in runs:
         assert "broken" not in run, run["broken"]
@@ -82,7 +82,7 @@ def test_any_operation_may_fail(
             assert (run["code"], run["held"]) in {(4, "old"), (4, "new"), (0, "new")}, run
         else:  # no fault, or a write that fell short: it goes on with the rest
             assert (run["code"], run["held"]) == (0, "new"), run
-        assert run["code"] == 0 or "/root/" in run["text"], run
+        assert run["code"] == 0 or "/saves/" in run["text"], run
         assert not run["strays"] or run["held"] == "new", run  # what could not be deleted waits for the next save
     assert len({run["files"] for run in runs}) == 1, "descriptors are left open"
     refused = sum(run["code"] == 4 for run in runs)

@@ -447,14 +447,16 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_run: MakeRun, monkeypatc
 def test_losses_that_are_not_finite_end_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five in a row: exit 5, no adapter; the checkpoints hold nothing of them, and a run goes on from there."""
     broken_losses(monkeypatch, *range(4, 9))
-    config = make_run(train__save_every=1, train__steps=10)
+    config = make_run(train__save_every=1, train__steps=10, train__keep=9)
     with pytest.raises(NumericsError, match=r"step 8: the loss is nan: 5 updates in a row were not finite"):
         train(config)
     output = Path(config.train.output)
     assert not (output / "adapter").exists()
     saved = [load_checkpoint(path).adapter for path in output.glob("checkpoint-*")]
-    assert len(saved) == 2
+    assert len(saved) == 7
     assert all(tensor.isfinite().all() for state in saved for tensor in state.values())
+    before, last = (load_checkpoint(output / f"checkpoint-{step}").adapter for step in (3, 7))
+    assert all(torch.equal(before[name], last[name]) for name in before)
     monkeypatch.undo()
     assert train(config).skipped_steps == 0
 

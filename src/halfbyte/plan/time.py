@@ -68,6 +68,9 @@ def seconds_per_step(
 def time_text(seconds: float | None, steps: int) -> str:
     """A step's time and that of `steps`, for people; 0 steps: not known how many."""
     if seconds is None:
-        return "time: not known, because nothing was measured here yet; halfbyte doctor does, and every training run"
+        return (
+            "time: not known, because this machine's speed was not measured yet (halfbyte doctor does, every larger "
+            "run too), or the run reads from a disk, whose speed is tried on the model's file, and that is not there"
+        )
     whole = f", {timedelta(seconds=round(steps * seconds))} for {steps} steps" if steps else ""
     return f"{seconds:,.1f} s a step{whole}"
