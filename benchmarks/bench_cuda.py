@@ -3,9 +3,10 @@
     scripts/bench --device cuda [--shapes 4096x4096,14336x4096] [--rows 1,8,64,256,2048] [--skip-step]
 
 First the tests that need a GPU; nothing is timed unless they pass. Then halfbyte's Triton kernels, bitsandbytes' and
-cuBLAS on a dense bfloat16 weight, in turn, the second-level cache swept before each; medians of device time. Then a
-LoRA step of a Llama with the shape of Llama-3.2-1B and random weights. The JSON in benchmarks/results/ is what decides
-which kernels `kernels.registry` prefers, and the thresholds in `kernels/triton/tiles.py`: please send it in.
+cuBLAS on a dense bfloat16 weight, in turn, the second-level cache swept before each; medians of device time (replays
+of a graph) and of the host's time to launch one. Then a LoRA step of a Llama with the shape of Llama-3.2-1B and random
+weights. The JSON in benchmarks/results/ is what decides which kernels `kernels.cuda_ops` prefers, and the thresholds
+in `kernels/triton/tiles.py`: please send it in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,21 +38,42 @@ def correct() -> bool:
     return subprocess.run([sys.executable, "-m", "pytest", "-x", *tests], cwd=HERE.parent).returncode == 0
 
 
-def interleaved(contenders: Contenders) -> dict[str, float]:
-    """Median seconds of device time of each contender; the first two rounds compile and warm up."""
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`run` as a graph: its replay costs the GPU's time and next to none of the host's."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, times tiles, fills the allocator
+            run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def interleaved(contenders: Contenders) -> dict[str, dict[str, float]]:
+    """Medians for each contender: seconds of device time, and of host time for putting it in the GPU's queue."""
     broom = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(ROUNDS + 2):
+    graphs = {name: captured(run) for name, run in contenders.items()}
+    device: dict[str, list[float]] = {name: [] for name in contenders}
+    host: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
         for name, run in contenders.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             broom.zero_()
             start.record()
-            run()
+            graphs[name].replay()
             stop.record()
             stop.synchronize()
-            if number > 1:
-                seconds[name].append(start.elapsed_time(stop) / 1e3)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            device[name].append(start.elapsed_time(stop) / 1e3)
+            started = time.perf_counter()
+            run()
+            host[name].append(time.perf_counter() - started)
+            torch.cuda.synchronize()
+    return {
+        name: {"device_s": statistics.median(device[name]), "host_s": statistics.median(host[name])}
+        for name in contenders
+    }
 
 
 def kernels(rows: int, cols: int, counts: list[int]) -> list[dict[str, Any]]:
@@ -65,18 +88,21 @@ def kernels(rows: int, cols: int, counts: list[int]) -> list[dict[str, Any]]:
     if bnb_cuda.find() is None:
         sources["bitsandbytes"] = bnb_cuda
 
-    def row(what: str, m: int, call: Callable[[Any], object], plain: Callable[[], object] | None) -> dict[str, Any]:
+    def row(what: str, m: int, call: Callable[[Any], object], plain: Contenders) -> dict[str, Any]:
         contenders: Contenders = {name: (lambda s=source: call(s)) for name, source in sources.items()}
-        if plain is not None:
-            contenders["dense"] = plain
-        return {"what": what, "out": rows, "in": cols, "rows": m, "seconds": interleaved(contenders)}
+        return {"what": what, "out": rows, "in": cols, "rows": m, "seconds": interleaved({**contenders, **plain})}
 
-    table = [row("dequantize", 0, lambda s: s.dequantize(weight, (rows, cols), torch.bfloat16), None)]
+    def decode() -> torch.Tensor:
+        return ours.dequantize(weight, (rows, cols), torch.bfloat16)
+
+    table = [row("dequantize", 0, lambda s: s.dequantize(weight, (rows, cols), torch.bfloat16), {})]
     for m in counts:
         x = torch.randn(m, cols, device="cuda", dtype=torch.bfloat16)
         grad = torch.randn(m, rows, device="cuda", dtype=torch.bfloat16)
-        table.append(row("forward", m, lambda s, x=x: s.linear(x, weight, None, rows), lambda x=x: x @ dense.T))
-        table.append(row("dx", m, lambda s, g=grad: s.linear_dx(g, weight, cols), lambda g=grad: g @ dense))
+        forward: Contenders = {"decode, product": lambda x=x: x @ decode().T, "dense": lambda x=x: x @ dense.T}
+        backward: Contenders = {"decode, product": lambda g=grad: g @ decode(), "dense": lambda g=grad: g @ dense}
+        table.append(row("forward", m, lambda s, x=x: s.linear(x, weight, None, rows), forward))
+        table.append(row("dx", m, lambda s, g=grad: s.linear_dx(g, weight, cols), backward))
     return table
 
 
@@ -101,9 +127,10 @@ def steps(work: Path, batch: int, tokens: int) -> dict[str, Any]:
 def show(table: list[dict[str, Any]], figures: dict[str, Any], console: Console) -> None:
     """The figures for people."""
     names = list(table[-1]["seconds"])
-    printed = Table("weight", "what", "rows", *(f"{name}, us" for name in names))
+    printed = Table("weight", "what", "rows", *names, title="microseconds of the GPU, and of the host")
     for row in table:
-        times = [f"{row['seconds'][name] * 1e6:.1f}" if name in row["seconds"] else "" for name in names]
+        figures_of = [row["seconds"].get(name) for name in names]
+        times = [f"{f['device_s'] * 1e6:.1f} {f['host_s'] * 1e6:.0f}" if f else "" for f in figures_of]
         printed.add_row(f"{row['out']}x{row['in']}", row["what"], str(row["rows"] or ""), *times)
     console.print(printed)
     printed = Table("LoRA step", "tokens/s", "peak memory", "first and last loss")

@@ -81,7 +81,7 @@ def test_a_layer_moves_and_trains() -> None:
     assert {tensor.device.type for tensor in moved.state_dict().values()} <= {DEVICE, "cpu"}
     results = []
     for module, device in ((layer, "cpu"), (moved, DEVICE)):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.to(device, copy=True).requires_grad_()
         y = module(leaf)
         y.square().sum().backward()
         results.append((y.detach().cpu(), leaf.grad.cpu()))

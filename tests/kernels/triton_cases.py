@@ -269,7 +269,7 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     program(rows // 4 - 1)
     linear.vector_kernel[(1,)](x, *weight, x, y, rows, 64, **numbers, BIAS=False, BLOCK_R=4, BLOCK_C=64)
     check(y[:, -4:], x.double() @ exact[-4:].T, x.double().abs() @ exact[-4:].abs().T)
-    program(0, rows // 16 - 1)
+    program(rows // 16 - 1)
     blocks = {"MOST_ROWS": 16, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64}
     turned = {**blocks, "BLOCK_N": 64, "BLOCK_K": 16}
     linear.forward_kernel[(1,)](x, *weight, x, y, 1, rows, 64, 64, **numbers, BIAS=False, **blocks)
@@ -279,7 +279,7 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     many, product = out.view(-1, 64), torch.empty(count // 64, 16, dtype=HALF)
     near = (codes[-512:], absmax[-16:], absmax[-16:], *weight[3:])
     x = many[-16:].float()
-    program(many.shape[0] // 16 - 1)
+    program(0, many.shape[0] // 16 - 1)
     linear.forward_kernel[(1,)](many, *near, many, product, many.shape[0], 16, 64, 64, **numbers, BIAS=False, **blocks)
     check(product[-16:], x.double() @ exact.T, x.double().abs() @ exact.abs().T)
     back = torch.empty_like(many)
@@ -289,7 +289,7 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cols = count // 4  # four rows, the last of them beyond 2^31 elements
     dx, grad = torch.empty(1, cols), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
-    program(0, cols // 64 - 1)
+    program(cols // 64 - 1)
     linear.backward_kernel[(1,)](grad, *weight, dx, 1, 4, cols, 16, **numbers, **turned)
     assert torch.equal(dx[0, -64:], exact[-1].float())
 

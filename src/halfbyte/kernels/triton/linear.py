@@ -52,8 +52,8 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, rows) = x (m, cols) @ W^T (rows, cols) over columns p * part and on, `part` of them; + bias."""
-    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    line = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(2) * part
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for col in range(first, min(first + part, cols), BLOCK_K):
@@ -78,8 +78,8 @@ def backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, cols) = grad (m, rows) @ W (rows, cols) over rows p * part and on, `part` of them."""
-    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.program_id(1) * BLOCK_N
+    col = tl.program_id(0) * BLOCK_N
+    line = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(2) * part
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, min(first + part, rows), BLOCK_K):
@@ -214,7 +214,8 @@ def _part(tiling: Tiling, depth: int) -> int:
 
 
 def _grid(rows: int, columns: int, tiling: Tiling) -> Callable[[dict[str, int]], tuple[int, int, int]]:
-    return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(columns, tile["BLOCK_N"]), tiling.parts)
+    # The weight's side comes first: there may be 2^31 programs along the first axis, 65,535 along the others.
+    return lambda tile: (triton.cdiv(columns, tile["BLOCK_N"]), triton.cdiv(rows, tile["BLOCK_M"]), tiling.parts)
 
 
 def _add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
