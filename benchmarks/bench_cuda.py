@@ -12,12 +12,14 @@ in `kernels/triton/tiles.py`: please send it in.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +174,13 @@ def main() -> int:
         table += kernels(rows, cols, [int(count) for count in options.rows.split(",")])
     figures = {} if options.skip_step else steps(options.work, options.batch, options.tokens)
     show(table, figures, Console(width=120))
-    name = torch.cuda.get_device_name()
+    gpu = torch.cuda.get_device_name()
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    write_result(options.output, {"gpu": name, "capability": capability, "kernels": table, "step": figures})
+    peers = {name: importlib.metadata.version(name) for name in ("triton", "bitsandbytes") if find_spec(name)}
+    write_result(
+        options.output,
+        {"gpu": gpu, "capability": capability, "peers": peers, "kernels": table, "step": figures},
+    )
     print(f"written to {options.output}", file=sys.stderr)
     return 0
 

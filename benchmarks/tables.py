@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,fidelity,reliability,serve}.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,fidelity,reliability,serve,gpu}.md
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -242,6 +242,28 @@ def serving(result: dict[str, Any]) -> Rows:
     ]  # fmt: skip
 
 
+def gpu_products(result: dict[str, Any]) -> Rows:
+    """Microseconds of device time of the largest weight's decoding and products."""
+    most = max(case["out"] * case["in"] for case in result["kernels"])
+    cases = [case for case in result["kernels"] if case["out"] * case["in"] == most]
+    cases = [case for case in cases if case["out"] == cases[0]["out"]]
+    names = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
+    rows = [[f"{cases[0]['out']} x {cases[0]['in']}", "rows", *names]]
+    for case in cases:
+        times = [f"{case['seconds'][n]['device_s'] * 1e6:.0f}" if n in case["seconds"] else "" for n in names]
+        rows.append([case["what"], str(case["rows"] or ""), *times])
+    return rows
+
+
+def gpu_step(result: dict[str, Any]) -> Rows:
+    """Stacks by tokens/s and peak memory."""
+    rows = [["stack", "tokens/s", "peak memory", "last loss"]]
+    for name, row in result["step"].items():
+        figures = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_memory'] / 1e9:.2f} GB", f"{row['losses'][-1]:.4f}"]
+        rows.append([name, *figures])
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -264,6 +286,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "fidelity": ("fidelity", fidelity),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
+    "GPU products": ("cuda", gpu_products),
+    "GPU step": ("cuda", gpu_step),
 }
 
 
@@ -294,7 +318,7 @@ def main() -> None:
     for page in (
         map(Path, sys.argv[2:])
         if len(sys.argv) > 2
-        else [docs / f"{name}.md" for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve")]
+        else [docs / f"{name}.md" for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu")]
     ):
         fill(page, folder)
 

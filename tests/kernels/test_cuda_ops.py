@@ -34,7 +34,7 @@ def missing(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 @pytest.mark.parametrize(
     ("absent", "kernels"),
     [
-        ((), ("bitsandbytes", "triton")), (("bitsandbytes",), ("triton",)), (("triton",), ("bitsandbytes",)),
+        ((), ("triton", "bitsandbytes")), (("bitsandbytes",), ("triton",)), (("triton",), ("bitsandbytes",)),
         (("triton", "bitsandbytes"), ()),
     ],
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_report_has_a_row_for_each_operator_on_a_gpu(monkeypatch: pytest.MonkeyP
     kernels = {row.op: row.kernel for row in kernel_report() if row.device == "cuda"}
     assert list(kernels) == list(OPS)
     assert kernels["quantize_4bit"] == "triton"
-    assert kernels["linear_4bit"] == "bitsandbytes"
+    assert kernels["linear_4bit"] == "triton, bitsandbytes for one or two rows"
 
 
 def test_bitsandbytes_without_its_cuda_library_says_so() -> None:
@@ -99,8 +99,25 @@ def test_operators(
     assert cuda_ops.dequantize_4bit(*packed, [rows, cols], torch.float64).dtype == torch.float64
 
 
+def test_a_row_or_two_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("triton")
+    from halfbyte.kernels.triton import kernels as ours
+
+    monkeypatch.setattr(cuda_ops, "cuda_choice", lambda: CudaChoice(("triton", "bitsandbytes"), "test"))
+    served: list[str] = []
+    for name, module in (("triton", ours), ("bitsandbytes", bnb_cuda)):
+        monkeypatch.setattr(
+            module, "linear", lambda x, *_, name=name: (served.append(name), x.new_zeros(len(x), 8))[1]
+        )
+    packed = (*quantize_reference(torch.randn(8, 64), "nf4", 64), None, 0.0, "nf4", 64)
+    for rows in (1, 2, 3, 65):
+        cuda_ops.linear_4bit(torch.randn(rows, 64), *packed, 8, None)
+    assert served == ["bitsandbytes", "bitsandbytes", "triton", "triton"]
+
+
 def test_a_wrong_weight_never_reaches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_ops, "cuda_choice", lambda: CudaChoice(("bitsandbytes", "triton"), "test"))
+    monkeypatch.setattr(cuda_ops, "cuda_choice", lambda: CudaChoice(("triton", "bitsandbytes"), "test"))
     codes, absmax = quantize_reference(torch.randn(8, 64), "nf4", 64)
     x = torch.randn(2, 64)
     with pytest.raises(RuntimeError, match="code bytes"):

@@ -1,7 +1,7 @@
 """bitsandbytes' CUDA kernels behind our operators: they decode our bytes, since the format is theirs.
 
-They serve until halfbyte's Triton kernels have been measured on a GPU. Not for quantizing: they give an all-zero block
-code 0 where the format (docs/format.md) says the code of 0, and divide by an approximate reciprocal.
+They serve a row or two, and what Triton's do not know or where it is not installed. Not for quantizing: they give an
+all-zero block code 0 where the format (docs/format.md) says the code of 0, and divide by an approximate reciprocal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The CUDA implementations of the operators. Importing this module registers them; nothing is loaded before first use.
 
-Which kernels serve is `registry.cuda_choice`'s word; a case that they do not know (float64, a block size that is no
-power of two) goes to the next in line, at last to the plain-torch reference, which runs on the GPU as well.
+Which kernels may serve is `registry.cuda_choice`'s word, which comes first is measured (docs/gpu.md): Triton's, but
+for a row or two. A case that they do not know (float64, a block size that is no power of two) goes to the next in
+line, at last to the plain-torch reference, which runs on the GPU as well.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ from halfbyte.kernels.registry import cuda_choice
 from halfbyte.quant import ops
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
+BITSANDBYTES_ROWS = 2
+"""To so many rows of x, the next tokens of a chat, bitsandbytes' product is the faster one: on an H100 a row of a
+14336 x 4096 weight takes it 36 us and Triton 75, two rows 50 and 74, four 72 and 75."""
 
-def _kernels(blocksize: int, dtype: torch.dtype, count: int, quantize: bool = False) -> Any | None:
+
+def _kernels(
+    blocksize: int, dtype: torch.dtype, count: int, *, quantize: bool = False, few_rows: bool = False
+) -> Any | None:
     """The module whose kernels serve this case: functions quantize, dequantize, linear, linear_dx; None: torch."""
-    for name in cuda_choice().kernels:
+    names = cuda_choice().kernels
+    for name in reversed(names) if few_rows else names:
         if name == "bitsandbytes" and not quantize:
             from halfbyte.kernels import bnb_cuda
 
@@ -82,7 +90,8 @@ def linear_4bit(
         if bias.shape != (out_features,) or bias.device != x.device:
             raise ValueError(f"bias {tuple(bias.shape)} on {bias.device}, not ({out_features},) on {x.device}")
         bias = bias.to(x.dtype)
-    kernels = _kernels(blocksize, x.dtype, out_features * in_features)
+    few_rows = x.numel() <= BITSANDBYTES_ROWS * in_features
+    kernels = _kernels(blocksize, x.dtype, out_features * in_features, few_rows=few_rows)
     if kernels is None or not x.numel():
         return F.linear(x, _dequantize(weight, (out_features, in_features), x.dtype), bias)
     y: Tensor = kernels.linear(x.reshape(-1, in_features), weight, bias, out_features)

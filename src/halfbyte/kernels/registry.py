@@ -140,10 +140,8 @@ def cuda_choice() -> CudaChoice:
     if wanted:
         return CudaChoice((wanted,), f"{CUDA_VARIABLE}={wanted}")
     if not missing:
-        return CudaChoice(
-            ("bitsandbytes", "triton"), "preferred until halfbyte's Triton kernels are measured on a GPU"
-        )
-    found = tuple(name for name in ("bitsandbytes", "triton") if name not in missing)
+        return CudaChoice(("triton", "bitsandbytes"), "the faster one on an H100 (docs/gpu.md)")
+    found = tuple(name for name in ("triton", "bitsandbytes") if name not in missing)
     return CudaChoice(found, "; ".join(f"no {name}: {why}" for name, why in missing.items()))
 
 
@@ -205,6 +203,8 @@ def _cuda_rows() -> list[KernelRow]:
             kernels = tuple(name for name in kernels if name != "bitsandbytes")
             reason = "bitsandbytes gives blocks of zeros other codes than the format has"
         kernel = kernels[0] if kernels else "torch reference"
+        if op == "linear_4bit" and len(kernels) > 1:
+            kernel = "triton, bitsandbytes for one or two rows"
         if kernel == "bitsandbytes" and op == "linear_4bit_dx":
             kernel = "bitsandbytes decode + torch matmul"
         rows.append(KernelRow(op, "cuda", kernel, reason))

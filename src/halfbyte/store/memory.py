@@ -39,7 +39,7 @@ class Memory:
 
 
 class CudaMemory(Memory):
-    """A GPU's memory: copies run beside the work, on a stream of their own. (Not run on a GPU yet: docs/gpu.md.)"""
+    """A GPU's memory: copies run beside the work, on a stream of their own."""
 
     is_host = False
 

@@ -1,9 +1,10 @@
 """Tile sizes and thresholds by shape, and which of a few tiles are tried out on the GPU that is there.
 
-Every number is arithmetic, none is measured: no GPU has run these kernels yet (docs/gpu.md). The aims: enough
-programs and bytes in flight to keep a GPU's memory busy at few rows; 64 KB of shared memory at most, which every GPU
-since Turing has. How a sum is cut depends on the shapes alone; the tiles that are tried differ in rows, columns and
-warps, not in the order of the sum nor in the kind of instruction (on Hopper tiles of 64 rows or more get another).
+The thresholds for halves are measured on an H100 (benchmarks/results/cuda.json, docs/gpu.md); sizes are arithmetic.
+The aims: enough programs and bytes in flight to keep a GPU's memory busy at few rows; 64 KB of shared memory at most,
+which every GPU since Turing has. How a sum is cut depends on the shapes alone; the tiles that are tried differ in
+rows, columns and warps, not in the order of the sum nor in the kind of instruction (on Hopper tiles of 64 rows or more
+get another).
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-FUSED_ROWS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 16}
-"""Up to this many rows of x the fused tile serves; above, decoding once and torch's product. Each tile of rows
-decodes the weight again, and float32 without tensor cores is what cuBLAS does better."""
+FUSED_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
+"""Up to this many rows of x the fused tile serves; above, decoding once and torch's product. Each tile of rows decodes
+the weight again. Measured in bfloat16: to 64 rows 0.6 to 1.0 of the other's time, with 128 rows about as long, with
+256 half as long again. Float32 is not measured: without tensor cores cuBLAS should multiply better."""
 
 LEAST_CAPABILITY = (8, 0)
 """Older GPUs get no tensor-core code from Triton: the tiles would multiply one number at a time, and spill."""
@@ -62,7 +64,6 @@ _FORWARD = {
     2: (
         Tiling(16, 256, (Tile(16, 32, 4), Tile(16, 16, 4), Tile(16, 64, 4))),
         Tiling(64, 64, (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 64, 8), Tile(64, 128, 8))),
-        Tiling(128, 64, (Tile(128, 64, 8), Tile(64, 64, 4), Tile(64, 128, 8), Tile(128, 128, 8))),
     ),
     4: (Tiling(16, 64, (Tile(16, 32, 4), Tile(16, 64, 4))),),
 }
@@ -71,7 +72,6 @@ _BACKWARD = {
     2: (
         Tiling(16, 64, (Tile(16, 64, 4), Tile(16, 32, 4), Tile(16, 128, 4))),
         Tiling(64, 64, (Tile(64, 64, 4), Tile(64, 64, 8), Tile(64, 128, 8))),
-        Tiling(128, 64, (Tile(128, 64, 8), Tile(64, 64, 4), Tile(64, 128, 8), Tile(128, 128, 8))),
     ),
     4: (Tiling(16, 32, (Tile(16, 64, 4), Tile(16, 32, 4))),),
 }
