@@ -175,6 +175,27 @@ def test_adamw_rounds_every_operation(capability: int, tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_layers_kernels_fit_in_registers(capability: int, tmp_path: Path) -> None:
+    """In bfloat16, at the sizes of an 8B model."""
+    pytest.importorskip("triton")
+    from halfbyte.kernels.triton import layer, loss
+
+    rows = dict.fromkeys(("x", "delta", "total", "out", "grad", "add", "dx", "gate_up", "d_gate_up", "again", "qkv",
+                          "cos", "sin", "logits", "weight"), "*bf16")  # fmt: skip
+    types = rows | {"rstd": "*fp32", "losses": "*fp32", "targets": "*i64", "eps": "fp32", "offset": "fp32"}
+    for kernel, constants in (
+        (layer.norm_kernel, {"ADD": True, "BLOCK": 4096, "num_warps": 8}),
+        (layer.norm_backward_kernel, {"ADD": True, "BLOCK": 4096, "num_warps": 8}),
+        (layer.gated_kernel, {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}),
+        (layer.gated_backward_kernel, {"ACTIVATION": "silu", "BLOCK": 1024}),
+        (layer.rope_kernel, {"INVERSE": True, "HEADS": 64, "HALF": 64}),
+        (loss.softmax_cross_entropy_kernel, {"BLOCK": loss.COLUMNS, "num_warps": 8}),
+    ):
+        assert Compiled(kernel, capability, types, **constants).stack_bytes(tmp_path) == 0
+
+
+@needs_compiler
 def test_memory_is_read_and_written_in_vectors() -> None:
     pytest.importorskip("triton")
     code = device_code("dequantize", 80, torch.bfloat16)

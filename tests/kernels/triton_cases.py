@@ -27,8 +27,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
-from halfbyte.kernels import adamw  # noqa: E402
-from halfbyte.kernels.triton import codec, linear, tiles  # noqa: E402
+from halfbyte.kernels import adamw, cross_entropy, gated, norm, rope  # noqa: E402
+from halfbyte.kernels.triton import codec, layer, linear, loss, tiles  # noqa: E402
 from halfbyte.kernels.triton.adamw import adamw_  # noqa: E402
 
 HALF = torch.float16
@@ -331,3 +331,71 @@ def test_adamw_equals_the_plain_one(bits: int) -> None:
         adamw_([tuple(page) for page in pages], adamw.Numbers.of(*numbers))
         for page, exact in zip(pages, expected, strict=True):
             assert all(same_bits(a, b) for a, b in zip(page, exact, strict=True))
+
+
+ROUNDING = {torch.float32: 2e-6, HALF: 2e-3, torch.bfloat16: 2e-2}
+"""Of the largest element; measured in the interpreter: 3e-7 and 5e-4 at most."""
+
+
+def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert (one.double() - other.double()).abs().max() <= ROUNDING[dtype] * other.double().abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [64, 576, 1000])
+def test_norms(columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, delta, g = (torch.randn(2, 3, columns, device=DEVICE).to(dtype) for _ in range(3))
+    weight = torch.randn(columns, device=DEVICE)
+    total, out, rstd = layer.rms_norm(x, None, weight, 1e-5, 0.0)
+    assert total is x
+    agree((out, rstd), norm.plain_rms_norm(x, weight, 1e-5, 0.0), dtype)
+    agree(layer.rms_norm(x, delta, weight, 1e-5, 1.0), norm.plain_add_rms_norm(x, delta, weight, 1e-5, 1.0), dtype)
+    for add in (None, delta):
+        dx = layer.rms_norm_backward(g, x, weight, rstd, 1.0, add)
+        agree((dx,), (norm.plain_rms_norm_backward(g, x, weight, rstd, 1.0, add),), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate_up, g = 3 * torch.randn(5, 2 * 1100, device=DEVICE), torch.randn(5, 1100, device=DEVICE)
+    gate_up[0, :4] = torch.tensor([30.0, -30.0, 100.0, -100.0])
+    gate_up, g = gate_up.to(dtype), g.to(dtype)
+    agree((layer.gated(gate_up, activation),), (gated.plain_gated(gate_up, activation),), dtype)
+    agree(layer.gated_backward(g, gate_up, activation), gated.plain_gated_backward(g, gate_up, activation), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [16, 12])
+def test_rope(rotary_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(7, 6 * 16, device=DEVICE).to(dtype)
+    cos, sin = (torch.randn(7, rotary_dim, device=DEVICE) for _ in range(2))
+    for inverse in (False, True):
+        found, expected = rows.clone(), rows.clone()
+        layer.rope_(found, cos, sin, 5, 16, inverse=inverse)
+        rope.plain_rope_(expected, cos, sin, 5, 16, inverse)
+        agree((found,), (expected,), dtype)
+        assert same_bits(found[:, 5 * 16 :], rows[:, 5 * 16 :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [100, 9000])
+def test_softmax_cross_entropy(vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(4, vocab, device=DEVICE)).to(dtype)
+    logits[1, :50] = float("-inf")
+    targets = torch.tensor([0, 60, vocab - 1, 7], device=DEVICE)
+    found, expected = logits.clone(), logits.clone()
+    total, expected_total = (
+        loss.softmax_cross_entropy_(found, targets), cross_entropy.plain_softmax_cross_entropy_(expected, targets)
+    )  # fmt: skip
+    torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
+    agree((found,), (expected,), dtype)
+    targets[2] = vocab
+    assert loss.softmax_cross_entropy_(logits.clone(), targets).isnan()

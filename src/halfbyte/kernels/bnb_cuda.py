@@ -39,8 +39,8 @@ def knows(blocksize: int, dtype: torch.dtype, count: int) -> bool:
     return floating and blocksize in BLOCKSIZES and 0 < count <= MOST_ELEMENTS
 
 
-def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The decoded weight; under double quantization its float32 scales are made first."""
+def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The decoded weight, in `out` if given; under double quantization its float32 scales are made first."""
     codes, absmax, nested_absmax, nested_offset, quant_type, blocksize = weight
     if nested_absmax is not None:
         _, dynamic = device_tables(quant_type, codes.device)
@@ -49,10 +49,12 @@ def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Te
         )
         # The kernel multiplies, torch adds: two roundings, as the reference has them.
         absmax = scales.add_(nested_offset)
-    result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.contiguous(), absmax.contiguous(), blocksize, quant_type, list(shape), dtype
-    )
-    return result
+    case = (codes.contiguous(), absmax.contiguous(), blocksize, quant_type, list(shape), dtype)
+    if out is None:
+        result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(*case)
+        return result
+    torch.ops.bitsandbytes.dequantize_4bit.out(*case, out=out)
+    return out
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:

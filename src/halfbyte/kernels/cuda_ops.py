@@ -79,6 +79,16 @@ def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return result
 
 
+def dequantize_into(out: Tensor, weight: Weight) -> None:
+    """Decode `weight` into `out`, contiguous, of its shape."""
+    _check(weight, out.numel(), out)
+    kernels = _kernels(weight[5], out.dtype, out.numel())
+    if kernels is None:
+        out.copy_(dequantize_reference(*weight, tuple(out.shape), out.dtype))
+    else:
+        kernels.dequantize(weight, tuple(out.shape), out.dtype, out)
+
+
 def linear_4bit(
     x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
     blocksize: int, out_features: int, bias: Tensor | None,

@@ -63,10 +63,11 @@ def quantize_kernel(
     tl.store(codes + byte, ((high << 4) | low).to(tl.uint8), mask=byte < num_bytes)
 
 
-def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`quant.reference.dequantize_reference`, bit for bit."""
+def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`quant.reference.dequantize_reference`, bit for bit; into `out` if given, contiguous."""
     codes, absmax, nested_absmax, nested_offset, quant_type, blocksize = weight
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
     count = prod(shape)
     if count:
         table, dynamic = device_tables(quant_type, codes.device)
