@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
@@ -78,11 +78,14 @@ def _random_bytes(count: int, generator: np.random.SFC64) -> Tensor:
     return torch.from_numpy(generator.random_raw(-(-count // 8)).view(np.uint8)[:count])
 
 
-def write_model(folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = True) -> None:
+def write_model(
+    folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """A folder that halfbyte and bitsandbytes load, one tensor in memory at a time.
 
     Args:
         in_4_bits: the linear layers; else they are in bfloat16, as everything else is.
+        tokenizer: default: SmolLM2's.
 
     Exits if the disk has no room for it.
     """
@@ -118,16 +121,18 @@ def write_model(folder: Path, config: PreTrainedConfig, *, in_4_bits: bool = Tru
     folder.mkdir()
     write_shards(folder, tensors(), header_bytes=2**19)
     config.save_pretrained(folder)
-    load_tokenizer(smollm2_path()).save_pretrained(folder)
+    (tokenizer or load_tokenizer(smollm2_path())).save_pretrained(folder)
 
 
-def model_folder(folder: Path, shape: str, *, in_4_bits: bool = True) -> Path:
+def model_folder(
+    folder: Path, shape: str, *, in_4_bits: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
     """The model of this shape in `folder`, made if it is not there yet, and never half there."""
     if not folder.exists():
         started = time.perf_counter()
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
-        write_model(beside, config_of(shape), in_4_bits=in_4_bits)
+        write_model(beside, config_of(shape), in_4_bits=in_4_bits, tokenizer=tokenizer)
         beside.rename(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{folder}: {size / 1e9:.2f} GB written in {time.perf_counter() - started:.0f} s", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Device, Model, Set, console, emit
 from halfbyte.cli.generate import MaxNewTokens, Seed, Temperature
 from halfbyte.cli.serve import base_name, open_served
 
@@ -43,6 +43,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     context: Annotated[int, typer.Option("--context", min=64, help="Longest conversation, in tokens.")] = 4096,
+    device: Device = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -53,7 +54,7 @@ def chat(
     from halfbyte.config import load_config
     from halfbyte.serve import Engine
 
-    run, out = load_config(config, settings or (), model__path=model), console()
+    run, out = load_config(config, settings or (), model__path=model, model__device=device), console()
     named = list(name_adapters(adapter or ()).items())
     # Twice: the base's or another adapter's reading of the conversation stays beside the one that goes on.
     positions = 2 * context if named else context

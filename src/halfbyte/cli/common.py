@@ -30,8 +30,12 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, over all others; repeatable."),
 ]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute; auto: cuda where there is.")
+]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="Most resident memory, 8GB; default: the container's.")
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Most memory of the device, 8GB; default: what it may take."),
 ]
 HostMemory = Annotated[
     str | None, typer.Option("--host-memory", metavar="SIZE", help="The same for the host's RAM, beside a GPU.")
@@ -129,6 +133,7 @@ def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple
     from halfbyte.cli.progress import LoadBar
     from halfbyte.errors import ConfigError
     from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
+    from halfbyte.model.device import choose_device
     from halfbyte.model.placement import Placement
 
     model, quant = run.model.path, run.quant
@@ -137,11 +142,14 @@ def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple
     if saved is not None and saved.info.get("quant"):
         quant = quant.with_recipe(saved.info["quant"])
     tokenizer = load_tokenizer(model)
-    dtype, reason = choose_compute_dtype(quant.compute_dtype)
-    notes = [f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
+    device, why = choose_device(run.model.device)
+    dtype, reason = choose_compute_dtype(quant.compute_dtype, device.type)
+    notes = [f"device {device.type}: {why}", f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
         placement = Placement(weights=run.memory.weights, resident_layers=run.memory.resident_layers)
-        loaded = load_model(model, quant, compute_dtype=dtype, placement=placement, on_progress=bar.update)
+        loaded = load_model(
+            model, quant, compute_dtype=dtype, placement=placement, device=device, on_progress=bar.update
+        )
     notes += [text for text in (loaded.origin, loaded.stream_text) if text]
     return loaded, tokenizer, notes
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit, open_model
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, open_model
 
 
 def evaluate(
     model: Model = None,
     adapter: Adapter = None,
     data: Annotated[Path | None, typer.Option("--data", help="Samples, JSON lines; default: data.eval.")] = None,
+    device: Device = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -23,7 +24,8 @@ def evaluate(
     from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model, data__eval=None if data is None else str(data))
+    flags = {"model__path": model, "model__device": device, "data__eval": None if data is None else str(data)}
+    run = load_config(config, settings or (), **flags)
     if not run.data.eval:
         raise ConfigError("is not set", where="data.eval", fix="Give --data")
     from halfbyte.data import load_data

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Model, Set, console, emit, open_model
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, open_model
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
@@ -24,6 +24,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    device: Device = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -33,7 +34,7 @@ def generate(
     from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model)
+    run = load_config(config, settings or (), model__path=model, model__device=device)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("is empty", where="--prompt", fix="Say something")

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, HostMemory, Memory, Model, Set, emit, known_machine, load_run
+from halfbyte.cli.common import (
+    AsJson,
+    Config,
+    Debug,
+    Device,
+    HostMemory,
+    Memory,
+    Model,
+    Set,
+    emit,
+    known_machine,
+    load_run,
+)
 
 if TYPE_CHECKING:
     from halfbyte.plan import Plan
@@ -20,6 +32,7 @@ def plan(
     eval_data: Annotated[Path | None, typer.Option("--eval-data", help="As in train: evaluation is planned.")] = None,
     config: Config = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    device: Device = None,
     memory: Memory = None,
     host_memory: HostMemory = None,
     picture: Annotated[
@@ -39,7 +52,8 @@ def plan(
     run = load_run(config, settings, {
         "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
         "--output": ("train.output", output), "--steps": ("train.steps", steps),
-        "--memory": ("memory.budget", memory), "--host-memory": ("memory.host_budget", host_memory),
+        "--device": ("model.device", device), "--memory": ("memory.budget", memory),
+        "--host-memory": ("memory.host_budget", host_memory),
     })  # fmt: skip
     if not run.model.path:
         raise ConfigError("is not set", where="model.path", fix="Give --model")

@@ -15,6 +15,7 @@ from halfbyte.cli.common import (
     AsJson,
     Config,
     Debug,
+    Device,
     Memory,
     Model,
     Set,
@@ -57,6 +58,7 @@ def serve(
     ] = 16384,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help=f"Instead of {API_KEY}.")] = None,
     admin_key_file: Annotated[Path | None, typer.Option("--admin-key-file", help=f"Instead of {ADMIN_KEY}.")] = None,
+    device: Device = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -73,7 +75,8 @@ def serve(
     from halfbyte.serve.start import Settings, bind
     from halfbyte.serve.start import serve as run_server
 
-    run, out = load_config(config, settings or (), model__path=model, memory__budget=memory), console()
+    flags = {"model__path": model, "model__device": device, "memory__budget": memory}
+    run, out = load_config(config, settings or (), **flags), console()
     _log_to_stderr(debug)
     chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
     _check_folder(adapter_dir)

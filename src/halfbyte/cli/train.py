@@ -11,6 +11,7 @@ from halfbyte.cli.common import (
     AsJson,
     Config,
     Debug,
+    Device,
     HostMemory,
     Memory,
     Model,
@@ -43,6 +44,7 @@ def train(
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="auto|never|DIR", help="Go on from the newest checkpoint.")
     ] = None,
+    device: Device = None,
     memory: Memory = None,
     host_memory: HostMemory = None,
     settings: Set = None,
@@ -58,21 +60,21 @@ def train(
         "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
         "--output": ("train.output", output), "--steps": ("train.steps", steps),
         "--epochs": ("train.epochs", epochs), "--resume": ("train.resume", resume),
-        "--memory": ("memory.budget", memory), "--host-memory": ("memory.host_budget", host_memory),
+        "--device": ("model.device", device), "--memory": ("memory.budget", memory),
+        "--host-memory": ("memory.host_budget", host_memory),
     })  # fmt: skip
     from halfbyte.plan import check_run
 
     check_run(run)
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
     from halfbyte.kernels import panel_rule
-    from halfbyte.plan import compute_dtype, write_calibration
+    from halfbyte.plan import speed_key, write_calibration
     from halfbyte.train import train as run_training
 
     with saying_what_is_kept(run), TrainProgress(console()) as progress:
         machine = known_machine()
         result = run_training(run, observer=progress, machine=machine)
-    dtype = compute_dtype(run, machine)
-    gflops = {dtype: result.gflops} if result.gflops else {}
+    gflops = {speed_key(run, machine): result.gflops} if result.gflops else {}
     write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops, panel_rows=panel_rule().rows)
     emit(result.to_dict(), as_json, summary(result))
 

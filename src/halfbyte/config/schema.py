@@ -16,6 +16,7 @@ from halfbyte.dtypes import COMPUTE_DTYPES, parse_bytes
 from halfbyte.errors import ConfigError
 
 QuantType = Literal["nf4", "fp4"]
+Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["auto", "absmax", "mse", "mse-signed"]
 Schedule = Literal["constant", "linear", "cosine"]
 Weights = Literal["resident", "mmap", "stream"]
@@ -39,6 +40,11 @@ class ModelConfig:
 
     path: str = ""
     """A local folder (safetensors, 16-bit or bitsandbytes 4-bit), a .gguf file, or a hub id."""
+    device: Device = "auto"
+    """Where it computes: cpu, cuda, or auto, which is cuda where torch sees such a device."""
+
+    def __post_init__(self) -> None:
+        _require_choice("model.device", self.device, get_args(Device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +237,9 @@ class MemoryConfig:
     """[memory]: what a run may take, and where things live."""
 
     budget: str = ""
-    """Most resident memory, from load to the last answer: "8GB", "7.5GiB", bytes; default: the container's limit."""
+    """Most memory of the device, from load to the last answer: "8GB"; default: what the container or the GPU has."""
     host_budget: str = ""
-    """The same for the host's RAM; on a machine without a GPU both mean its RAM, and the smaller one holds."""
+    """The same for the host's RAM beside a GPU; on the CPU both mean its RAM, and the smaller one holds."""
     weights: Weights = "resident"
     """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
     resident_layers: int = 0

@@ -157,7 +157,8 @@ def plain_packed_attention_backward(
 
 
 def attends_natively(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether kernels of our own serve the CPU for heads of this kind; if not, the specification does, slowly."""
+    """Whether kernels of our own serve the CPU for heads of this kind; if not, the specification does, slowly. For a
+    GPU: `cuda_attention.flash_serves`."""
     library = cpu_choice().library
     return library is not None and dtype in DTYPES and library.attends(head_dim)
 

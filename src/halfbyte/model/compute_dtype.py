@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.errors import ResourceError
-
 
 def choose_compute_dtype(setting: str, device: str = "cpu") -> tuple[torch.dtype, str]:
     """The dtype to compute in and the reason for it, as a sentence to print.
@@ -14,14 +12,13 @@ def choose_compute_dtype(setting: str, device: str = "cpu") -> tuple[torch.dtype
 
     Args:
         setting: "auto", "float32", "bfloat16" or "float16" (``quant.compute_dtype``).
+        device: "cpu", or "cuda", which is there.
     """
     fast = _has_bf16_units(device)
     if setting != "auto":
         if setting != "float32" and device == "cpu" and not fast:
             return getattr(torch, setting), f"as set; slow here: this CPU has no {setting} units, float32 is faster"
         return getattr(torch, setting), "as set in quant.compute_dtype"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("no CUDA device", where="device", fix="Run on the CPU, or install a CUDA build of torch")
     where = "GPU" if device == "cuda" else "CPU"
     if fast:
         return torch.bfloat16, f"this {where} multiplies bfloat16 natively, several times as fast as float32"

@@ -84,6 +84,8 @@ def decoder_parts(model: Any) -> DecoderParts:
     final_norm = rms_norm(inner.norm) if hasattr(inner, "norm") else None
     if layers is None or rotary is None or final_norm is None:
         raise NotCoveredError("it is not built as layers with rotary positions and a norm after them")
+    if final_norm.weight.device.type != "cpu":
+        raise NotCoveredError("it is on a GPU")
     if any(hasattr(layer, "streamed") for layer in layers):
         raise NotCoveredError("its layers are streamed")
     _takes_layer_type(rotary)

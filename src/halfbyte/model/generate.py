@@ -165,9 +165,12 @@ def _through_transformers(
     pad, longest = config.pad_token_id, max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    device = next(model.parameters()).device
     streamer = _Streamer(on_token) if len(prompts) == 1 else None
     started = time.perf_counter()
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
+    )
     ended = time.perf_counter()
     first = (streamer and streamer.first) or ended
     rows = [row[longest:].tolist() for row in output]

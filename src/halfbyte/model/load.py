@@ -29,6 +29,7 @@ from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
 
+CPU = torch.device("cpu")
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name)."""
 
@@ -76,7 +77,7 @@ class LoadedModel:
 
 def load_model(
     path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, placement: Placement = RESIDENT,
-    on_progress: Progress | None = None,
+    device: torch.device = CPU, on_progress: Progress | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Load the causal language model called `path`, quantizing every linear layer but the head on the way.
 
@@ -85,6 +86,8 @@ def load_model(
 
     Args:
         placement: where the 4-bit bytes live; all of them are read once, here, to check and to hash them.
+        device: where the model computes. A tensor is read and quantized on the CPU, so to the same bytes, and moved
+            before the next one is read.
 
     Raises:
         ModelError: files are missing, damaged, or do not fit the config; a weight has NaN or Inf.
@@ -95,9 +98,7 @@ def load_model(
     reader = source.open_tensors(mapped=placement.weights == "mmap")
     model = skeleton(source)
     names = match_names(model, reader, path)
-    targets = set(modules_to_quantize(model, quant.skip_modules))
-    if source.stored_quantization is not None:  # what its maker left in 16 bits stays so
-        targets = {n.removesuffix(".weight") for n, stored in names.items() if state_names(reader, stored)}
+    targets = _targets(model, reader, names, quant, source)
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
     int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
@@ -111,7 +112,7 @@ def load_model(
                 base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
                 if is_streamed(module_name, streamed):
                     weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
-                _place_linear4bit(model, module_name, weight, compute_dtype)
+                _place_linear4bit(model, module_name, weight.to(device), compute_dtype)
             elif name in int8:
                 held.append(read_int8(model, name, reader, stored_name, path, base))
             else:
@@ -121,12 +122,12 @@ def load_model(
                     continue
                 if tensor.is_floating_point() and tensor.dim() < 2:
                     tensor = tensor.to(compute_dtype)
-                _place(model, name, tensor)
+                _place(model, name, tensor.to(device))
     if row_table:
         stream_rows(model, reader, names[row_table], compute_dtype, int8=quant.embeddings == "int8")
     model.tie_weights()
     use_int8(model, held, compute_dtype)
-    _finish(model, compute_dtype)
+    _finish(model, compute_dtype, device)
     store = stream_layers(model, reader, streamed, names, placement) if streamed else None
     if on_progress:
         on_progress(len(names), len(names), "")
@@ -134,6 +135,15 @@ def load_model(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
         quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
     )  # fmt: skip
+
+
+def _targets(
+    model: PreTrainedModel, reader: TensorReader, names: dict[str, str], quant: QuantConfig, source: Source
+) -> set[str]:
+    """The modules in 4 bits; of a base that is stored so, what its maker left in 16 bits stays so."""
+    if source.stored_quantization is None:
+        return set(modules_to_quantize(model, quant.skip_modules))
+    return {name.removesuffix(".weight") for name, stored in names.items() if state_names(reader, stored)}
 
 
 def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> None:
@@ -207,8 +217,8 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Make activations `compute_dtype` wherever weights are not, and freeze."""
+def _finish(model: PreTrainedModel, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Make activations `compute_dtype` wherever weights are not, and freeze; on `device`."""
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise ModelError(f"{len(left)} tensors were not loaded, first {left[0]!r}")
@@ -229,6 +239,8 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     model.config.dtype = compute_dtype
     model.requires_grad_(False)
     model.eval()
+    if device.type != "cpu":
+        model.to(device)  # what is not there yet: buffers, tables in int8
 
 
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ IGNORE_INDEX = -100
 """The label of a token that is not learned."""
 CHUNK_BYTES = 64 * 2**20
 """Largest float32 logits buffer. One is alive at a time over a plain linear head, two over any other."""
+CUDA_CHUNK_BYTES = 256 * 2**20
+"""The same on a GPU, most of which fewer rows would leave idle."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -55,26 +57,27 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (batch, tokens, hidden_size), what the head takes.
-        labels: (batch, tokens) int64, aligned with the input tokens; the shift happens here.
+        labels: (batch, tokens) int64, aligned with the input tokens; the shift happens here. Best on the CPU.
         head: rows (n, hidden_size) -> logits (n, vocab_size).
 
     Returns:
         The sum over supervised tokens (float32 scalar, differentiable in `hidden`), and their number.
     """
     targets = labels[:, 1:].reshape(-1)
-    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # on the CPU, where labels are: nothing waits for a GPU
     if kept.numel() == 0:
         return hidden.sum(dtype=torch.float32) * 0.0, 0
+    targets, kept = targets[kept].to(hidden.device), kept.to(hidden.device)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
-    rows_per_chunk = max(CHUNK_BYTES // (4 * vocab_size), 16)
+    rows_per_chunk = max((CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * vocab_size), 16)
     total: Tensor
     if _is_plain(head):
         need_dx = torch.is_grad_enabled() and rows.requires_grad
         total, _ = torch.ops.halfbyte.linear_cross_entropy(
-            rows, targets[kept], head.weight, head.bias, rows_per_chunk, need_dx, getattr(head, "scales", None)
+            rows, targets, head.weight, head.bias, rows_per_chunk, need_dx, getattr(head, "scales", None)
         )
     else:
-        total = _ChunkedCrossEntropy.apply(rows, targets[kept], head, rows_per_chunk)  # type: ignore[no-untyped-call]
+        total = _ChunkedCrossEntropy.apply(rows, targets, head, rows_per_chunk)  # type: ignore[no-untyped-call]
     return total, int(kept.numel())
 
 

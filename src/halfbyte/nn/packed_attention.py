@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from halfbyte.kernels.attention import attends_natively
+from halfbyte.kernels.cuda_attention import flash_serves
 
 NAME = "halfbyte_packed"
 
@@ -48,14 +49,17 @@ def packed_attention(
         )
         return out.view(1, -1, heads, head_dim), None
     if parents is not None:
-        raise ValueError("sequences that go on from others need attention over equal heads on a CPU, without dropout")
+        raise ValueError("sequences that go on from others need attention over heads of equal size, without dropout")
     return _one_by_one(query, key, value, seq_starts, scaling, dropout, sliding_window), None
 
 
 def _one_op_serves(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     alike = key.shape == value.shape and key.shape[3] == query.shape[3] and query.dtype == key.dtype == value.dtype
-    on_cpu = query.device.type == "cpu"
-    return alike and on_cpu and dropout == 0 and attends_natively(query.dtype, query.shape[3])
+    if not alike or dropout:
+        return False
+    if query.device.type == "cpu":
+        return attends_natively(query.dtype, query.shape[3])
+    return flash_serves(query.device, query.dtype, query.shape[3])
 
 
 def _one_by_one(

@@ -6,18 +6,19 @@ from typing import Any
 
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.behind import SCRATCH, disk_text
-from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.budget import Budget, budget_of, device_budget, on_gpu
 from halfbyte.plan.check import check_run
 from halfbyte.plan.machine import Machine, this_machine, write_calibration
-from halfbyte.plan.phases import Work, compute_dtype, runs_fused, tokenizer_bytes, worst_case
+from halfbyte.plan.phases import Work, compute_dtype, runs_fused, speed_key, tokenizer_bytes, worst_case
 from halfbyte.plan.planner import Plan, apply_choices, plan
 from halfbyte.plan.serving import Serving, ServingPlan, plan_serving, serving_text
 from halfbyte.plan.time import time_text
 
 __all__ = [
     "SCRATCH", "Base", "Budget", "Machine", "Plan", "Serving", "ServingPlan", "Work", "apply_choices", "budget_of",
-    "check_run", "compute_dtype", "disk_text", "plan", "plan_serving", "read_base", "runs_fused", "serving_text",
-    "this_machine", "time_text", "tokenizer_bytes", "worst_case", "write_calibration",
+    "check_run", "compute_dtype", "device_budget", "disk_text", "on_gpu", "plan", "plan_serving", "read_base",
+    "runs_fused", "serving_text", "speed_key", "this_machine", "time_text", "tokenizer_bytes", "worst_case",
+    "write_calibration",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How much memory a run may take: what the user set, or what its container allows."""
+"""How much memory a run may take: what the user set, what its container allows, or what a GPU has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from halfbyte.config import RunConfig
 from halfbyte.dtypes import parse_bytes
+from halfbyte.plan.machine import Machine
 
 UNLIMITED = 1 << 60
 """What cgroup v1 says where there is no limit is somewhat above this."""
@@ -20,10 +21,30 @@ class Budget:
     source: str
 
 
-def budget_of(config: RunConfig) -> Budget | None:
-    """The smallest of memory.budget, memory.host_budget (on a machine without a GPU both mean its RAM) and the
-    container's limit; None where there is none of them."""
-    settings = {"memory.budget": config.memory.budget, "memory.host_budget": config.memory.host_budget}
+def on_gpu(config: RunConfig, machine: Machine) -> bool:
+    """Whether the run computes on a CUDA device: as model.device says, or because the machine has one."""
+    return config.model.device == "cuda" or (config.model.device == "auto" and machine.gpu is not None)
+
+
+def device_budget(config: RunConfig, machine: Machine) -> Budget | None:
+    """How much of the memory that it computes in a run may take; None: of a GPU that is not there, all."""
+    if not on_gpu(config, machine):
+        return budget_of(config)
+    if config.memory.budget:
+        return Budget(parse_bytes(config.memory.budget), "memory.budget")
+    return Budget(machine.gpu.memory, f"the memory of the {machine.gpu.name}") if machine.gpu is not None else None
+
+
+def budget_of(config: RunConfig, *, beside_gpu: bool = False) -> Budget | None:
+    """Of the host's memory: the smallest of memory.budget, memory.host_budget and the container's limit; None where
+    there is none of them.
+
+    Args:
+        beside_gpu: memory.budget is the GPU's, and does not count here.
+    """
+    settings = {"memory.host_budget": config.memory.host_budget}
+    if not beside_gpu:
+        settings = {"memory.budget": config.memory.budget} | settings
     found = [Budget(parse_bytes(text), name) for name, text in settings.items() if text]
     limit = container_limit()
     if limit is not None:

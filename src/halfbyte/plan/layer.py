@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from halfbyte.plan import gpu
 from halfbyte.plan.architecture import Architecture
 from halfbyte.plan.ledger import Ledger
 
@@ -35,6 +36,7 @@ class Sizes:
         panel_rows: from how many tokens on products decode panels of a weight for torch; None: never.
         together: micro-batches that pass a layer one after the other before the next layer's turn.
         offloaded: what is saved for the backward pass goes to disk.
+        on_gpu: computed by CUDA's kernels.
     """
 
     arch: Architecture
@@ -47,6 +49,7 @@ class Sizes:
     panel_rows: int | None = None
     together: int = 1
     offloaded: bool = False
+    on_gpu: bool = False
 
     def kept(self, features: float, itemsize: int | None = None) -> int:
         """Bytes of (tokens, features), in the compute dtype or of `itemsize`, that wait for the backward pass."""
@@ -75,9 +78,14 @@ class Sizes:
 
 def _product(led: Ledger, s: Sizes, group: str, *, backward: bool = False) -> None:
     """What a group's product holds beside its results, gone when it returns: backward v, and in panels the decoded
-    rows, forward u in the dtype of x, backward the float32 sum of dx where dx is not float32 (lora_panel.py)."""
+    rows, forward u in the dtype of x, backward the float32 sum of dx where dx is not float32 (lora_panel.py). On a GPU
+    the group's weights, decoded (cuda_lora.py)."""
     blocks = {"v": s.floats(s.ranks(group))} if backward else {}
-    if s.panel_rows is not None and s.tokens >= s.panel_rows:
+    if s.on_gpu:
+        blocks["u_narrow"] = s.rows(s.ranks(group))
+        if s.tokens > gpu.FEW_ROWS:
+            blocks["decoded"] = s.itemsize * sum(out * into for _, out, into in s.members(group))
+    elif s.panel_rows is not None and s.tokens >= s.panel_rows:
         members = s.members(group)
         blocks["panel"] = s.itemsize * max(min(PANEL_ELEMENTS, out * into) for _, out, into in members)
         if backward and s.itemsize < 4:
@@ -168,6 +176,15 @@ def _gradients(led: Ledger, s: Sizes, p: str, group: str) -> None:
     _product(led, s, group, backward=True)
 
 
+def _flash_backward(s: Sizes) -> int:
+    """Of FlashAttention: dq, dk and dv apart; the parts in which dq is summed up in float32, as many as keep the GPU
+    busy; with fewer key heads than heads dk and dv of each head."""
+    a = s.arch
+    parts = -(-gpu.MULTIPROCESSORS // a.heads)
+    of_each_head = s.rows(2 * a.query) if a.kv_heads < a.heads else 0
+    return s.rows(a.qkv) + s.floats(parts * a.query + 2 * a.heads) + of_each_head
+
+
 def _mlp_backward(led: Ledger, s: Sizes, p: str) -> None:
     """Leaves "g_h", the gradient at h, and "g_down" is gone."""
     a = s.arch
@@ -195,7 +212,11 @@ def _attention_backward(led: Ledger, s: Sizes, p: str, *, need_dx: bool) -> None
     _gradients(led, s, p, "o")
     if a.head_norms:
         led.hold(TEMPORARY, rotated=s.rows(a.qkv))
+    if s.on_gpu:
+        led.hold(TEMPORARY, flash=_flash_backward(s))
     led.hold(TEMPORARY, g_qkv=s.rows(a.qkv))
+    if s.on_gpu:
+        led.drop("flash")
     led.drop("g_attention", *(["rotated"] if a.head_norms else []))
     led.hold(TEMPORARY, normed=s.rows(a.hidden))
     if need_dx:

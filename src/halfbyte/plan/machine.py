@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from halfbyte.plan.gpu import Gpu, find_gpu
+
 RUNTIME = 470_000_000
 """Resident bytes of Python, torch, transformers and PEFT in a training process, beside every tensor counted elsewhere.
 Measured on Linux x86-64 (torch 2.13 for CPUs, transformers 5.23, PEFT 0.21, Python 3.11) as `train` does in its own
@@ -34,7 +36,9 @@ class Machine:
         panel_rows: by dtype, from how many rows on products decode panels of a weight (kernels/crossover.py); none
             where tiles always serve, or nothing was measured.
         runtime: resident bytes beside tensors, measured in a process of these versions; None: the constants above.
-        gflops: measured floating-point operations of a training step, 1e9/s, by compute dtype.
+        gflops: measured floating-point operations of a training step, 1e9/s, by compute dtype; on a GPU by its name
+            before that.
+        gpu: the CUDA device, if there is one.
     """
 
     threads: int = 1
@@ -42,6 +46,7 @@ class Machine:
     panel_rows: dict[str, int | None] = field(default_factory=dict)
     runtime: int | None = None
     gflops: dict[str, float] = field(default_factory=dict)
+    gpu: Gpu | None = None
 
     @property
     def compute_dtype(self) -> str:
@@ -51,7 +56,8 @@ class Machine:
 
 def this_machine(calibration: Path | None = None, threads: int | None = None) -> Machine:
     """This machine, with what an earlier command measured on it and left in the file `calibration`."""
-    machine = Machine(threads=threads or len(os.sched_getaffinity(0)), bf16_units=_has_bf16_units())
+    count = threads or len(os.sched_getaffinity(0))
+    machine = Machine(threads=count, bf16_units=_has_bf16_units(), gpu=find_gpu())
     measured = _read(calibration).get(calibration_key(), {}) if calibration else {}
     return replace(machine, **{key: value for key, value in measured.items() if key in _MEASURED})
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from halfbyte.config import RunConfig
 from halfbyte.dtypes import ITEMSIZE, parse_bytes
-from halfbyte.plan import step, workspace
+from halfbyte.plan import gpu, step, workspace
 from halfbyte.plan.base import Base
+from halfbyte.plan.budget import on_gpu
 from halfbyte.plan.layer import GROUPS, Sizes
 from halfbyte.plan.ledger import Ledger, Moment
 from halfbyte.plan.machine import TOKENIZER, Machine, default_runtime
@@ -70,7 +71,7 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
         checkpoint=config.train.gradient_checkpointing,
         pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
-        offloaded=config.memory.activations == "disk",
+        offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine),
     )  # fmt: skip
 
 
@@ -81,7 +82,17 @@ def runs_fused(config: RunConfig, base: Base) -> bool:
 
 def compute_dtype(config: RunConfig, machine: Machine) -> str:
     """What products run in."""
-    return machine.compute_dtype if config.quant.compute_dtype == "auto" else config.quant.compute_dtype
+    if config.quant.compute_dtype != "auto":
+        return config.quant.compute_dtype
+    if on_gpu(config, machine):
+        return "bfloat16" if machine.gpu is None else machine.gpu.compute_dtype
+    return machine.compute_dtype
+
+
+def speed_key(config: RunConfig, machine: Machine) -> str:
+    """The name of `compute_dtype`'s speed in `machine.gflops`."""
+    name = (machine.gpu.name if machine.gpu else "GPU") + " " if on_gpu(config, machine) else ""
+    return name + compute_dtype(config, machine)
 
 
 def adapter_parameters(s: Sizes) -> int:
@@ -127,15 +138,16 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
     s = sizes(config, base, machine, work.tokens)
     found = {"load": static(config, base, machine, work)}
     found["load"].where = "load"
-    found["load"].hold("load_slice", slice=base.load_extra)
+    found["load"].hold("load_slice", slice=0 if s.on_gpu else base.load_extra)
 
     def with_adapter(tokens: int, *, backward: bool, keep_history: bool = False) -> tuple[Ledger, Sizes]:
         led = static(config, base, machine, work)
         own = replace(s, tokens=tokens)
         led.keep_history = keep_history
         led.hold("adapters", adapters=4 * adapter_parameters(own))
-        rows = max(step.CHUNK_BYTES // (4 * own.arch.vocab), 16)
-        led.hold("workspace", workspace=workspace.largest(own, min(rows, tokens), machine.threads, backward=backward))
+        rows = min(step.chunk_rows(own), tokens)
+        kept = workspace.largest(own, rows, machine.threads, backward=backward) if not own.on_gpu else gpu.WORKSPACE
+        led.hold("workspace", workspace=kept)
         return led, own
 
     accumulates = config.train.gradient_accumulation_steps > 1
@@ -180,7 +192,8 @@ def tokenizer_bytes(base: Base) -> int:
 def static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledger:
     """What is held all the time: Python, libraries and the base."""
     led = Ledger()
-    led.hold("runtime", runtime=runtime_bytes(base, machine) if work.runtime is None else work.runtime)
+    runtime = gpu.CONTEXT if on_gpu(config, machine) else runtime_bytes(base, machine)
+    led.hold("runtime", runtime=runtime if work.runtime is None else work.runtime)
     if config.memory.weights == "stream":
         layer = layer_bytes(base)
         kept = min(config.memory.resident_layers, base.architecture.layers)

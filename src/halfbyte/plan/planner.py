@@ -11,7 +11,7 @@ from halfbyte.config.schema import check_stored, require_config
 from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.plan.base import Base, read_base
 from halfbyte.plan.behind import on_disk
-from halfbyte.plan.budget import Budget, budget_of
+from halfbyte.plan.budget import Budget, device_budget, on_gpu
 from halfbyte.plan.check import check_layers
 from halfbyte.plan.disk import read_speed
 from halfbyte.plan.files import locate
@@ -112,7 +112,7 @@ def plan(
     check_layers(config, base)
     if base.exact:  # of a config alone it is not known
         check_stored(config.memory.weights, config.model.path, in_4_bits=base.in_4_bits)
-    budget = budget_of(config)
+    budget = device_budget(config, machine)
 
     def peak(candidate: RunConfig, of: Base = base) -> int:
         return fullest(phases(candidate, of, machine, _work(candidate, config, work)))[1].total
@@ -137,7 +137,7 @@ def plan(
         merge_memory=merge_memory(base.architecture, runtime_bytes(base, machine)),
         seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),
         pass_operations=operations(chosen, base, machine, own),
-        notes=_notes(config, base, work, budget, moment.total),
+        notes=_notes(config, base, machine, work, budget, moment.total),
     )  # fmt: skip
 
 
@@ -161,6 +161,8 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
         memory = replace(least.memory, optimizer_budget=text)
         least = replace(least, optim=replace(least.optim, paged=True), memory=memory)
         yield least
+    if on_gpu(config, machine):
+        return  # nothing else is done on a GPU so far
     if config.memory.activations != "disk":
         least = replace(least, memory=replace(least.memory, activations="disk"))
         yield least
@@ -228,8 +230,12 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
     return tuple(changes)
 
 
-def _notes(config: RunConfig, base: Base, work: Work | None, budget: Budget | None, peak: int) -> tuple[str, ...]:
+def _notes(
+    config: RunConfig, base: Base, machine: Machine, work: Work | None, budget: Budget | None, peak: int
+) -> tuple[str, ...]:
     notes = []
+    if on_gpu(config, machine):
+        notes.append("of the GPU's memory: what the host's takes beside it is not planned")
     arch = base.architecture
     if not runs_fused(config, base):
         notes.append(
@@ -243,7 +249,7 @@ def _notes(config: RunConfig, base: Base, work: Work | None, budget: Budget | No
     longest = config.data.max_seq_len
     if arch.context and longest > arch.context:
         notes.append(f"data.max_seq_len {longest} is more than the {arch.context} positions the model was made for")
-    ram = physical_memory()
+    ram = physical_memory() if not on_gpu(config, machine) else None
     if ram and budget is None and peak > ram:
         notes.append(f"this machine has {format_bytes(ram)}: give --memory, and the plan finds what fits")
     if budget and peak > budget.bytes and base.exact and not base.in_4_bits:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from halfbyte.dtypes import ITEMSIZE
+from halfbyte.plan import gpu, plain
 from halfbyte.plan import layer as fused
-from halfbyte.plan import plain
 from halfbyte.plan.base import Base
 from halfbyte.plan.layer import GRADIENTS, GROUPS, SAVED, TEMPORARY, Sizes
 from halfbyte.plan.ledger import Ledger
@@ -17,6 +17,11 @@ OFFLOADED_IN_MEMORY = 7
 one that is being made among them), two read ahead and one that has just been used (store/activations.py)."""
 CHUNK_BYTES = 64 * 2**20
 """Of float32 logits at a time (nn/cross_entropy.py)."""
+
+
+def chunk_rows(s: Sizes) -> int:
+    """Rows of logits at a time, where there are as many."""
+    return max((gpu.CHUNK_BYTES if s.on_gpu else CHUNK_BYTES) // (4 * s.arch.vocab), 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class Pass:
     @property
     def loss_rows(self) -> int:
         """Rows of logits at a time."""
-        return min(max(CHUNK_BYTES // (4 * self.base.architecture.vocab), 16), max(self.targets, 1))
+        return min(chunk_rows(self.sizes), max(self.targets, 1))
 
 
 def train(led: Ledger, p: Pass) -> None:

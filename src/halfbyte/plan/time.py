@@ -10,9 +10,9 @@ from halfbyte.plan.machine import Machine
 from halfbyte.plan.phases import (
     Work,
     adapter_parameters,
-    compute_dtype,
     layer_bytes,
     sizes,
+    speed_key,
     state_bytes,
     states_in_memory,
 )
@@ -57,7 +57,7 @@ def seconds_per_step(
     Returns:
         None where no step of this compute dtype was measured, or the run needs a disk of unknown speed.
     """
-    gflops = machine.gflops.get(compute_dtype(config, machine))
+    gflops = machine.gflops.get(speed_key(config, machine))
     moved = disk_bytes(config, base, machine, work)
     if not gflops or (moved and not disk_speed):
         return None

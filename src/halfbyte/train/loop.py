@@ -24,13 +24,14 @@ from halfbyte.checkpoint import (
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.config.schema import require_config
 from halfbyte.data import Batch, Cursor
+from halfbyte.dtypes import parse_bytes
 from halfbyte.kernels.buffers import release_unused, steady_memory
 from halfbyte.model.adapt import adapter_state, load_adapter_state
-from halfbyte.model.memory import resident_memory
 from halfbyte.optim import learning_rate
-from halfbyte.plan import Machine, budget_of
+from halfbyte.plan import Machine, budget_of, this_machine
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.first_step import FirstStepCheck
+from halfbyte.train.gpu import capped, in_use, where_to_compute
 from halfbyte.train.guard import Guard
 from halfbyte.train.metrics import Metrics
 from halfbyte.train.observer import Observer, StepMetrics
@@ -56,18 +57,21 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
     require_config(config)
     check_paths(config)
     observer = observer or Observer()
+    config, machine, device = where_to_compute(config, machine or this_machine(), observer)
+    budget = parse_bytes(config.memory.budget) if config.memory.budget else None
+    host = budget_of(config, beside_gpu=device.type == "cuda")
     with (
-        steady_memory() as buffers, Watchdog(budget_of(config), buffers, observer) as watchdog,
-        Signals(observer) as signals, locked(Path(config.train.output)),
+        steady_memory() as buffers, Watchdog(host, buffers, observer) as watchdog, Signals(observer) as signals,
+        locked(Path(config.train.output)), capped(device, budget),
     ):  # fmt: skip
-        return _train(config, observer, machine, watchdog, signals)
+        return _train(config, observer, machine, device, watchdog, signals)
 
 
 def _train(
-    config: RunConfig, observer: Observer, machine: Machine | None, watchdog: Watchdog, signals: Signals
+    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, watchdog: Watchdog, signals: Signals
 ) -> TrainResult:
     started = time.perf_counter()
-    run = prepare(config, observer, machine, watchdog.start)
+    run = prepare(config, observer, machine, device, watchdog.start)
     config = run.config
     if run.loaded.store is not None:
         watchdog.shrink = run.loaded.store.shrink
@@ -106,7 +110,7 @@ def _train(
                 done = StepMetrics(
                     step=step, steps=run.steps, loss=loss, lr=lr, grad_norm=grad_norm,
                     tokens=sum(b.num_tokens for b in batches), supervised_tokens=sum(b.num_targets for b in batches),
-                    seconds=time.perf_counter() - step_started, memory=resident_memory(), epoch=epoch,
+                    seconds=time.perf_counter() - step_started, memory=in_use(device), epoch=epoch,
                 )  # fmt: skip
                 metrics.add_step(done)
                 observer.on_step(done)

@@ -48,6 +48,7 @@ class Objective:
         self._decoder = model.base_model
         self._head = model.get_output_embeddings()
         self._vocab_size = int(self._head.weight.shape[0])
+        self._device = self._head.weight.device
         self._fuse, self._num_fused, self._compact = False, 0, False
         was_training = model.training
         model.eval()  # dropout, the adapter's too, would make two passes differ
@@ -64,7 +65,7 @@ class Objective:
         nothing in a config says so for all of them.
         """
         ids = (torch.arange(_FIRST + _SECOND) * 37 + 1).unsqueeze(0) % self._vocab_size
-        second = ids[:, _FIRST:]
+        second = ids[:, _FIRST:].to(self._device)
         alone = self._decoder(input_ids=second, use_cache=False).last_hidden_state
         logits = self._model(input_ids=second, use_cache=False).logits
         self._chunks = same_rows(self._head(alone), logits, half=1e-4)
@@ -192,7 +193,7 @@ class Objective:
         with self._saved_elsewhere():
             logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="sum"
         )
 
     def loss_sums(self, batches: list[Batch]) -> list[Tensor]:
@@ -218,10 +219,13 @@ class Objective:
         return nullcontext() if self._activations is None else self._activations.hooks()
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        """What the model takes, on its device, and the labels, where they are."""
         if self.layout == PADDED:
             padded = to_padded(batch)
-            return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}, padded.labels
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+            ids, mask = padded.input_ids.to(self._device), padded.attention_mask.to(self._device)
+            return {"input_ids": ids, "attention_mask": mask}, padded.labels
+        ids, places = batch.input_ids.to(self._device), batch.position_ids.to(self._device)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": places}
         if self.layout == PACKED:
             inputs["seq_starts"] = batch.seq_starts.tolist()
             inputs["parents"] = None if batch.parents is None else batch.parents.tolist()

@@ -25,12 +25,14 @@ from halfbyte.plan import (
     apply_choices,
     compute_dtype,
     disk_text,
+    on_gpu,
     plan,
     read_base,
     runs_fused,
     time_text,
     tokenizer_bytes,
 )
+from halfbyte.train.gpu import cuda_bytes
 from halfbyte.train.observer import Observer
 
 MOST_COMPACTED = 5000
@@ -108,12 +110,14 @@ class Planned:
     runtime: int
 
     @property
-    def libraries(self) -> int:
-        """Of `runtime`, what does not depend on the model: for later plans on this machine."""
-        return self.runtime - tokenizer_bytes(self.base)
+    def libraries(self) -> int | None:
+        """Of `runtime`, what does not depend on the model: for later plans on this machine. None on a GPU."""
+        return None if on_gpu(self.config, self.machine) else self.runtime - tokenizer_bytes(self.base)
 
 
-def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer) -> Planned:
+def plan_run(
+    config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer, device: torch.device
+) -> Planned:
     """Plan before the base is loaded, and say the plan.
 
     Raises:
@@ -122,7 +126,8 @@ def plan_run(config: RunConfig, data: TokenizedData, machine: Machine, observer:
     """
     machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
-    planned = _plan(config, data, base, machine, resident_memory() + GROWTH, observer)
+    runtime = cuda_bytes(device) if device.type == "cuda" else resident_memory() + GROWTH
+    planned = _plan(config, data, base, machine, runtime, observer)
     check_disks(planned.config, planned.plan)
     return planned
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.dtypes import format_bytes
-from halfbyte.model.memory import peak_memory
 from halfbyte.train.answers import Answer, answer_samples, page
+from halfbyte.train.gpu import peaks
 from halfbyte.train.metrics import Metrics
 from halfbyte.train.observer import Observer
 from halfbyte.train.picture import draw_curves
@@ -40,11 +40,15 @@ class TrainResult:
     """Of this process, whose update was not finite and was left out."""
     seconds: float
     """Of this process, loading and evaluation included."""
+    device: str
+    """Whose memory these are of: cpu or cuda."""
     peak_memory: int
+    taken_memory: int
+    """Most that was taken from the system: on a GPU the allocator takes more than is used at once."""
     predicted_peak_memory: int
     """By the plan that was made before the base was loaded."""
-    runtime: int
-    """Of the prediction, Python and the libraries: for later plans."""
+    runtime: int | None
+    """Of the prediction, Python and the libraries: for later plans; None on a GPU."""
     gflops: float | None
     """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
     adapter: str
@@ -77,9 +81,10 @@ def finish(
         write_file(output / "answers.md", page(answers).encode())
     if metrics.steps:
         draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
-    peak, planned = peak_memory(), run.plan.peak_memory
+    (peak, taken), planned = peaks(run.device), run.plan.peak_memory
     observer.note(
-        f"memory: {format_bytes(peak)} at most; planned were {format_bytes(planned)}, "
+        f"memory: {format_bytes(peak)} at most{f' in use, {format_bytes(taken)} taken' if taken > peak else ''}; "
+        f"planned were {format_bytes(planned)}, "
         f"{abs(planned / peak - 1):.1%} {'more' if planned >= peak else 'LESS than was needed'}"
     )
     result = TrainResult(
@@ -92,7 +97,9 @@ def finish(
         supervised_tokens_per_s=supervised_tokens_per_s,
         skipped_steps=skipped,
         seconds=time.perf_counter() - started,
+        device=run.device.type,
         peak_memory=peak,
+        taken_memory=taken,
         predicted_peak_memory=planned,
         runtime=run.libraries,
         gflops=_gflops(run, metrics, largest),

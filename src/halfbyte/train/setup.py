@@ -26,6 +26,7 @@ from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha25
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
 from halfbyte.store import ActivationStore
+from halfbyte.train.gpu import where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
@@ -38,7 +39,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-        libraries: resident bytes of Python and libraries, as planned.
+        libraries: resident bytes of Python and libraries, as planned; None on a GPU.
         worst: the most that goes through the model in any batch of the run.
         config: with the plan's choices.
         checkpoint: the one to go on from; None: a fresh start.
@@ -50,7 +51,8 @@ class Run:
     config: RunConfig
     plan: Plan
     worst: Worst
-    libraries: int
+    libraries: int | None
+    device: torch.device
     tokenizer: PreTrainedTokenizerBase
     data: TokenizedData
     eval_data: TokenizedData | None
@@ -83,7 +85,7 @@ class Run:
 
 
 def prepare(
-    config: RunConfig, observer: Observer, machine: Machine | None = None,
+    config: RunConfig, observer: Observer, machine: Machine | None = None, device: torch.device | None = None,
     on_planned: Callable[[], None] = lambda: None,
 ) -> Run:  # fmt: skip
     """Read data, plan, load the base in 4 bits, attach the adapter. What `check_paths` finds is not looked for again.
@@ -91,11 +93,16 @@ def prepare(
     Raises:
         HalfbyteError: whatever is wrong with config, data or model, before anything is trained.
     """
+    machine = machine or this_machine()
+    if device is None:
+        config, machine, device = where_to_compute(config, machine, observer)
     with folder_for(Path(config.train.output)):
-        return _prepare(config, observer, machine or this_machine(), on_planned)
+        return _prepare(config, observer, machine, device, on_planned)
 
 
-def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned: Callable[[], None]) -> Run:
+def _prepare(
+    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, on_planned: Callable[[], None]
+) -> Run:
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
@@ -104,14 +111,15 @@ def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned
     _report_data(observer, data, eval_data)
     checkpoint = _checkpoint_of(config)
     config = in_the_same_parts(config, checkpoint, observer)
-    planned = plan_run(config, data, machine, observer)
+    planned = plan_run(config, data, machine, observer, device)
     config = planned.config
     on_planned()
-    compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype)
+    compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
-    observer.note(panel_rule().explain(compute_dtype))
+    if device.type == "cpu":
+        observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
-        config.model.path, config.quant, compute_dtype=compute_dtype,
+        config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
         placement=Placement(weights=config.memory.weights, resident_layers=config.memory.resident_layers),
         on_progress=observer.load_progress,
     )  # fmt: skip
@@ -138,7 +146,7 @@ def _prepare(config: RunConfig, observer: Observer, machine: Machine, on_planned
     observer.note(_steps_text(config, loader, steps))
     return Run(
         config=config, plan=planned.plan, worst=planned.worst, libraries=planned.libraries,
-        tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
+        device=device, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
         model=model, objective=objective, steps=steps, optimizer=_make_optimizer(config, model, observer),
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
