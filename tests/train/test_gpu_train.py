@@ -18,7 +18,10 @@ from halfbyte.train import TrainResult, train
 from halfbyte.train.gpu import capped, cuda_bytes
 from halfbyte.train.observer import Observer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+]  # fmt: skip
 MakeRun = Callable[..., RunConfig]
 
 
