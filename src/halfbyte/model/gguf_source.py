@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,9 +14,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.buffers import trim_heap
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """What can be read. llama.cpp permutes the rows of q and k for "llama" alone; other families change more."""
+
+
+READ_ELEMENTS = 2**21
 
 
 class GgufFile:
@@ -39,7 +46,7 @@ class GgufFile:
         by_gguf_name = {tensor.name: tensor for tensor in reader.tensors}
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        self._path = path
+        self._path, self._mapping = path, cast(mmap.mmap, reader.data._mmap)  # numpy has no other name for it
         self._heads = permuted_heads(architecture, config)
         kind = by_gguf_name["token_embd.weight"].tensor_type.name if "token_embd.weight" in by_gguf_name else ""
         self._dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
@@ -52,6 +59,8 @@ class GgufFile:
         unread = [name for name in by_gguf_name if not name.startswith("rope_")]
         if unread:
             raise ModelError(f"{len(unread)} tensors have no place in the model, first {unread[0]!r}", where=str(path))
+        del reader  # an object for each word of the vocabulary: 60 MB of 49,152
+        trim_heap()
 
     def names(self) -> list[str]:
         """Every tensor's name, as transformers calls it."""
@@ -66,8 +75,13 @@ class GgufFile:
         return self._dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name`."""
-        return self.read_rows(name, 0, self.shape(name)[0])
+        """The whole tensor `name`, decoded in parts: all of it in float32 would be twice its size beside it."""
+        shape = self.shape(name)
+        found, at = torch.empty(shape, dtype=self.dtype(name)), 0
+        for part in self.slices(name, max(READ_ELEMENTS // max(prod(shape[1:]), 1), 1)):
+            found[at : at + len(part)] = part
+            at += len(part)
+        return found
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of tensor `name`."""
@@ -77,7 +91,10 @@ class GgufFile:
         rows: np.ndarray = tensor.data
         order = self._row_order(name)
         rows = rows[start:stop] if order is None else rows[order[start:stop]]
-        return torch.from_numpy(np.array(dequantize(rows, tensor.tensor_type))).to(self.dtype(name))
+        found = torch.from_numpy(np.array(dequantize(rows, tensor.tensor_type))).to(self.dtype(name))
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was read of the file would count as ours until all of it is
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+        return found
 
     def slices(self, name: str, rows: int) -> Iterator[Tensor]:
         """Tensor `name`, `rows` rows at a time."""
