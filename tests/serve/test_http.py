@@ -225,9 +225,9 @@ def test_a_slow_client_is_closed(server: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_slow_body_is_refused(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halfbyte.serve import guard
+    from halfbyte.serve import bodies
 
-    monkeypatch.setattr(guard.read_body, "__kwdefaults__", {"most": 1000, "seconds": 0.3})
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer user-key\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: 500\r\n\r\n{")

@@ -97,6 +97,31 @@ def test_a_prompt_of_one_character(server: Any) -> None:
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_long_bodies_share_a_bound(server: Any) -> None:
+    """No more is taken in of a second long one, short ones are answered; after the first there is room again."""
+    content = json.dumps({"model": "base", "prompt": "a" * 1_900_000}).encode()
+    posted = head(server, COMPLETE, f"Content-Length: {len(content)}")
+    with undisturbed(server):
+        with connect(server) as first, connect(server) as second:
+            first.sendall(posted + content[:-1])
+            wait_for(lambda: ask_with(server, content).status_code == 503)
+            second.sendall(posted + content[:500_000])
+            assert second.recv(200).startswith(b"HTTP/1.1 503 ")
+            assert ask_with(server, content).headers["retry-after"] == "1"
+            assert ask(server).status_code == 200
+            first.sendall(content[-1:])
+            assert first.recv(200).startswith(b"HTTP/1.1 400 ")  # as the next line: too long for this context
+        wait_for(lambda: ask_with(server, content).status_code == 400)
+    many = b'{"model": "base", "prompt": [%b]}' % b",".join([b"[]"] * 70_000)
+    assert ask_with(server, many).json()["error"]["message"] == "the body may have 65536 brackets"
+
+
+def ask_with(server: Any, content: bytes) -> Any:
+    return httpx.post(
+        server.url + COMPLETE, content=content, headers=server.user | {"content-type": "application/json"}, timeout=20
+    )
+
+
 def test_encoding_holds_nobody_up(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
 

@@ -58,6 +58,8 @@ class Adapters:
         self._folder = folder.resolve() if folder is not None else None
         self._changing, self._room = threading.Lock(), room
         self._in_memory: list[tuple[weakref.ref[Any], int]] = []  # unloaded ones too, while requests use them
+        self.most_bytes = 0
+        """Most that they took at any time."""
         self.base = base
         self._named = {base: ServedAdapter(base, hashlib.sha256(b"base").digest(), None, int(time.time()))}
 
@@ -89,6 +91,7 @@ class Adapters:
             served = ServedAdapter(name, content_hash(saved), self._lay_out(saved), int(time.time()))
             self._in_memory.append((weakref.ref(served), getattr(served.adapter, "nbytes", size)))
             self._named = {**self._named, name: served}
+            self.most_bytes = max(self.most_bytes, self.nbytes)
         return notes
 
     def _check_room(self, name: str, folder: Path) -> int:

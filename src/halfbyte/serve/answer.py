@@ -36,6 +36,8 @@ class Request:
         orders: one for each choice, without `put`.
         stops: texts that end an answer.
         in_pieces: tokens are wanted as they come, not all of an answer at its end.
+        usage: a stream ends with how many there were.
+        echo: the prompt's text begins the answer's.
     """
 
     engine: Engine
@@ -45,6 +47,8 @@ class Request:
     chat: bool
     name: str
     in_pieces: bool = False
+    usage: bool = False
+    echo: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     _events: asyncio.Queue[tuple[int, list[Event]]] = field(default_factory=asyncio.Queue)
@@ -74,7 +78,7 @@ class Request:
         self.engine.cancel(self._sequences)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         prompts = sum({id(order["prompt"]): len(order["prompt"]) for order in self.orders}.values())
         return {
             "prompt_tokens": prompts, "completion_tokens": self.new_tokens, "total_tokens": prompts + self.new_tokens,

@@ -16,10 +16,11 @@ from starlette.routing import Route
 
 from halfbyte.errors import HalfbyteError, ResourceError
 from halfbyte.serve.adapters import Adapters
+from halfbyte.serve.bodies import BODY_BYTES, CONTEXT_BYTES, Bodies
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.errors import ApiError
 from halfbyte.serve.generate import Generation
-from halfbyte.serve.guard import App, Guard, Keys, read_body
+from halfbyte.serve.guard import App, Guard, Keys
 from halfbyte.serve.metrics import metrics_text
 from halfbyte.serve.openapi import openapi_document
 from halfbyte.serve.schema import LoadRequest, parse
@@ -37,7 +38,9 @@ def make_app(
     engine: Engine, adapters: Adapters, texts: Texts, keys: Keys, *, local_only: bool, planned_memory: int = 0
 ) -> App:
     """The server as an ASGI application."""
-    generation, routes = Generation(engine, adapters, texts), _Routes(engine, adapters, planned_memory)
+    bodies = Bodies(max(BODY_BYTES, CONTEXT_BYTES * texts.context))
+    generation = Generation(engine, adapters, texts, bodies)
+    routes = _Routes(engine, adapters, bodies, planned_memory)
     app = Starlette(
         routes=[
             Route("/", routes.page, methods=["GET"]),
@@ -58,8 +61,9 @@ def make_app(
 
 
 class _Routes:
-    def __init__(self, engine: Engine, adapters: Adapters, planned_memory: int) -> None:
-        self._engine, self._adapters, self._planned_memory = engine, adapters, planned_memory
+    def __init__(self, engine: Engine, adapters: Adapters, bodies: Bodies, planned_memory: int) -> None:
+        self._engine, self._adapters, self._bodies = engine, adapters, bodies
+        self._planned_memory, self._planned_adapters = planned_memory, adapters.most_bytes
 
     async def page(self, request: Request) -> Response:
         text = files("halfbyte.serve").joinpath("page.html").read_text(encoding="utf-8")
@@ -75,7 +79,8 @@ class _Routes:
         return JSONResponse(found, 200 if well else 503)
 
     async def metrics(self, request: Request) -> Response:
-        text = metrics_text(self._engine, self._adapters, self._planned_memory)
+        more = self._adapters.most_bytes - self._planned_adapters  # that were loaded meanwhile
+        text = metrics_text(self._engine, self._adapters, self._planned_memory + more)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
@@ -91,7 +96,8 @@ class _Routes:
         return JSONResponse(_described(served))
 
     async def load(self, request: Request) -> Response:
-        name = parse(await read_body(request, most=4096), LoadRequest).name
+        async with self._bodies.read(request, most=4096) as body:
+            name = parse(body, LoadRequest).name
         try:
             notes = await asyncio.to_thread(self._adapters.load_by_name, name)
         except HalfbyteError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Sequence as Tokens
 from contextlib import aclosing
 from typing import Any
 
@@ -14,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 
 from halfbyte.serve.adapters import Adapters
 from halfbyte.serve.answer import Piece, Request, chat_logprobs, envelope, plain_logprobs
+from halfbyte.serve.bodies import Bodies
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.errors import ApiError
 from halfbyte.serve.grammar import Grammars
-from halfbyte.serve.guard import Receive, Scope, Send, read_body
+from halfbyte.serve.guard import Receive, Scope, Send
 from halfbyte.serve.sampling import MakeForm, Sampling
 from halfbyte.serve.schema import ChatRequest, CompletionRequest, parse
 from halfbyte.serve.sequence import Token
@@ -30,12 +33,22 @@ SEND_SECONDS = 30.0
 class Generation:
     """The two endpoints over one engine."""
 
-    def __init__(self, engine: Engine, adapters: Adapters, texts: Texts) -> None:
-        self._engine, self._adapters, self._texts = engine, adapters, texts
+    def __init__(self, engine: Engine, adapters: Adapters, texts: Texts, bodies: Bodies) -> None:
+        self._engine, self._adapters, self._texts, self._bodies = engine, adapters, texts, bodies
         self._grammars = Grammars(texts)
 
     async def chat(self, http: HttpRequest) -> Response:
-        asked = parse(await read_body(http), ChatRequest)
+        async with self._bodies.read(http) as body:
+            request = await self._chat(body)
+        return await _respond(http, request)
+
+    async def complete(self, http: HttpRequest) -> Response:
+        async with self._bodies.read(http) as body:
+            request = await self._completion(body)
+        return await _respond(http, request)
+
+    async def _chat(self, body: bytes) -> Request:
+        asked = parse(body, ChatRequest)
         served = self._served(asked.model)
         # Newer clients call the system's role the developer's; templates know the old name.
         messages = [
@@ -46,18 +59,26 @@ class Generation:
         most = min(asked.max_tokens, asked.max_completion_tokens)
         logprobs = asked.top_logprobs if asked.logprobs else None
         form = await self._grammars.form(asked.response_format)
-        orders = self._orders(asked, served, [prompt], most, form, logprobs=logprobs)
-        return await self._respond(http, asked, orders, chat=True)
+        return self._request(asked, self._orders(asked, served, [prompt], most, form, logprobs=logprobs), chat=True)
 
-    async def complete(self, http: HttpRequest) -> Response:
-        asked = parse(await read_body(http), CompletionRequest)
+    async def _completion(self, body: bytes) -> Request:
+        asked = parse(body, CompletionRequest)
         served = self._served(asked.model)
         prompts = [await self._prompt(prompt) for prompt in _as_list(asked.prompt)]
         tell = asked.echo and asked.logprobs is not None
         orders = self._orders(
             asked, served, prompts, asked.max_tokens, None, logprobs=asked.logprobs, prompt_logprobs=tell
         )
-        return await self._respond(http, asked, orders, chat=False)
+        return self._request(asked, orders, chat=False, echo=asked.echo)
+
+    def _request(
+        self, asked: ChatRequest | CompletionRequest, orders: list[dict[str, Any]], *, chat: bool, echo: bool = False
+    ) -> Request:
+        """What is left of `asked` while its answers are written: not its texts."""
+        return Request(
+            self._engine, self._texts, orders, asked.stops, chat, asked.model, in_pieces=asked.stream, echo=echo,
+            usage=asked.stream_options is not None and asked.stream_options.include_usage,
+        )  # fmt: skip
 
     def _served(self, name: str) -> Any:
         served = self._adapters.find(name)
@@ -65,7 +86,7 @@ class Generation:
             raise ApiError(404, "no such model: see /v1/models", param="model", code="model_not_found")
         return served
 
-    async def _prompt(self, prompt: str | list[int]) -> list[int]:
+    async def _prompt(self, prompt: str | list[int]) -> Tokens[int]:
         ids = await asyncio.to_thread(self._texts.plain, prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError(400, "prompt: it has no tokens", param="prompt")
@@ -74,7 +95,7 @@ class Generation:
         return ids
 
     def _orders(
-        self, asked: ChatRequest | CompletionRequest, served: Any, prompts: list[list[int]], most: int,
+        self, asked: ChatRequest | CompletionRequest, served: Any, prompts: list[Tokens[int]], most: int,
         form: MakeForm | None, **options: Any,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """One for each choice. Raises ApiError where a prompt does not fit the context."""
@@ -87,6 +108,7 @@ class Generation:
                     400, f"{len(prompt)} tokens of prompt{wanted} do not fit a context of {context}",
                     param="messages" if isinstance(asked, ChatRequest) else "prompt", code="context_length_exceeded",
                 )  # fmt: skip
+        prompts = [array("i", prompt) for prompt in prompts]
         seed = asked.seed if asked.seed is not None else secrets.randbits(63)
         bias = {int(token): value for token, value in asked.logit_bias.items()}
         if any(token >= self._texts.vocab_size for token in bias):
@@ -111,21 +133,18 @@ class Generation:
             for choice in range(asked.n)
         ]  # fmt: skip
 
-    async def _respond(
-        self, http: HttpRequest, asked: ChatRequest | CompletionRequest, orders: list[dict[str, Any]], *, chat: bool
-    ) -> Response:
-        request = Request(self._engine, self._texts, orders, asked.stops, chat, asked.model, in_pieces=asked.stream)
-        request.start()
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return EventStream(_stream(request, asked, usage=usage), request.cancel)
-        try:
-            return await _while_connected(http, _whole(request, asked))
-        finally:
-            request.cancel()
+
+async def _respond(http: HttpRequest, request: Request) -> Response:
+    request.start()
+    if request.in_pieces:
+        return EventStream(_stream(request), request.cancel)
+    try:
+        return await _while_connected(http, _whole(request))
+    finally:
+        request.cancel()
 
 
-async def _whole(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+async def _whole(request: Request) -> Response:
     texts = [""] * len(request.orders)
     tokens: list[list[Token]] = [[] for _ in request.orders]
     finishes: list[str | None] = [None] * len(request.orders)
@@ -142,21 +161,18 @@ async def _whole(request: Request, asked: ChatRequest | CompletionRequest) -> Re
             if told:
                 choice["logprobs"] = chat_logprobs(request.texts, tokens[index])
         else:
-            echo = isinstance(asked, CompletionRequest) and asked.echo
-            choice["text"] = (request.texts.decode(order["prompt"]) if echo else "") + texts[index]
+            choice["text"] = (request.texts.decode(order["prompt"]) if request.echo else "") + texts[index]
             if told:
-                first = [Token(order["prompt"][0], prompt=True)] if echo else []
+                first = [Token(order["prompt"][0], prompt=True)] if request.echo else []
                 choice["logprobs"] = plain_logprobs(request.texts, first + tokens[index], 0)
         choices.append(choice)
     kind = "chat.completion" if request.chat else "text_completion"
-    return JSONResponse({**envelope(request, kind, choices), "usage": request.usage})
+    return JSONResponse({**envelope(request, kind, choices), "usage": request.counts})
 
 
-async def _stream(
-    request: Request, asked: ChatRequest | CompletionRequest, *, usage: bool
-) -> AsyncGenerator[dict[str, Any], None]:
+async def _stream(request: Request) -> AsyncGenerator[dict[str, Any], None]:
     kind = "chat.completion.chunk" if request.chat else "text_completion"
-    ends = {"usage": None} if usage else {}
+    ends = {"usage": None} if request.usage else {}
     if request.chat:
         for index in range(len(request.orders)):
             delta = {"role": "assistant", "content": ""}
@@ -166,8 +182,8 @@ async def _stream(
     async with aclosing(request.pieces()) as pieces:
         async for piece in pieces:
             yield {**envelope(request, kind, [_chunk(request, piece, offsets)]), **ends}
-    if usage:
-        yield {**envelope(request, kind, []), "usage": request.usage}
+    if request.usage:
+        yield {**envelope(request, kind, []), "usage": request.counts}
 
 
 def _chunk(request: Request, piece: Piece, offsets: list[int]) -> dict[str, Any]:

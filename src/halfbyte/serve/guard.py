@@ -1,4 +1,4 @@
-"""What every request passes before anything of it is read: its id, its Host, its key; and the reading of bodies.
+"""What every request passes before anything of it is read: its id, its Host, its key.
 
 Default deny: what is not named here needs the admin's key. The decision is made on the raw path, byte by byte, so that
 no other spelling of a path gets another answer.
@@ -6,7 +6,6 @@ no other spelling of a path gets another answer.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import logging
@@ -17,7 +16,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from halfbyte.serve.errors import ApiError
@@ -34,9 +32,6 @@ FOR_USERS = frozenset({b"/health", b"/metrics", b"/openapi.json"})
 _FOR_USERS_BELOW = re.compile(rb"/v1/[A-Za-z0-9._/-]+")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?\Z", re.IGNORECASE)
-
-BODY_BYTES = 8 * 2**20
-BODY_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -102,30 +97,6 @@ class Guard:
         if b"authorization" not in headers or not (is_user and self._user is not None):
             raise ApiError(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         raise ApiError(403, "this needs the admin's key")
-
-
-async def read_body(request: Request, *, most: int = BODY_BYTES, seconds: float = BODY_SECONDS) -> bytes:
-    """A JSON body. Raises ApiError: too long, too slow, or another type."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a form that a foreign web page sends cannot have it
-        raise ApiError(415, "Content-Type must be application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ApiError(415, "Content-Encoding is not supported")
-    length = request.headers.get("content-length", "0")
-    if not length.isascii() or not length.isdigit() or len(length) > 12 or int(length) > most:
-        raise ApiError(413, f"the body may have {most} bytes")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise ApiError(413, f"the body may have {most} bytes")
-    except TimeoutError:
-        raise ApiError(408, f"the body took longer than {seconds:g} s") from None
-    except ClientDisconnect:
-        raise ApiError(400, "the body ended early") from None
-    return bytes(body)
 
 
 def _digest(key: str) -> bytes:
