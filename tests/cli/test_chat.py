@@ -19,7 +19,7 @@ from random_adapters import write_random_adapter
 from halfbyte.checkpoint import load_adapter
 from halfbyte.cli.chat import name_adapters
 from halfbyte.cli.main import main
-from halfbyte.cli.serve import open_served
+from halfbyte.cli.served import Wanted, open_served
 from halfbyte.cli.speaker import Answer, Conversation, Speaker, TooLongError
 from halfbyte.config import QuantConfig, load_config
 from halfbyte.data.records import RecordReader
@@ -154,10 +154,10 @@ class Shown:
 @pytest.fixture
 def speaker(tiny_llama: Path) -> Iterator[tuple[Speaker, Adapters, Texts]]:
     run = load_config(None, ["quant.compute_dtype=float32"], model__path=str(tiny_llama))
-    decoder, adapters, texts, _ = open_served(run, "base", [], None, None, 256, 256)
-    engine = Engine(decoder)
+    served = open_served(run, Wanted(name="base", named=[], context=256, positions=256, answers=2, http=False))
+    engine = Engine(served.decoder)
     engine.start()
-    yield Speaker(engine, texts), adapters, texts
+    yield Speaker(engine, served.texts), served.adapters, served.texts
     engine.stop(5)
     assert engine.pool.in_use == 0
 

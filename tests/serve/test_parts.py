@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from halfbyte.cli import serve as command
+from halfbyte.cli.chat import chat
+from halfbyte.cli.served import base_name
 from halfbyte.dtypes import parse_bytes
 from halfbyte.errors import ConfigError, ResourceError
 from halfbyte.serve import text as text_module
@@ -134,6 +137,9 @@ def test_what_does_not_fit_is_not_loaded(tiny_llama: Path, tmp_path: Path) -> No
     least = parse_bytes(str(small.value).rpartition(": ")[2].partition(" is the")[0])
     with pytest.raises(ResourceError, match=r"--cache-tokens \d+ fits"):
         command.serve(model=str(tiny_llama), memory=str(least + 10**7), port=0, cache_tokens=10**6)
+    assert logging.getLogger("halfbyte.serve").handlers == []  # of a command that has ended
+    with pytest.raises(ResourceError, match=r"are needed, 100.0 MB are allowed.*smaller --context"):
+        chat(model=str(tiny_llama), memory="100MB")
 
 
 def test_keys_and_names_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +149,7 @@ def test_keys_and_names_of_the_command(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HALFBYTE_API_KEY", "short")
     with pytest.raises(ConfigError, match="fewer than 8"):
         command._keys(None, None)
-    assert command.base_name("/models/Smol LM2.gguf/") == "Smol-LM2.gguf"
+    assert base_name("/models/Smol LM2.gguf/") == "Smol-LM2.gguf"
     with pytest.raises(ConfigError, match="NAME=DIR"):
         command._named("folder")
     monkeypatch.setattr(command, "NEEDED", ("no_such_package_here",))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Device, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit
 from halfbyte.cli.generate import MaxNewTokens, Seed, Temperature
-from halfbyte.cli.serve import base_name, open_served
+from halfbyte.cli.served import Wanted, base_name, open_served
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ def chat(
     seed: Seed = 0,
     context: Annotated[int, typer.Option("--context", min=64, help="Longest conversation, in tokens.")] = 4096,
     device: Device = None,
+    memory: Memory = None,
     config: Config = None,
     settings: Set = None,
     as_json: AsJson = False,
@@ -52,27 +53,31 @@ def chat(
     """A conversation in the terminal, with adapters to switch between and to compare; /help tells more."""
     from halfbyte.cli.speaker import Conversation, Speaker
     from halfbyte.config import load_config
+    from halfbyte.kernels.buffers import steady_memory
     from halfbyte.serve import Engine
 
-    run, out = load_config(config, settings or (), model__path=model, model__device=device), console()
+    flags = {"model__path": model, "model__device": device, "memory__budget": memory}
+    run, out = load_config(config, settings or (), **flags), console()
     named = list(name_adapters(adapter or ()).items())
     # Twice: the base's or another adapter's reading of the conversation stays beside the one that goes on.
     positions = 2 * context if named else context
-    decoder, adapters, texts, notes = open_served(run, "", named, None, None, positions, context)
-    if not texts.chats:
-        notes.append("this model has no chat template: each message is continued by itself")
-    for note in [*notes, "/help tells the commands"]:
-        out.print(note, style="dim", markup=False)
-    engine = Engine(decoder, most_running=len(named) + 1, most_waiting=len(named) + 1)
-    engine.start()
-    try:
-        talk = Chat(
-            Speaker(engine, texts), adapters, Conversation(texts, system, max_new_tokens), out,
-            temperature=temperature, seed=seed, as_json=as_json,
-        )  # fmt: skip
-        talk.run()
-    finally:
-        engine.stop(1)
+    wanted = Wanted(named=named, context=context, positions=positions, answers=len(named) + 1, http=False)
+    with steady_memory():
+        served = open_served(run, wanted)
+        if not served.texts.chats:
+            served.notes.append("this model has no chat template: each message is continued by itself")
+        for note in [*served.notes, "/help tells the commands"]:
+            out.print(note, style="dim", markup=False)
+        engine = Engine(served.decoder, most_running=wanted.answers, most_waiting=wanted.answers)
+        engine.start()
+        try:
+            talk = Chat(
+                Speaker(engine, served.texts), served.adapters, Conversation(served.texts, system, max_new_tokens),
+                out, temperature=temperature, seed=seed, as_json=as_json,
+            )  # fmt: skip
+            talk.run()
+        finally:
+            engine.stop(1)
     emit({"messages": talk.conversation.messages}, as_json)
 
 

@@ -124,34 +124,39 @@ def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:
     sys.stdout.flush()
 
 
-def open_base(run: RunConfig, saved: SavedAdapter | None, out: Console) -> tuple[LoadedModel, Any, list[str]]:
-    """Load the base that `run` names, quantized as the adapter `saved` records it, if it does.
+def with_base_of(run: RunConfig, saved: SavedAdapter | None) -> RunConfig:
+    """`run` with its base quantized as the adapter `saved` records it, if it does.
 
-    Returns:
-        the loaded base, its tokenizer, and notes for the user.
+    Raises:
+        ConfigError: no base is named.
     """
-    from halfbyte.cli.progress import LoadBar
+    from dataclasses import replace
+
     from halfbyte.errors import ConfigError
-    from halfbyte.model import choose_compute_dtype, load_model, load_tokenizer
+
+    if not run.model.path:
+        raise ConfigError("is not set", where="model.path", fix="Give --model")
+    recipe = saved.info.get("quant") if saved is not None else None
+    return replace(run, quant=run.quant.with_recipe(recipe)) if recipe else run
+
+
+def load_base(run: RunConfig, out: Console) -> tuple[LoadedModel, list[str]]:
+    """The base that `run` names, and notes for the user."""
+    from halfbyte.cli.progress import LoadBar
+    from halfbyte.model import choose_compute_dtype, load_model
     from halfbyte.model.device import choose_device
     from halfbyte.model.placement import Placement
 
-    model, quant = run.model.path, run.quant
-    if not model:
-        raise ConfigError("is not set", where="model.path", fix="Give --model")
-    if saved is not None and saved.info.get("quant"):
-        quant = quant.with_recipe(saved.info["quant"])
-    tokenizer = load_tokenizer(model)
     device, why = choose_device(run.model.device)
-    dtype, reason = choose_compute_dtype(quant.compute_dtype, device.type)
+    dtype, reason = choose_compute_dtype(run.quant.compute_dtype, device.type)
     notes = [f"device {device.type}: {why}", f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
         placement = Placement(weights=run.memory.weights, resident_layers=run.memory.resident_layers)
         loaded = load_model(
-            model, quant, compute_dtype=dtype, placement=placement, device=device, on_progress=bar.update
-        )
-    notes += [text for text in (loaded.origin, loaded.stream_text) if text]
-    return loaded, tokenizer, notes
+            run.model.path, run.quant, compute_dtype=dtype, placement=placement, device=device,
+            on_progress=bar.update,
+        )  # fmt: skip
+    return loaded, notes + [text for text in (loaded.origin, loaded.stream_text) if text]
 
 
 def check_adapter_fits(run: RunConfig, saved: SavedAdapter, loaded: LoadedModel, tokenizer: Any) -> list[str]:
@@ -178,10 +183,13 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
         the loaded base, the model to run, its tokenizer, and notes for the user.
     """
     from halfbyte.checkpoint import load_adapter
+    from halfbyte.model import load_tokenizer
     from halfbyte.model.adapt import attach_saved
 
     saved = load_adapter(adapter) if adapter is not None and run.model.path else None
-    loaded, tokenizer, notes = open_base(run, saved, out)
+    as_trained = with_base_of(run, saved)
+    tokenizer = load_tokenizer(run.model.path)
+    loaded, notes = load_base(as_trained, out)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes
     notes += check_adapter_fits(run, saved, loaded, tokenizer)

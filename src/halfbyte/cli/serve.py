@@ -5,34 +5,18 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import (
-    AsJson,
-    Config,
-    Debug,
-    Device,
-    Memory,
-    Model,
-    Set,
-    check_adapter_fits,
-    console,
-    emit,
-    known_machine,
-    open_base,
-)
+from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit
+from halfbyte.cli.served import Wanted, open_served
 
 if TYPE_CHECKING:
-    from halfbyte.config import RunConfig
-    from halfbyte.model.batch import BatchDecoder
-    from halfbyte.model.plain_batch import PlainBatch
-    from halfbyte.serve import Adapters, Room
     from halfbyte.serve.guard import Keys
-    from halfbyte.serve.text import Texts
 
 API_KEY, ADMIN_KEY = "HALFBYTE_API_KEY", "HALFBYTE_ADMIN_KEY"
 NEEDED = ("starlette", "uvicorn", "pydantic")
@@ -65,7 +49,6 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """An OpenAI-compatible server: adapters by name over one 4-bit base, batched together."""
-    from contextlib import closing
     from dataclasses import replace
 
     from halfbyte.config import load_config
@@ -77,98 +60,23 @@ def serve(
 
     flags = {"model__path": model, "model__device": device, "memory__budget": memory}
     run, out = load_config(config, settings or (), **flags), console()
-    _log_to_stderr(debug)
     chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
     _check_folder(adapter_dir)
-    named = [_named(text) for text in adapter or ()]
-    positions = max(cache_tokens, context)
-    with closing(bind(chosen)) as listening, steady_memory():
-        planned, plan_text, room = _plan(run, [folder for _, folder in named], positions, context)
-        decoder, adapters, texts, notes = open_served(run, name, named, adapter_dir, room, positions, context)
+    wanted = Wanted(
+        name=name, named=[_named(text) for text in adapter or ()], folder=adapter_dir, context=context,
+        positions=max(cache_tokens, context), answers=batch + queue,
+    )  # fmt: skip
+    with _log_to_stderr(debug), closing(bind(chosen)) as listening, steady_memory():
+        served = open_served(run, wanted)
 
         def ready(url: str) -> None:
-            models = [served.name for served in adapters.all()]
-            for note in [*notes, plan_text, f"listening on {url}, serving {', '.join(models)}"]:
+            models = [one.name for one in served.adapters.all()]
+            for note in [*served.notes, f"listening on {url}, serving {', '.join(models)}"]:
                 out.print(note, style="dim", markup=False)
-            emit({"url": url, "models": models, "predicted_peak_memory": planned}, as_json)
+            emit({"url": url, "models": models, "predicted_peak_memory": served.planned_memory}, as_json)
 
-        run_server(decoder, adapters, texts, replace(chosen, planned_memory=planned), listening, ready)
-
-
-def open_served(
-    run: RunConfig, name: str, named: list[tuple[str, Path]], adapter_dir: Path | None, room: Room | None,
-    positions: int, context: int,
-) -> tuple[BatchDecoder | PlainBatch, Adapters, Texts, list[str]]:  # fmt: skip
-    """What computes, what it serves, the tokenizer's side, and notes for the user."""
-    from halfbyte.checkpoint import load_adapter
-    from halfbyte.model.generate import stop_ids
-    from halfbyte.serve import Adapters
-    from halfbyte.serve.text import Texts
-
-    loaded, tokenizer, notes = open_base(run, load_adapter(named[0][1]) if named else None, console())
-    decoder, more = _decoder(loaded.model, positions, context)
-    notes += more
-    adapters = Adapters(
-        name or base_name(str(run.model.path)), lay_out=decoder.load, folder=adapter_dir, room=room,
-        check=lambda saved: check_adapter_fits(run, saved, loaded, tokenizer),
-    )  # fmt: skip
-    for adapter_name, folder in named:
-        notes += adapters.load(adapter_name, folder)
-    return decoder, adapters, Texts(tokenizer, stops=stop_ids(loaded.model, tokenizer), context=decoder.context), notes
-
-
-def _plan(run: RunConfig, folders: list[Path], cache_tokens: int, context: int) -> tuple[int, str, Room | None]:
-    """Most memory in bytes, the plan in words, and what a budget leaves for adapters; before anything is loaded.
-
-    Raises:
-        ResourceError: it does not fit.
-    """
-    from halfbyte.dtypes import format_bytes
-    from halfbyte.errors import ResourceError
-    from halfbyte.model.memory import resident_memory
-    from halfbyte.plan import Serving, budget_of, compute_dtype, plan_serving, read_base, serving_text, tokenizer_bytes
-    from halfbyte.serve import Room
-
-    machine, budget = known_machine(), budget_of(run)
-    base = read_base(run.model.path, run.quant, compute_dtype(run, machine))
-    made = plan_serving(run, base, machine, Serving(
-        cache_tokens=cache_tokens, context=context, adapters=folders,
-        runtime=resident_memory() + tokenizer_bytes(base),
-    ))  # fmt: skip
-    text = serving_text(made, budget)
-    if budget is None:
-        return made.peak_memory, text, None
-    if made.peak_memory > budget.bytes:
-        least, most = made.with_cache(context).peak_memory, made.most_cache_tokens(budget.bytes)
-        fits = f"--cache-tokens {most} fits" if most >= context else f"{format_bytes(least)} is the least"
-        raise ResourceError(
-            f"{format_bytes(made.peak_memory)} are needed, {format_bytes(budget.bytes)} are allowed",
-            where=budget.source, why=text,
-            fix=f"Give --memory more, a smaller --cache-tokens or fewer adapters: {fits}",
-        )  # fmt: skip
-    return made.peak_memory, text, Room(made.room_for_adapters(budget.bytes), made.adapter_itemsize)
-
-
-def _decoder(model: Any, positions: int, context: int) -> tuple[BatchDecoder | PlainBatch, list[str]]:
-    """What computes, and a note where that is not the native step."""
-    from halfbyte.model.batch import BatchDecoder
-    from halfbyte.model.decoder_parts import NotCoveredError
-    from halfbyte.model.plain_batch import PlainBatch
-
-    model.eval()
-    try:
-        decoder = BatchDecoder(model, positions=positions, context=context)
-        decoder.try_out()
-    except NotCoveredError as error:
-        note = f"served through transformers, one sequence at a time: {error}"
-        return PlainBatch(model, positions=positions, context=context), [note]
-    return decoder, []
-
-
-def base_name(path: str) -> str:
-    """The last part of a folder, file or hub id, with what a name may not have replaced."""
-    last = path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:64] or "base"
+        with_plan = replace(chosen, planned_memory=served.planned_memory)
+        run_server(served.decoder, served.adapters, served.texts, with_plan, listening, ready)
 
 
 def _check_extra() -> None:
@@ -211,11 +119,17 @@ def _keys(api_key_file: Path | None, admin_key_file: Path | None) -> Keys:
     return keys
 
 
-def _log_to_stderr(debug: bool) -> None:
+@contextmanager
+def _log_to_stderr(debug: bool) -> Iterator[None]:
+    """Inside, the server's log and uvicorn's complaints go to standard error."""
     handler: Any = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for each in ("halfbyte.serve", "uvicorn"):
+    levels = {"halfbyte.serve": logging.INFO, "uvicorn": logging.WARNING}
+    for each, level in levels.items():
         logging.getLogger(each).addHandler(handler)
-        logging.getLogger(each).setLevel(
-            logging.DEBUG if debug else logging.INFO if each != "uvicorn" else logging.WARNING
-        )
+        logging.getLogger(each).setLevel(logging.DEBUG if debug else level)
+    try:
+        yield
+    finally:
+        for each in levels:
+            logging.getLogger(each).removeHandler(handler)

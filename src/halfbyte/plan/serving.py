@@ -16,8 +16,14 @@ from halfbyte.plan.phases import Work, compute_dtype, runtime_bytes, static
 
 BLOCK, ROWS, TRIED = 16, 64, 24
 """Positions of a block of the cache, tokens of a pass (serve/engine.py), and of the trial (model/batch.py)."""
-HTTP = 60_000_000
-"""The web server, its threads and what requests hold while they are read: beside the runtime, measured."""
+GROWTH = 15_000_000
+"""What Python and the libraries still take after the plan: a model's modules, code that is touched first, threads."""
+HTTP = 40_000_000
+"""Bodies that are being read or judged, at most (serve/bodies.py), and connections."""
+NUMBERS = 2 * 4
+"""Bytes of a token of an answer that runs or waits: in its order, and in its sequence."""
+ANSWER = 4096
+"""Bytes of an answer beside its tokens."""
 TRIAL, SAMPLED = 5, 6
 """Alive at once: float32 tensors of the trial's logits, and of a row's while a token is chosen."""
 
@@ -29,14 +35,23 @@ class Serving:
     Attributes:
         cache_tokens: whose keys and values are kept, of all sequences.
         context: tokens that a sequence may have.
+        answers: that run or wait at once.
         adapters: folders of those that are loaded at the start.
-        runtime: resident bytes before the base is loaded; None: what is known of this machine.
+        reloads: whether one may be read while answers are written.
+        http: whether over HTTP.
+        runtime: resident bytes, the tokenizer's included, before the base is loaded; None: what is known of this
+            machine.
+        so_far: most bytes that were resident until then.
     """
 
     cache_tokens: int
     context: int
+    answers: int
     adapters: Sequence[Path] = ()
+    reloads: bool = True
+    http: bool = True
     runtime: int | None = None
+    so_far: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,18 +61,20 @@ class ServingPlan:
     Attributes:
         terms: what is held while answers are written.
         loading: most that is held beside base and runtime before that, for a moment.
+        so_far: most that was resident before anything was loaded.
         adapter_itemsize: bytes of a number of an adapter in memory.
     """
 
     terms: dict[str, int]
     loading: int
+    so_far: int
     adapter_itemsize: int
     kv_token: int
 
     @property
     def peak_memory(self) -> int:
         resident = sum(self.terms[name] for name in ("runtime", "base"))
-        return max(sum(self.terms.values()), resident + self.loading)
+        return max(sum(self.terms.values()), resident + self.loading, self.so_far)
 
     def with_cache(self, tokens: int) -> ServingPlan:
         """The same with a cache of so many tokens."""
@@ -89,12 +106,13 @@ def plan_serving(config: RunConfig, base: Base, machine: Machine, serving: Servi
     terms = {
         "runtime": runtime, "base": sum(held.values()) - runtime,
         "kv_cache": max(serving.cache_tokens // BLOCK, 2) * BLOCK * kv_token,
-        "adapters": sum(adapters), "adapter_reading": read,
+        "adapters": sum(adapters), "adapter_reading": read if serving.reloads else 0,
         "workspace": 4 * (ROWS * row + machine.threads * own + 2 * positions * arch.head_dim),
-        "logits": 4 * arch.vocab * (ROWS + SAMPLED), "http": HTTP,
+        "logits": 4 * arch.vocab * (ROWS + SAMPLED), "answers": serving.answers * (NUMBERS * positions + ANSWER),
+        "growth": GROWTH, "http": HTTP if serving.http else 0,
     }  # fmt: skip
-    loading = max(base.load_extra, 4 * TRIAL * TRIED * arch.vocab)
-    return ServingPlan(terms, loading, adapter_itemsize=itemsize, kv_token=kv_token)
+    loading = max(base.load_extra, 4 * TRIAL * TRIED * arch.vocab, sum(adapters) + read)
+    return ServingPlan(terms, loading, serving.so_far, adapter_itemsize=itemsize, kv_token=kv_token)
 
 
 def serving_text(plan: ServingPlan, budget: Budget | None) -> str:
