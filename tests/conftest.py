@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from halfbyte.config import LimitsConfig, hold_to
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,6 +46,13 @@ def _rows() -> list[dict[str, Any]]:
             ]
         })  # fmt: skip
     return rows
+
+
+@pytest.fixture
+def default_limits() -> Iterator[None]:
+    """For a test that sets other limits: the defaults come back after it."""
+    yield
+    hold_to(LimitsConfig())
 
 
 @pytest.fixture(scope="session")

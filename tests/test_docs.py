@@ -161,11 +161,7 @@ def test_bits_per_weight() -> None:
         assert nested == f"{bits_per_weight(int(size), True):.4f}"
 
 
-def test_limits() -> None:
-    stated = [int(row[1].split()[0].replace(",", "")) for row in table("format.md", "limits")]
-    assert stated == [
-        shards.MAX_HEADER_BYTES, shards.MAX_INDEX_BYTES, manifest.MAX_JSON_BYTES, records.MAX_LINE_BYTES,
-    ]  # fmt: skip
+def test_what_the_format_page_names() -> None:
     text = text_of("format.md")
     assert all(f"`{suffix}`" in text for suffix in shards.PICKLE_SUFFIXES)
     assert f'"format": {manifest.FORMAT_VERSION}' in text
@@ -268,8 +264,11 @@ def test_every_refusal_of_the_data_room_is_on_the_page() -> None:
     raised = set()
     for file in (SOURCE / "data").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DataError":
+            called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and called == "DataError":
                 raised.add(_pattern(node.args[0]))
+            elif called == "read_error":
+                raised.add("cannot be read")
     listed = {row[0].strip("`") for row in table("data.md", "refusals")}
     shown = {_known(message, raised) for _, message in table("data.md", "bad lines")}
     assert listed | shown == raised

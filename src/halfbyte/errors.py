@@ -90,3 +90,21 @@ def disk_error(where: str | Path, code: int | None, text: str = "", what: str = 
     """The disk refused something at `where` with errno `code`; `text` is the reason where there is none."""
     fix = _DISK_FIXES.get(code or 0, "Check the disk, or choose another folder")
     return ResourceError(what, where=str(where), why=os.strerror(code) if code else text, fix=fix)
+
+
+def read_error(kind: type[FileError], path: str | Path, error: OSError, fix: str = "") -> HalfbyteError:
+    """Why a file cannot be read: its fault is an error of type `kind`, the machine's a ResourceError."""
+    why = error.strerror or str(error)
+    if error.errno in _NOT_THE_FILES:
+        return ResourceError("cannot be read", where=str(path), why=why, fix=_NOT_THE_FILES[error.errno])
+    return kind("cannot be read", where=str(path), why=why, fix=fix)
+
+
+_NOT_THE_FILES = {
+    errno.EIO: "The disk reports an error: check it, or use a copy elsewhere",
+    errno.ESTALE: "The network drive has lost the file: mount it again",
+    errno.ETIMEDOUT: "The network drive does not answer: try again",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "The system has too many files open: close programs",
+    errno.ENOMEM: "Free some memory",
+}

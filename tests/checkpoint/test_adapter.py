@@ -167,7 +167,7 @@ def test_all_problems_at_once_first_five_shown(tmp_path: Path) -> None:
     state |= {f"base_model.model.x{number}.other": torch.zeros(1) for number in range(7)}
     other_rank(state, config)
     write_raw(tmp_path, state, config)
-    with pytest.raises(AdapterError, match=r"9 problems: .*and 4 more"):
+    with pytest.raises(AdapterError, match=r"9 faults: .*and 4 more"):
         load_adapter(tmp_path)
 
 

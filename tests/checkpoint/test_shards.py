@@ -280,7 +280,7 @@ def test_bad_headers(tmp_path: Path, bad: str) -> None:
 def test_tensors_are_named(tmp_path: Path) -> None:
     for header, message in (
         ({"q": entry(0, 24, [6]), "k": entry(16, 32, [4])}, "tensor 'k' does not fill its place: bytes 16 to 32"),
-        ({"q": entry(0, 32, [8], "F8_E4M3")}, "tensor 'q' has dtype F8_E4M3: it is not supported"),
+        ({"q": entry(0, 32, [8], "F8_E4M3")}, "tensor 'q' has dtype F8_E4M3: supported are F64, F32, "),
         ({"q": entry(0, 32, [-8])}, "tensor 'q' has a bad shape or offset"),
     ):
         write_raw(tmp_path, header, BODY)
@@ -358,7 +358,10 @@ def test_bad_indexes(tmp_path: Path, bad: str) -> None:
 def test_index_of_absurd_size(tmp_path: Path) -> None:
     sharded(tmp_path)
     os.truncate(tmp_path / INDEX_NAME, 16 * 2**20 + 1)
-    with pytest.raises(ModelError, match="the index is larger than 16777216 bytes"):
+    with pytest.raises(
+        ModelError,
+        match=r"16,777,217 bytes: limits\.json_bytes is 16,777,216\. If you trust .* limits\.json_bytes=16777217",
+    ):
         SafetensorsFolder(tmp_path)
 
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from halfbyte.config import LimitsConfig, hold_to
 from halfbyte.data import RecordReader
-from halfbyte.data import records as records_module
 from halfbyte.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "four"}]}
@@ -149,10 +149,12 @@ def test_rejected_lines_say_where_and_why(write, name) -> None:
     assert (reader.read, list(reader.dropped.values())) == (2, [1])
 
 
-def test_a_line_over_the_cap_is_one_bad_line(write, monkeypatch) -> None:
-    monkeypatch.setattr(records_module, "MAX_LINE_BYTES", 200)
+def test_a_line_over_the_cap_is_one_bad_line(write, default_limits) -> None:
+    hold_to(LimitsConfig(line_bytes=200))
     path = write([GOOD, {"text": "x" * 1000}, GOOD])
-    with pytest.raises(DataError, match=r":2: line over 16 MiB\. Write one sample per line"):
+    with pytest.raises(
+        DataError, match=r":2: a line that is too long: limits\.line_bytes is 200\. Write one sample per line"
+    ):
         list(RecordReader(path))
     reader = RecordReader(path, on_bad_line="skip")
     assert [record.line for record in reader] == [1, 3]

@@ -287,7 +287,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], object], str]] 
     "a size that is a text": (lambda t, c: c.update(hidden_size="64"), "config|causal"),
     "no heads": (lambda t, c: c.update(num_attention_heads=0), "config|causal|shape"),
     "remote code": (
-        lambda t, c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "the config cannot be read",
+        lambda t, c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        "needs code from its own folder",
     ),
 }  # fmt: skip
 

@@ -15,9 +15,9 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 from halfbyte.cli import serve as command
 from halfbyte.cli.chat import chat
 from halfbyte.cli.served import base_name
+from halfbyte.data import deadline
 from halfbyte.dtypes import parse_bytes
 from halfbyte.errors import ConfigError, ResourceError
-from halfbyte.serve import text as text_module
 from halfbyte.serve.cache import BlockPool, chain, shared_prefix
 from halfbyte.serve.errors import ApiError
 from halfbyte.serve.guard import Keys
@@ -108,7 +108,7 @@ def test_stop_strings(texts: Texts, stops: list[str], expected: str | None) -> N
 
 
 def test_a_template_that_loops_is_stopped(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(deadline, "SECONDS", 0.3)
     messages = [{"role": "user", "content": "{{ ''.__class__ }}"}]
     assert "__class__" in texts.decode(texts.chat(messages))  # text, not code
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"

@@ -15,7 +15,7 @@ import pytest
 
 from halfbyte.checkpoint import locked
 from halfbyte.config import RunConfig
-from halfbyte.errors import ResourceError
+from halfbyte.errors import ConfigError
 from halfbyte.train import Observer, StepMetrics, train
 from halfbyte.train.signals import Signals, StoppedError
 
@@ -57,7 +57,7 @@ def adapter_bytes(config: RunConfig) -> bytes:
     return (Path(config.train.output) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("save_every", [0, 3])
 def test_the_first_signal_ends_after_the_step_with_a_checkpoint(
     make_run: MakeRun, number: int, save_every: int
@@ -146,7 +146,7 @@ def test_one_process_at_a_time(make_run: MakeRun) -> None:
     config = make_run()
     output = Path(config.train.output)
     with locked(output):
-        with pytest.raises(ResourceError, match="another process is training into this folder"):
+        with pytest.raises(ConfigError, match="another process is training into this folder"):
             train(config)
         assert list(output.iterdir()) == []
     train(config)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from halfbyte.checkpoint.durable import FolderWriter, recover, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
-from halfbyte.errors import AdapterError, FileError, NumericsError
+from halfbyte.config.limits import check_limit
+from halfbyte.errors import AdapterError, FileError, NumericsError, read_error
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -94,7 +95,7 @@ def check_adapter(where: str | Path, state: Mapping[str, Tensor], config: Mappin
                             fix="Lower optim.lr and go on from the last checkpoint")  # fmt: skip
     found = problems(state, config)
     if found:
-        raise AdapterError(_list_some("problems", found), where=str(where))
+        raise AdapterError(_list_some("faults" if len(found) > 1 else "fault", found), where=str(where))
 
 
 def load_adapter(folder: str | Path) -> Adapter:
@@ -117,11 +118,14 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"no {WEIGHTS}", where=str(folder), **_pickle_hint(folder))
     verify_folder(folder, required=False, error=AdapterError)
     config = read_json(folder / CONFIG, error=AdapterError)
+    if type(config.get("r")) is int:
+        check_limit("rank", config["r"], "as rank", folder / CONFIG, AdapterError)
+    check_limit("adapter_bytes", weights.stat().st_size, "bytes", weights, AdapterError)
     state = read_tensors(weights, error=AdapterError)
     info = read_json(folder / INFO, error=AdapterError) if (folder / INFO).exists() else {}
     found = problems(state, config) + [f"{name} is not finite" for name in _not_finite(state)]
     if found:
-        raise AdapterError(_list_some("problems", found), where=str(folder))
+        raise AdapterError(_list_some("faults" if len(found) > 1 else "fault", found), where=str(folder))
     return Adapter(state=state, config=config, info=info, folder=folder)
 
 
@@ -189,12 +193,14 @@ def read_tensors(path: Path, *, error: type[FileError] = FileError) -> dict[str,
             head = file.read(4)
         if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
             raise error("is a pickle under a safetensors name", where=str(path), why="a pickle can run code when read")
+        with safe_open(path, framework="pt") as file:
+            check_limit("tensors", len(list(file.keys())), "tensors", path, error)
         tensors: dict[str, Tensor] = load_file(path, backend="pread")
         return tensors
     except SafetensorError as problem:
         raise error("is not a safetensors file", where=str(path), why=str(problem)) from None
     except OSError as problem:
-        raise error("cannot be read", where=str(path), why=problem.strerror or str(problem)) from None
+        raise read_error(error, path, problem) from None
 
 
 def problems(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:

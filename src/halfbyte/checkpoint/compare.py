@@ -76,9 +76,10 @@ def compare_config(
 
 
 def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By `section.name`, tuples as lists."""
+    """By `section.name`, tuples as lists; without what files may ask for, which shapes nothing."""
     return {
         f"{section}.{name}": list(value) if isinstance(value, tuple) else value
         for section, part in config.items()
+        if section != "limits"
         for name, value in part.items()
     }

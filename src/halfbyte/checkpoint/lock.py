@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.checkpoint.disk import folder_for
-from halfbyte.errors import ResourceError
+from halfbyte.errors import ConfigError
 
 
 @contextmanager
@@ -16,7 +16,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, made if need be, for this process; the lock ends with the block or the process, and is no file.
 
     Raises:
-        ResourceError: another process holds it, or the disk refuses.
+        ConfigError: another process holds it.
+        ResourceError: the disk refuses.
     """
     with folder_for(folder):
         if os.name == "nt":  # cannot open folders
@@ -36,7 +37,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ResourceError(
+        raise ConfigError(
             "another process is training into this folder", where=str(folder),
             fix="Wait for it, or give another --output",
         ) from None  # fmt: skip

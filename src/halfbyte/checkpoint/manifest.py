@@ -8,12 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from halfbyte.config.limits import check_limit
 from halfbyte.config.target import MANIFEST, MARKER
-from halfbyte.dtypes import format_bytes
-from halfbyte.errors import ConfigError, FileError
+from halfbyte.errors import ConfigError, FileError, read_error
 
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 * 2**20
 
 
 def verify_folder(path: str | Path, *, required: bool = True, error: type[FileError] = FileError) -> dict[str, Any]:
@@ -51,15 +50,14 @@ def verify_folder(path: str | Path, *, required: bool = True, error: type[FileEr
 
 
 def read_json(path: Path, *, error: type[FileError] = FileError) -> dict[str, Any]:
-    """The JSON object in `path`; `error` names the file when it is absent, larger than 64 MiB, or something else."""
+    """The JSON object in `path`; `error` names the file when it is absent, beyond the limits, or something else."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"is larger than {format_bytes(MAX_JSON_BYTES)}", where=str(path))
+        check_limit("json_bytes", path.stat().st_size, "bytes", path, error)
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise error("the file is missing", where=str(path)) from None
     except OSError as problem:
-        raise error("cannot be read", where=str(path), why=problem.strerror or str(problem)) from None
+        raise read_error(error, path, problem) from None
     except (ValueError, RecursionError) as problem:
         if isinstance(problem, FileError):
             raise
@@ -101,7 +99,7 @@ def _verify_file(folder: Path, name: str, entry: Any, error: type[FileError]) ->
     except (FileNotFoundError, ValueError):
         raise error("the file is missing", where=str(path)) from None
     except OSError as problem:
-        raise error("cannot be read", where=str(path), why=problem.strerror or str(problem)) from None
+        raise read_error(error, path, problem) from None
     if not digest:
         raise error(f"has {size} bytes, the manifest says {entry.get('size')}", where=str(path))
     if digest != entry.get("sha256"):

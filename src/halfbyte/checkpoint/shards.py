@@ -2,7 +2,7 @@
 
 Files are read with plain reads: mapped pages count as resident memory and would break a budget. Who wants them shared
 between processes, and left to the system to drop, asks for it.
-Limits (a refusal names the file): header 100,000,000 bytes as in the safetensors library, index 16 MiB.
+Nothing outside the folder is opened, and nothing is allocated for what a header claims before it is checked.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.config.limits import check_limit
 from halfbyte.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, read_error
 from halfbyte.quant.memory import lasting
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_INDEX_BYTES = 16 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+_DTYPES = ", ".join(SAFETENSORS_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ def _pickle_hint(folder: Path) -> dict[str, str]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise ModelError(f"the index is larger than {MAX_INDEX_BYTES} bytes", where=str(path))
+    check_limit("json_bytes", path.stat().st_size, "bytes", path)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
@@ -156,11 +157,12 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            if size < 8 or length > size - 8:
                 raise refuse("the header does not fit the file", f"it says {length} bytes, the file has {size}")
+            check_limit("header_bytes", length, "bytes of header", path)
             text = file.read(length)
     except OSError as error:
-        raise ModelError("cannot be read", where=str(path), why=error.strerror or str(error)) from None
+        raise read_error(ModelError, path, error) from None
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         del text
@@ -168,13 +170,16 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         metadata = entries.pop("__metadata__", None)
         if metadata is not None and any(type(text) is not str for text in metadata.values()):
             raise refuse("__metadata__ holds something else than texts")
+        check_limit("tensors", len(entries), "tensors", path)
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
+            check_limit("name_bytes", len(name.encode()), f"bytes of name ({name[:40]!r}...)", path)
+            check_limit("dims", len(shape), f"dimensions of {name!r}", path)
             if any(type(n) is not int or n < 0 for n in (start, end, *shape)):
                 raise refuse(f"tensor {name!r} has a bad shape or offset")
             if entry["dtype"] not in SAFETENSORS_DTYPES:
-                raise refuse(f"tensor {name!r} has dtype {entry['dtype']}", "it is not supported")
+                raise refuse(f"tensor {name!r} has dtype {entry['dtype']}", f"supported are {_DTYPES}")
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
             if start != position or end - start != prod(shape) * ITEMSIZE[dtype]:
                 raise refuse(f"tensor {name!r} does not fill its place", f"bytes {start} to {end}, shape {shape}")
@@ -214,7 +219,10 @@ def _read_into(data: Tensor, file: FileIO, start: int) -> None:
     view = data.numpy().data
     file.seek(start)
     while view:
-        count = file.readinto(view)  # one read gives at most 2 GiB
+        try:
+            count = file.readinto(view)  # one read gives at most 2 GiB
+        except OSError as error:
+            raise read_error(ModelError, str(file.name), error) from None
         if not count:
             raise ModelError("the file became shorter while it was read", where=str(file.name))
         view = view[count:]

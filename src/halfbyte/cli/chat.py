@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit, load_run
 from halfbyte.cli.generate import MaxNewTokens, Seed, Temperature
 from halfbyte.cli.served import Wanted, base_name, open_served
 
@@ -52,12 +52,15 @@ def chat(
 ) -> None:
     """A conversation in the terminal, with adapters to switch between and to compare; /help tells more."""
     from halfbyte.cli.speaker import Conversation, Speaker
-    from halfbyte.config import load_config
     from halfbyte.kernels.buffers import steady_memory
     from halfbyte.serve import Engine
 
-    flags = {"model__path": model, "model__device": device, "memory__budget": memory}
-    run, out = load_config(config, settings or (), **flags), console()
+    flags = {
+        "--model": ("model.path", model),
+        "--device": ("model.device", device),
+        "--memory": ("memory.budget", memory),
+    }
+    run, out = load_run(config, settings, flags), console()
     named = list(name_adapters(adapter or ()).items())
     # Twice: the base's or another adapter's reading of the conversation stays beside the one that goes on.
     positions = 2 * context if named else context

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -50,12 +50,14 @@ def load_run(config: Path | None, settings: Sequence[str] | None, flags: Mapping
     Args:
         flags: (key, value or None) by the flag that sets it, such as "--memory": ("memory.budget", "8GB").
     """
-    from halfbyte.config import load_config
+    from halfbyte.config import hold_to, load_config
     from halfbyte.errors import ConfigError
 
     given = {key.replace(".", "__"): str(value) if isinstance(value, Path) else value for key, value in flags.values()}
     try:
-        return load_config(config, settings or (), **given)
+        run = load_config(config, settings or (), **given)
+        hold_to(run.limits)
+        return run
     except ConfigError as error:
         for flag, (key, value) in flags.items():
             over = any(setting.partition("=")[0].strip() == key for setting in settings or ())
@@ -65,7 +67,7 @@ def load_run(config: Path | None, settings: Sequence[str] | None, flags: Mapping
 
 
 class InterruptedRunError(HalfbyteError):
-    """A signal ended the run (exit 128 and its number: 130 after Ctrl-C, 143 after SIGTERM)."""
+    """A signal ended the run (exit 128 and its number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP)."""
 
     def __init__(self, number: int, why: str, fix: str = "") -> None:
         super().__init__("interrupted", why=why, fix=fix)
@@ -77,7 +79,7 @@ def saying_what_is_kept(run: RunConfig) -> Iterator[None]:
     """Around a training run: a signal ends it with the checkpoint to go on from, if there is one.
 
     Raises:
-        InterruptedRunError: by Ctrl-C or SIGTERM.
+        InterruptedRunError: by Ctrl-C, SIGTERM or SIGHUP.
     """
     try:
         yield
@@ -108,11 +110,32 @@ def calibration_file() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "halfbyte" / "machine.json"
 
 
+class Lasting:
+    """A text stream that goes on in silence when nobody is left to read it: a closed terminal must not end a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`, if that is possible."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that is possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def console() -> Console:
     """For people: progress and notes go to standard error, so that standard output is the result alone."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(TextIO, Lasting(sys.stderr)), highlight=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:

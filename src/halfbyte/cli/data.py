@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Model, Set, emit, load_run
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -84,10 +84,9 @@ def _load(
     model: str | None, data: str | None, config: Path | None, settings: list[str] | None
 ) -> tuple[Any, TokenizedData]:
     """(tokenizer, tokenized data) as a run with these options would have them."""
-    from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model, data__train=data)
+    run = load_run(config, settings, {"--model": ("model.path", model), "--data": ("data.train", data)})
     if not run.model.path:
         raise ConfigError("no model is given", where="--model", fix="Name a folder, a .gguf file or a hub id")
     if not run.data.train:

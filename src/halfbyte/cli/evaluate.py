@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, open_model
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, load_run, open_model
 
 
 def evaluate(
@@ -21,11 +21,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Loss and perplexity per supervised token, with or without an adapter."""
-    from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
 
-    flags = {"model__path": model, "model__device": device, "data__eval": None if data is None else str(data)}
-    run = load_config(config, settings or (), **flags)
+    flags = {"--model": ("model.path", model), "--device": ("model.device", device), "--data": ("data.eval", data)}
+    run = load_run(config, settings, flags)
     if not run.data.eval:
         raise ConfigError("is not set", where="data.eval", fix="Give --data")
     from halfbyte.data import load_data

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, open_model
+from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, load_run, open_model
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
@@ -31,10 +31,9 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """One answer to one prompt, through the model's chat template."""
-    from halfbyte.config import load_config
     from halfbyte.errors import ConfigError
 
-    run = load_config(config, settings or (), model__path=model, model__device=device)
+    run = load_run(config, settings, {"--model": ("model.path", model), "--device": ("model.device", device)})
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("is empty", where="--prompt", fix="Say something")

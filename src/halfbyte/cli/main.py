@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextvars import copy_context
 
 import typer
 
@@ -22,7 +23,7 @@ from halfbyte.cli.quantize import quantize
 from halfbyte.cli.selftest import selftest
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import DISK_ERRNOS, HalfbyteError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--debug" not in arguments:
         _quiet_other_libraries()
     try:
-        code = app(args=arguments, prog_name="halfbyte", standalone_mode=False)
+        code = copy_context().run(app, args=arguments, prog_name="halfbyte", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
             return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
@@ -87,13 +88,24 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if isinstance(error, typer.exceptions.TyperException):
         return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
-    if isinstance(error, OSError) and error.filename:  # a path that cannot be written or read
-        return _fail(f"{error.filename}: {error.strerror}. Check the path, its permissions and the disk.", 4)
+    if isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRNOS):
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}. Check the path, its permissions and the disk.", 4)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return _fail("out of memory. Lower train.micro_batch_size or set train.gradient_checkpointing=true.", 4)
+        return _fail(
+            f"out of memory, with {_peak()} in use at most. Lower train.micro_batch_size or data.max_seq_len, or set "
+            "train.gradient_checkpointing=true; checkpoints are as they were.", 4,
+        )  # fmt: skip
     return _fail(
         f"internal error: {type(error).__name__}: {str(error)[:300]}. Run again with --debug and report it.", 1
     )
+
+
+def _peak() -> str:
+    from halfbyte.dtypes import format_bytes
+    from halfbyte.model.memory import peak_memory
+
+    return format_bytes(peak_memory())
 
 
 def _fail(message: str, code: int) -> int:

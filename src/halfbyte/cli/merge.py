@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,17 +73,12 @@ def merge(
 
     Works tensor by tensor; nothing gets the output's name before it is whole and has been measured.
     """
-    from halfbyte.config import load_config
     from halfbyte.dtypes import format_bytes
     from halfbyte.errors import ConfigError
 
-    run = load_config(
-        config,
-        settings or (),
-        model__path=model,
-        memory__budget=memory,
-        data__eval=None if data is None else str(data),
-    )
+    run = load_run(config, settings, {
+        "--model": ("model.path", model), "--memory": ("memory.budget", memory), "--data": ("data.eval", data),
+    })  # fmt: skip
     for value, option in ((run.model.path, "--model"), (adapter, "--adapter"), (output, "--output")):
         if not value:
             raise ConfigError("is not set", where=option, fix=f"Give {option}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit
+from halfbyte.cli.common import AsJson, Config, Debug, Device, Memory, Model, Set, console, emit, load_run
 from halfbyte.cli.served import Wanted, open_served
 
 if TYPE_CHECKING:
@@ -51,15 +51,17 @@ def serve(
     """An OpenAI-compatible server: adapters by name over one 4-bit base, batched together."""
     from dataclasses import replace
 
-    from halfbyte.config import load_config
-
     _check_extra()
     from halfbyte.kernels.buffers import steady_memory
     from halfbyte.serve.start import Settings, bind
     from halfbyte.serve.start import serve as run_server
 
-    flags = {"model__path": model, "model__device": device, "memory__budget": memory}
-    run, out = load_config(config, settings or (), **flags), console()
+    flags = {
+        "--model": ("model.path", model),
+        "--device": ("model.device", device),
+        "--memory": ("memory.budget", memory),
+    }
+    run, out = load_run(config, settings, flags), console()
     chosen = Settings(host=host, port=port, batch=batch, queue=queue, keys=_keys(api_key_file, admin_key_file))
     _check_folder(adapter_dir)
     wanted = Wanted(

@@ -1,5 +1,6 @@
 """What the user asked for."""
 
+from halfbyte.config.limits import LimitsConfig, hold_to
 from halfbyte.config.load import config_from_dict, field_help, load_config
 from halfbyte.config.schema import (
     DataConfig,
@@ -14,6 +15,6 @@ from halfbyte.config.schema import (
 )
 
 __all__ = [
-    "DataConfig", "LoraConfig", "MemoryConfig", "ModelConfig", "OptimConfig", "QuantConfig", "RunConfig",
-    "TrainConfig", "config_from_dict", "field_help", "load_config", "to_dict",
+    "DataConfig", "LimitsConfig", "LoraConfig", "MemoryConfig", "ModelConfig", "OptimConfig", "QuantConfig",
+    "RunConfig", "TrainConfig", "config_from_dict", "field_help", "hold_to", "load_config", "to_dict",
 ]  # fmt: skip

@@ -16,11 +16,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import ModelError
+from halfbyte.config.limits import check_limit
+from halfbyte.errors import ModelError, read_error
 
-MAX_KEYS, MAX_TENSORS, MAX_ITEMS = 10_000, 100_000, 10_000_000
-"""Fields, tensors, and items of a list (a vocabulary has some 250,000)."""
-MAX_NAME_BYTES, MAX_STRING_BYTES, MAX_DIMS, MAX_ELEMENTS = 512, 16 * 2**20, 4, 2**48
+MAX_DIMS, MAX_ELEMENTS = 4, 2**48
+"""What GGML has at most, and far more than any tensor."""
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -49,22 +49,22 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]
             version, num_tensors, num_keys = header.numbers("IQQ")
             if version not in (2, 3):
                 raise header.error(f"version {version} is none of 2 and 3 (or its bytes are in the other order)")
-            header.bound("fields", num_keys, MAX_KEYS)
-            header.bound("tensors", num_tensors, MAX_TENSORS)
+            header.bound("fields", num_keys, "fields")
+            header.bound("tensors", num_tensors, "tensors")
             fields: dict[str, Any] = {}
             for _ in range(num_keys):
-                key = header.text(MAX_NAME_BYTES)
+                key = header.text("name_bytes")
                 if key in fields:
                     raise header.error(f"the field {key!r} is there twice")
                 fields[key] = header.value(header.numbers("I")[0])
             tensors: dict[str, GgufTensor] = {}
             for _ in range(num_tensors):
-                name = header.text(MAX_NAME_BYTES)
+                name = header.text("name_bytes")
                 if name in tensors:
                     raise header.error(f"the tensor {name!r} is there twice")
                 tensors[name] = header.tensor(name)
     except OSError as error:
-        raise ModelError("cannot be read", where=str(path), why=error.strerror or str(error)) from None
+        raise read_error(ModelError, path, error) from None
     return fields, tensors
 
 
@@ -86,9 +86,8 @@ class _Header:
     def error(self, why: str) -> ModelError:
         return ModelError("is not a readable GGUF file", where=str(self._path), why=why)
 
-    def bound(self, what: str, count: int, most: int) -> None:
-        if count > most:
-            raise self.error(f"{count} {what}, {most} are the most that is read")
+    def bound(self, limit: str, count: int, what: str) -> None:
+        check_limit(limit, count, what, self._path)
 
     def take(self, size: int) -> bytes:
         self._need(size)
@@ -103,9 +102,9 @@ class _Header:
     def numbers(self, letters: str) -> tuple[Any, ...]:
         return struct.unpack("<" + letters, self.take(struct.calcsize("<" + letters)))
 
-    def text(self, most: int) -> str:
+    def text(self, limit: str) -> str:
         (length,) = self.numbers("Q")
-        self.bound("bytes of text", length, most)
+        self.bound(limit, length, "bytes of text")
         raw = self.take(length)
         try:
             return raw.decode()
@@ -114,13 +113,13 @@ class _Header:
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self.text(MAX_STRING_BYTES)
+            return self.text("text_bytes")
         if kind in _FORMATS:
             return self.numbers(_FORMATS[kind])[0]
         if kind != _ARRAY:
             raise self.error(f"there is no type {kind} of fields")
         item, count = self.numbers("IQ")
-        self.bound("items of a list", count, MAX_ITEMS)
+        self.bound("items", count, "items of a list")
         if item in _SIZES:
             self._need(_SIZES[item] * count)
             self._at += _SIZES[item] * count
@@ -132,7 +131,8 @@ class _Header:
 
     def tensor(self, name: str) -> GgufTensor:
         (dims,) = self.numbers("I")
-        self.bound(f"dimensions of {name!r}", dims, MAX_DIMS)
+        if dims > MAX_DIMS:
+            raise self.error(f"the tensor {name!r} has {dims} dimensions, GGML's have {MAX_DIMS} at most")
         shape = self.numbers(f"{dims}Q") if dims else ()
         if not 0 < prod(shape) <= MAX_ELEMENTS:
             raise self.error(f"the tensor {name!r} has the shape {list(shape)}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from halfbyte.config.limits import LimitsConfig
 from halfbyte.dtypes import COMPUTE_DTYPES, parse_bytes
 from halfbyte.errors import ConfigError
 
@@ -265,6 +266,19 @@ class MemoryConfig:
         _require_choice("memory.activations", self.activations, get_args(Activations))
 
 
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """See that the learning rate is reached within `steps`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if optim.warmup_steps >= steps + (optim.schedule == "constant"):
+        raise ConfigError(
+            f"{optim.warmup_steps} warm-up steps leave nothing of {steps} steps",
+            where="optim.warmup_steps", fix="Lower optim.warmup_steps or raise train.steps",
+        )  # fmt: skip
+
+
 def check_stored(weights: str, path: str, *, in_4_bits: bool) -> None:
     """See that there is a file with the very bytes that are used, where `weights` are not resident.
 
@@ -289,14 +303,11 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
-        steps = self.train.steps
-        if steps and self.optim.warmup_steps >= steps and self.optim.schedule != "constant":
-            raise ConfigError(
-                f"{self.optim.warmup_steps} warm-up steps leave nothing of {steps} steps",
-                where="optim.warmup_steps", fix="Lower optim.warmup_steps or raise train.steps",
-            )  # fmt: skip
+        if self.train.steps:
+            check_warmup(self.optim, self.train.steps)
         output = self.train.output
         if output and Path(output).is_file():
             raise ConfigError("the output is a file", where=output, fix="Give a folder as train.output")

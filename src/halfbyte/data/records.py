@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.config import DataConfig
-from halfbyte.errors import DataError
+from halfbyte.config.limits import limit
+from halfbyte.errors import DataError, read_error
 
 Message = dict[str, str]
 """One turn: {"role": ..., "content": ...}."""
 
 ROLES = ("system", "user", "assistant")
 """Roles every chat format knows; a template may know fewer or also "tool"."""
-
-MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is a broken file, not a sample."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -55,7 +53,7 @@ class RecordReader:
 
     UTF-8 with or without a byte order mark, LF or CRLF; blank lines are ignored. After the iteration `format`,
     `read` (records seen), `dropped` (reason -> count), `first_dropped` (reason -> message), `unused_fields` and
-    `sha256` (of the file's bytes) are complete.
+    `sha256` (of the file's bytes) are complete; during it `line` is the one that was read last.
 
     Args:
         path: the file.
@@ -74,7 +72,7 @@ class RecordReader:
         self.format = format
         self.on_bad_line = on_bad_line
         self.roles = roles
-        self.read = 0
+        self.read = self.line = 0
         self.dropped: Counter[str] = Counter()
         self.first_dropped: dict[str, str] = {}
         self.unused_fields: set[str] = set()
@@ -87,7 +85,7 @@ class RecordReader:
 
     def __iter__(self) -> Iterator[Record]:
         for line, raw in self._lines():
-            self.read += 1
+            self.read, self.line = self.read + 1, line
             try:
                 record = self._parse(line, raw)
             except DataError as error:
@@ -111,8 +109,8 @@ class RecordReader:
         digest = hashlib.sha256()
         try:
             with Path(self.path).open("rb") as file:
-                number, start = 0, True
-                while chunk := file.readline(MAX_LINE_BYTES + 1):
+                number, start, most = 0, True, limit("line_bytes")
+                while chunk := file.readline(most + 1):
                     digest.update(chunk)
                     if start:
                         number += 1
@@ -122,12 +120,8 @@ class RecordReader:
                             yield number, chunk
                     start = chunk.endswith(b"\n")
         except OSError as error:
-            raise DataError(
-                "cannot be read",
-                where=self.path,
-                why=error.strerror or str(error),
-                fix="Give a file of JSON lines (docs/data.md has an example)",
-            ) from None
+            fix = "Give a file of JSON lines (docs/data.md has an example)"
+            raise read_error(DataError, self.path, error, fix) from None
         self.sha256 = digest.hexdigest()
 
     def _parse(self, line: int, raw: bytes) -> Record:
@@ -155,8 +149,11 @@ class RecordReader:
 
     def _object(self, line: int, raw: bytes) -> dict[str, Any]:
         where = self.where(line)
-        if len(raw) > MAX_LINE_BYTES:
-            raise DataError("line over 16 MiB", where=where, fix="Write one sample per line")
+        if len(raw) > limit("line_bytes"):
+            raise DataError(
+                "a line that is too long", where=where, why=f"limits.line_bytes is {limit('line_bytes'):,}",
+                fix="Write one sample per line, or raise it with --set limits.line_bytes=BYTES",
+            )  # fmt: skip
         try:
             record = json.loads(raw.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:

@@ -16,10 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from halfbyte.data.deadline import in_time
 from halfbyte.data.records import ROLES, Message, Record
 from halfbyte.errors import DataError
 
@@ -179,8 +181,10 @@ class ChatTemplate:
         known = {"user", "assistant"}
         for role, conversation in probes.items():
             try:
-                if "probe" in self._render(conversation):
+                if "probe" in in_time(partial(self._render, conversation)):
                     known.add(role)
+            except TimeoutError as error:
+                raise too_slow(error, "chat template") from None
             except _TEMPLATE_ERRORS:
                 continue
         return tuple(role for role in (*ROLES, "tool") if role in known)
@@ -191,6 +195,11 @@ class ChatTemplate:
             why="the chat template changes or leaves out the assistant's content",
             fix="Give the tokenizer a chat template that prints it as it is",
         )  # fmt: skip
+
+
+def too_slow(error: TimeoutError, where: str) -> DataError:
+    """The template did not come to an end."""
+    return DataError("the chat template takes too long", where=where, why=str(error), fix="It may loop: look at it")
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from halfbyte.config import DataConfig
+from halfbyte.data.deadline import in_time
 from halfbyte.data.encode import encode
 from halfbyte.data.records import RecordReader
-from halfbyte.data.template import ChatTemplate, Rendered
+from halfbyte.data.template import ChatTemplate, Rendered, too_slow
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ def load_data(
     template = ChatTemplate(tokenizer)
     reader = RecordReader.from_config(path, config, template.roles)
     builder = _Builder(reader, tokenizer, config, vocab_size)
-    for chunk in _chunks(_render_all(reader, template)):
+    rendered = _render_all(reader, template)
+    while chunk := _next_chunk(rendered, reader):
         builder.add(chunk)
     return builder.finish()
 
@@ -154,9 +156,12 @@ def _render_all(reader: RecordReader, template: ChatTemplate) -> Iterator[tuple[
         yield record.line, rendered
 
 
-def _chunks(items: Iterator[tuple[int, Rendered]]) -> Iterator[list[tuple[int, Rendered]]]:
-    while chunk := list(itertools.islice(items, _CHUNK)):
-        yield chunk
+def _next_chunk(rendered: Iterator[tuple[int, Rendered]], reader: RecordReader) -> list[tuple[int, Rendered]]:
+    """The next `_CHUNK` samples; empty at the end. A template that does not come to an end is stopped."""
+    try:
+        return in_time(lambda: list(itertools.islice(rendered, _CHUNK)), lambda: reader.line)
+    except TimeoutError as error:
+        raise too_slow(error, reader.where(reader.line)) from None
 
 
 class _Builder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import check_base, write_folder
-from halfbyte.config import RunConfig
+from halfbyte.config import RunConfig, hold_to
 from halfbyte.errors import ConfigError, NumericsError
 from halfbyte.kernels.buffers import steady_memory
 from halfbyte.merge.base import open_base
@@ -99,6 +99,7 @@ def merge(
             is left under `output`.
     """
     started = time.perf_counter()
+    hold_to(config.limits)
     weights = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     way = Combine(how=combine, rank=rank, density=density, seed=config.train.seed)
     _check_choices(format, base, way)

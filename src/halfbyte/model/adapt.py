@@ -61,7 +61,7 @@ def attach_saved(model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name
         AdapterError: its tensors and the model's layers do not match one to one.
     """
     adapted = wrap(model, adapter, name)
-    load_adapter_state(adapted, adapter.state, name)
+    load_adapter_state(adapted, adapter.state, name, where=str(adapter.folder))
     fuse_lora_layers(adapted)
     return adapted
 
@@ -94,13 +94,15 @@ def adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, Ten
     return dict(peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
 
 
-def load_adapter_state(model: peft.PeftModel, state: dict[str, Tensor], name: str = "default") -> None:
+def load_adapter_state(
+    model: peft.PeftModel, state: dict[str, Tensor], name: str = "default", *, where: str = ""
+) -> None:
     """Put `state` into the adapter `name` of `model`, every tensor of one into the other.
 
     Raises:
         AdapterError: names or shapes differ, listing the first five of each.
     """
-    check_fit(adapter_state(model, name), state)
+    check_fit(adapter_state(model, name), state, where)
     peft.set_peft_model_state_dict(model, state, adapter_name=name)
 
 

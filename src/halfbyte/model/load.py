@@ -22,7 +22,7 @@ from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
 from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
-from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
+from halfbyte.model.source import Source, TensorReader, first_line, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.nn.int8_embedding import Int8Embedding
@@ -160,8 +160,12 @@ def skeleton(source: Source) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         try:
             return AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError("no causal language model", where=source.label, why=str(error).splitlines()[0]) from error
+        except Exception as error:  # whatever a constructor makes of numbers that do not fit each other
+            raise ModelError(
+                "no causal language model",
+                where=source.label,
+                why=f"there is no {error}" if isinstance(error, KeyError) else first_line(error),
+            ) from error
 
 
 def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from halfbyte.checkpoint.shards import PICKLE_SUFFIXES, SafetensorsFolder
 from halfbyte.config.gguf_header import read_gguf_header
+from halfbyte.config.model_config import check_links, check_sizes, read_model_config
 from halfbyte.errors import ModelError, ResourceError
 from halfbyte.model.gguf_source import GgufFile
+
+logger = logging.getLogger("halfbyte")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -74,10 +78,19 @@ def open_source(path: str) -> Source:
     folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
     if not kwargs and not (folder / "config.json").is_file():
         raise ModelError("no config.json", where=path, fix="Give a model folder, a .gguf file or a hub id")
+    has_code = not kwargs and "auto_map" in read_model_config(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError and more for a bad config
-        raise ModelError("the config cannot be read", where=path, why=_first_line(error)) from error
+        if has_code:
+            raise ModelError(
+                "needs code from its own folder (auto_map), which is not run", where=path,
+                fix="Give a model of an architecture that transformers has",
+            ) from error  # fmt: skip
+        raise ModelError("the config cannot be read", where=path, why=first_line(error)) from error
+    if has_code:
+        logger.warning("%s: config.json names code in the folder (auto_map), which is not run", path)
+    check_sizes(config.to_dict(), path)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -107,14 +120,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with its chat template, of the base model called `path`.
 
     Raises:
-        ModelError: no usable tokenizer there.
+        ModelError: no usable tokenizer there, or no config to go with it.
     """
     local = locate(path)
     folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
+    if not kwargs:
+        open_source(path)  # transformers reads the config for it, and does not say so well what is wrong there
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except Exception as error:  # as above
-        raise ModelError("no usable tokenizer", where=path, why=_first_line(error)) from error
+        raise ModelError(
+            "no usable tokenizer", where=path, why=first_line(error),
+            fix="Put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        ) from error  # fmt: skip
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -128,11 +146,13 @@ def locate(path: str) -> Path:
     """The local folder or .gguf file of `path`, fetched from the hub if it is a hub id and not a local path.
 
     Raises:
-        ModelError: nothing there, pickled weights, a .gguf file whose header no reader should see.
+        ModelError: nothing there, pickled weights, a link out of the folder, a .gguf file whose header no reader
+            should see.
         ResourceError: a hub id that cannot be fetched.
     """
     local = Path(path).expanduser()
     if path and local.is_dir():
+        check_links(local)
         return local
     if local.is_file():
         if local.suffix == ".gguf":
@@ -149,7 +169,7 @@ def locate(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES))
     except Exception as error:  # no network, no such repository, no permission, a full disk: each its own type
         raise ResourceError(
-            "neither a local path nor to be fetched from the Hugging Face hub", where=path, why=_first_line(error)
+            "neither a local path nor to be fetched from the Hugging Face hub", where=path, why=first_line(error)
         ) from error
 
 
@@ -161,6 +181,8 @@ def stored_quant_settings(stored: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return json.dumps(text.splitlines()[0][:300], ensure_ascii=False).strip('"')
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says; the second too where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return json.dumps(text[:300], ensure_ascii=False).strip('"')

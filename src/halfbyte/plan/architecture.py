@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from halfbyte.config.model_config import check_sizes
 from halfbyte.errors import ModelError
 
 FUSED = {
@@ -80,27 +79,13 @@ class Architecture:
         return {**qkv, "o_proj": (h, self.query), **gate_up, "down_proj": (h, f)}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json as a dict.
-
-    Raises:
-        ModelError: it is not one.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError("the config cannot be read", where=str(path), why=str(error)) from None
-    if not isinstance(config, dict):
-        raise ModelError("the config cannot be read", where=str(path), why="it is no JSON object")
-    return config
-
-
 def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """The sizes that a config.json of transformers says.
 
     Raises:
         ModelError: it does not say them.
     """
+    check_sizes(config, where)
     text = config.get("text_config") or config
     family = str(text.get("model_type", config.get("model_type", "")))
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.config import QuantConfig
+from halfbyte.config.model_config import read_model_config
 from halfbyte.dtypes import ITEMSIZE
-from halfbyte.plan.architecture import FUSED, Architecture, architecture, read_config
+from halfbyte.plan.architecture import FUSED, Architecture, architecture
 from halfbyte.plan.files import StoredTensor, locate, read_gguf, safetensors_tensors
 
 NESTED_BLOCKSIZE = 256
@@ -93,7 +94,7 @@ def read_base(path: str, quant: QuantConfig, compute_dtype: str) -> Base:
         arch = architecture(_gguf_config(fields, tensors), path)
         names = expected_linears(arch)
         return _base(arch, tensors, quant, compute_dtype, tokenizer_file=None, exact=True, linear_names=names)
-    config = read_config(local / "config.json")
+    config = read_model_config(local / "config.json")
     arch = architecture(config, path)
     tensors = safetensors_tensors(local)
     tokenizer = local / TOKENIZER_FILE

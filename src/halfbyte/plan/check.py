@@ -36,7 +36,14 @@ def check_run(config: RunConfig) -> None:
         )
     locate(config.model.path)
     with suppress(ModelError):  # who reads the whole model says it better
-        check_layers(config, read_base(config.model.path, config.quant, "float32"))
+        base = read_base(config.model.path, config.quant, "float32")
+        check_layers(config, base)
+        _check_rank(config.lora.r, base)
+    if config.lora.r > config.limits.rank:
+        raise ConfigError(
+            f"{config.lora.r} is not possible", where="lora.r", why=f"limits.rank is {config.limits.rank}",
+            fix=f"Lower it, or give --set limits.rank={config.lora.r} here and where the adapter is used",
+        )  # fmt: skip
 
 
 def check_layers(config: RunConfig, base: Base) -> None:
@@ -57,6 +64,13 @@ def check_layers(config: RunConfig, base: Base) -> None:
         wanted = wanted if isinstance(wanted, str) else tuple(map(_last, wanted))
     check_skipped(skipped, {*names, *HEADS})
     check_targets(wanted, names)
+
+
+def _check_rank(rank: int, base: Base) -> None:
+    largest = max(map(min, base.architecture.linears.values()))
+    if rank > largest:
+        why = f"the model's largest layer has rank {largest}"
+        raise ConfigError(f"{rank} is not possible", where="lora.r", why=why, fix="16 serves most models")
 
 
 def _last(name: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.config.gguf_header import read_gguf_header
+from halfbyte.config.limits import check_limit
+from halfbyte.config.model_config import check_links
 from halfbyte.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
 from halfbyte.errors import ModelError, ResourceError
 
-MAX_HEADER_BYTES = 100_000_000
 _GGUF_16BIT = {0: "float32", 1: "float16"}
 """What halfbyte's reader gives of F32 and F16; everything else becomes bfloat16."""
 
@@ -37,11 +38,13 @@ def locate(path: str) -> Path:
     """The local folder or .gguf file called `path`; of a hub id the folder that holds its config.json.
 
     Raises:
-        ModelError: there is no such thing.
+        ModelError: there is no such thing, or a file of the folder is a link out of it.
         ResourceError: the hub cannot be asked.
     """
     local = Path(path).expanduser()
     if path and local.exists():
+        if local.is_dir():
+            check_links(local)
         return local
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError("no such model", where=path or "model.path", fix="Give a folder, a .gguf file or a hub id")
@@ -68,13 +71,16 @@ def safetensors_tensors(folder: Path) -> dict[str, StoredTensor]:
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+                check_limit("header_bytes", length, "bytes of header", path)
+                header = json.loads(file.read(length))
             tensors |= {
                 name: StoredTensor(tuple(map(int, entry["shape"])), SAFETENSORS_DTYPES[entry["dtype"]])
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ModelError:
+            raise
+        except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError("the header is not safetensors'", where=str(path), why=str(error)) from None
     return tensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from halfbyte.data.deadline import in_time
 from halfbyte.serve.errors import ApiError
 
-TEMPLATE_SECONDS = 5.0
 CHARACTERS_PER_TOKEN = 64
 """A prompt of more than so many for each token of the context is not even tokenized."""
-
-
-class _Late(BaseException):
-    """Raised inside a rendering whose time is over; no template can catch it."""
 
 
 class Texts:
@@ -45,9 +40,8 @@ class Texts:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
         self._check(sum(len(message["content"]) for message in messages), "messages")
         try:
-            text = _within(
-                TEMPLATE_SECONDS,
-                lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+            text = in_time(
+                lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             )
         except TimeoutError:
             raise ApiError(400, "the model's chat template takes too long for this", param="messages") from None
@@ -121,26 +115,3 @@ class Writer:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that begin `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _within(seconds: float, work: Any) -> Any:
-    """`work()` on a thread of its own, stopped after `seconds`. Raises TimeoutError, or what it raises."""
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="template", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        # A template is Python code that loops: it can be stopped between two of its instructions, and only so.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Late))
-        raise TimeoutError
-    if failure:
-        raise failure[0]
-    return result[0]

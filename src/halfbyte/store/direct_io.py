@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.dtypes import format_bytes
-from halfbyte.errors import FileError, disk_error
+from halfbyte.errors import FileError, disk_error, read_error
 
 ALIGNMENT = 4096
 """Places in file and memory and lengths that direct I/O takes are multiples of the disk's block; this serves all."""
@@ -78,7 +78,7 @@ class DirectFile:
         try:
             file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise FileError("cannot be read", where=str(path), why=str(error.strerror)) from error
+            raise read_error(FileError, path, error) from error
         self._begin(Path(path), file)
 
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from torch import nn
 
+from halfbyte.checkpoint import latest_checkpoint
 from halfbyte.errors import NumericsError
 from halfbyte.optim import clip_grad_norm
 from halfbyte.train.observer import Observer
@@ -21,8 +23,8 @@ class Guard:
         skipped: how many, in all.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, observer: Observer, output: Path) -> None:
+        self._observer, self._output = observer, output
         self._in_a_row = 0
         self.skipped = 0
 
@@ -44,9 +46,11 @@ class Guard:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row == PATIENCE:
+            good = latest_checkpoint(self._output)
             raise NumericsError(
                 problem, where=f"step {step}", why=f"{PATIENCE} updates in a row were not finite",
-                fix="Lower optim.lr, or look for the samples that cause it; checkpoints hold none of these updates",
+                fix="Lower optim.lr, or look for the samples that cause it; "
+                + (f"{good} is good and holds none of these updates" if good else "no checkpoint was saved before"),
             )  # fmt: skip
         self._observer.note(f"step {step} changed nothing: {problem}; {PATIENCE} such steps in a row end the run")
         return None

@@ -21,7 +21,7 @@ from halfbyte.checkpoint import (
     save_adapter,
     save_checkpoint,
 )
-from halfbyte.config import RunConfig, to_dict
+from halfbyte.config import RunConfig, hold_to, to_dict
 from halfbyte.config.schema import require_config
 from halfbyte.data import Batch, Cursor
 from halfbyte.dtypes import parse_bytes
@@ -55,6 +55,7 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
         TypeError: `config` is no RunConfig.
     """
     require_config(config)
+    hold_to(config.limits)
     check_paths(config)
     observer = observer or Observer()
     config, machine, device = where_to_compute(config, machine or this_machine(), observer)
@@ -92,7 +93,7 @@ def _train(
         signals.cut_short(partial(evaluate_now, step))
         run.model.train()
         check: FirstStepCheck | None = None
-        guard = Guard(observer)
+        guard = Guard(observer, output)
         while step < run.steps and signals.ending is None:
             step += 1
             step_started = time.perf_counter()

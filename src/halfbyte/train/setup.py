@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from halfbyte.checkpoint import Adapter, check_base, latest_checkpoint, load_adapter, versions
 from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
+from halfbyte.config.schema import check_warmup
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
@@ -109,6 +110,7 @@ def _prepare(
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
+    _check_steps(config, data)
     checkpoint = _checkpoint_of(config)
     config = in_the_same_parts(config, checkpoint, observer)
     planned = plan_run(config, data, machine, observer, device)
@@ -153,6 +155,18 @@ def _prepare(
         },
         checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def _check_steps(config: RunConfig, data: TokenizedData) -> None:
+    """ConfigError where the data is less than one step, or all its steps are warm-up."""
+    loader, count = make_loader(config, data), config.train.gradient_accumulation_steps
+    batches = loader.batches_per_epoch()
+    if count > batches:
+        raise ConfigError(
+            f"{count} batches make a step, the data has {batches}", where="train.gradient_accumulation_steps",
+            fix=f"Lower it to {batches} or less, or give more data",
+        )  # fmt: skip
+    check_warmup(config.optim, steps_of(config, loader))
 
 
 def _checkpoint_of(config: RunConfig) -> Path | None:

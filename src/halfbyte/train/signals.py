@@ -1,4 +1,5 @@
-"""What signals ask of a run: SIGINT and SIGTERM to end after this step, a second one at once; SIGUSR1 to save."""
+"""What signals ask of a run: SIGINT, SIGTERM and SIGHUP (the terminal has gone) to end after this step, a second one
+at once; SIGUSR1 to save."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows lacks the last two
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._arrived)
         return self
