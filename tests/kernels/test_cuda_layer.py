@@ -33,7 +33,7 @@ def close(found: Tensor, expected: Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("rows", [2, 300])
 def test_adapted_layers(rows: int, dtype: torch.dtype, bound: float) -> None:
     """Beside the specification, few rows and many; measured 6e-7 in float32 and 6e-3 in bfloat16 at most."""
     torch.manual_seed(0)

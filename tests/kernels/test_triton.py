@@ -161,14 +161,14 @@ def test_tiles_reach_the_tensor_cores_and_fit_in_registers(capability: int, tmp_
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_adamw_rounds_every_operation(capability: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
+    import triton.language as tl
+
     from halfbyte.kernels.triton import adamw
 
     for kernel, constants in ((adamw.adamw_32bit_kernel, {"BLOCK": 1024}), (adamw.adamw_8bit_kernel, {})):
-        names = ["param", "grad", "moment", "moment_sq", "absmax", "absmax_sq", "values", "boundaries", "values_sq",
-                 "boundaries_sq"]  # fmt: skip
+        types = dict.fromkeys(("values", "boundaries", "values_sq", "boundaries_sq"), "*fp32") | {"table": "*i64"}
         numbers = ["beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root_scale", "eps"]
-        types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("codes", "codes_sq"), "*u8")
-        code = Compiled(kernel, capability, types | dict.fromkeys(numbers, "fp32"), **constants)
+        code = Compiled(kernel, capability, types | dict.fromkeys(numbers, "fp32"), GRAD=tl.float32, **constants)
         assert code.count(r"fma\.|approx|div\.full") == 0
         assert code.count(r"sqrt\.rn\.(ftz\.)?f32") > 0
         assert code.stack_bytes(tmp_path) == 0
@@ -179,11 +179,15 @@ def test_adamw_rounds_every_operation(capability: int, tmp_path: Path) -> None:
 def test_the_layers_kernels_fit_in_registers(capability: int, tmp_path: Path) -> None:
     """In bfloat16, at the sizes of an 8B model."""
     pytest.importorskip("triton")
-    from halfbyte.kernels.triton import layer, loss
+    from halfbyte.kernels.triton import codec, group, layer, loss
 
     rows = dict.fromkeys(("x", "delta", "total", "out", "grad", "add", "dx", "gate_up", "d_gate_up", "again", "qkv",
                           "cos", "sin", "logits", "weight"), "*bf16")  # fmt: skip
     types = rows | {"rstd": "*fp32", "losses": "*fp32", "targets": "*i64", "eps": "fp32", "offset": "fp32"}
+    types |= {"codebook": "*fp32", "dynamic_map": "*fp32", "a": "*bf16", "b": "*bf16"}
+    for n in "012":
+        types |= {f"codes{n}": "*u8", f"absmax{n}": "*u8", f"nested{n}": "*fp32", f"offset{n}": "fp32"}
+        types |= {f"a{n}": "*fp32", f"b{n}": "*fp32", f"scaling{n}": "fp32"}
     for kernel, constants in (
         (layer.norm_kernel, {"ADD": True, "BLOCK": 4096, "num_warps": 8}),
         (layer.norm_backward_kernel, {"ADD": True, "BLOCK": 4096, "num_warps": 8}),
@@ -191,6 +195,8 @@ def test_the_layers_kernels_fit_in_registers(capability: int, tmp_path: Path) ->
         (layer.gated_backward_kernel, {"ACTIVATION": "silu", "BLOCK": 1024}),
         (layer.rope_kernel, {"INVERSE": True, "HEADS": 64, "HALF": 64}),
         (loss.softmax_cross_entropy_kernel, {"BLOCK": loss.COLUMNS, "num_warps": 8}),
+        (group.weights_kernel, {"BLOCKSIZE": 64, "NESTED": True, "RUNS": codec.RUNS_PER_PROGRAM}),
+        (group.adapters_kernel, {"BLOCK": group.ELEMENTS}),
     ):
         assert Compiled(kernel, capability, types, **constants).stack_bytes(tmp_path) == 0
 

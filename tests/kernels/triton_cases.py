@@ -28,7 +28,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from halfbyte.kernels import adamw, cross_entropy, gated, norm, rope  # noqa: E402
-from halfbyte.kernels.triton import codec, layer, linear, loss, tiles  # noqa: E402
+from halfbyte.kernels.group import Member  # noqa: E402
+from halfbyte.kernels.triton import codec, group, layer, linear, loss, tiles  # noqa: E402
 from halfbyte.kernels.triton.adamw import adamw_  # noqa: E402
 
 HALF = torch.float16
@@ -399,3 +400,29 @@ def test_softmax_cross_entropy(vocab: int, dtype: torch.dtype) -> None:
     agree((found,), (expected,), dtype)
     targets[2] = vocab
     assert loss.softmax_cross_entropy_(logits.clone(), targets).isnan()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_groups_matrices(count: int, nested: bool) -> None:
+    """Weights to the bit as each by itself; adapters as torch puts them together, one member without."""
+    torch.manual_seed(0)
+    rows, columns = (48, 33, 5)[:count], 64
+    members = []
+    for number, out in enumerate(rows):
+        codes, absmax = codec.quantize(torch.randn(out, columns, device=DEVICE), "nf4", 32)
+        scales = compress_absmax(absmax) if nested else (absmax, None, 0.0)
+        lora = [torch.randn(4 + number, columns, device=DEVICE), torch.randn(out, 4 + number, device=DEVICE)]
+        pair = lora if number != 1 else [None, None]
+        members.append(Member((codes, *scales, "nf4", 32), out, None, *pair, 0.5 + number))
+    assert group.knows(members, columns)
+    for dtype in (torch.float32, HALF):
+        expected = torch.cat([codec.dequantize(m.weight, (m.out_features, columns), dtype) for m in members])
+        assert same_bits(group.weights(members, columns, dtype), expected)
+        a, b = group.adapters(members, columns, dtype)
+        scaled = [
+            torch.zeros(m.out_features, 0, device=DEVICE) if m.lora_B is None else m.scaling * m.lora_B
+            for m in members
+        ]
+        assert same_bits(a, torch.cat([m.lora_A for m in members if m.lora_A is not None]).to(dtype))
+        assert same_bits(b, torch.block_diag(*scaled).to(dtype))

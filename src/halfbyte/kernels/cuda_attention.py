@@ -31,13 +31,18 @@ LEAST_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where sequences and their keys lie, on the device; `key_rows`: the row of each key, None: they are the rows."""
+    """Where sequences and their keys lie, on the device; `key_rows`: the row of each key, None: they are the rows.
+
+    `no_random` and `nothing` are the state of dropout's random numbers, of which there are none.
+    """
 
     starts: Tensor
     key_starts: Tensor
     longest: int
     most_keys: int
     key_rows: Tensor | None
+    no_random: Tensor
+    nothing: Tensor
 
 
 @lru_cache(maxsize=4)
@@ -53,6 +58,7 @@ def _layout(starts: tuple[int, ...], parents: tuple[int, ...] | None, device: to
     return _Layout(
         moved, moved if rows is None else torch.tensor(keys, dtype=torch.int32).to(device),
         max(stop - start for start, stop in pairwise(starts)), max(b - a for a, b in pairwise(keys)), rows,
+        torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device),
     )  # fmt: skip
 
 
@@ -107,12 +113,11 @@ def packed_attention_backward(
         return plain_packed_attention_backward(g, qkv, out, lse, *case)
     layout = _found(seq_starts, parents, qkv)
     q, k, v = _split(qkv.contiguous(), heads, kv_heads, layout)
-    nothing = torch.empty(0, device=qkv.device)  # the state of dropout's random numbers, of which there are none
     with _deterministic():
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             g.contiguous().view_as(q), q, k, v, out.contiguous().view_as(q), lse.contiguous(), layout.starts,
             layout.key_starts, layout.longest, layout.most_keys, 0.0, True,
-            torch.zeros(2, dtype=torch.uint64, device=qkv.device), nothing, scale=scale, **_window(window),
+            layout.no_random, layout.nothing, scale=scale, **_window(window),
         )  # fmt: skip
     if layout.key_rows is not None:
         shared = torch.zeros(qkv.shape[0], 2 * kv_heads, head_dim, device=qkv.device)

@@ -1,4 +1,4 @@
-"""Adapted 4-bit layers over one input on a GPU: their weights decoded once, side by side, for one product.
+"""Adapted 4-bit layers over one input on a GPU: one product with their weights, decoded side by side, and few more.
 
 Products run in x's dtype with float32 sums; the adapters' gradients come out of them in float32. A few rows, as in
 generating, are multiplied with the 4-bit bytes themselves. Importing this module registers it.
@@ -10,22 +10,49 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.abi import DTYPES
-from halfbyte.kernels.cuda_ops import dequantize_into
+from halfbyte.kernels.cuda_ops import check_weight, dequantize_into
 from halfbyte.kernels.group import Member
 from halfbyte.kernels.lora_linear import _backward_arguments, _forward_arguments, _plain_backward, _plain_forward
+from halfbyte.kernels.registry import cuda_choice
 
-FEW_ROWS = 64
-"""Up to so many a layer's own product serves (kernels/cuda_ops.py): then it is the faster one."""
+FEW_ROWS = 2
+"""Up to so many a layer's own product serves (kernels/cuda_ops.py): tiles for a few more are hardly faster than
+decoding, and take a second or two of trying out for each shape."""
 
 
-def _decoded(members: list[Member], x: Tensor) -> Tensor:
+def _by_triton(members: list[Member], columns: int) -> bool:
+    """Whether the kernels that make a group's matrices at once serve."""
+    if "triton" not in cuda_choice().kernels:
+        return False
+    from halfbyte.kernels.triton import group
+
+    return group.knows(members, columns)
+
+
+def _weights(members: list[Member], x: Tensor) -> Tensor:
     """(all out_features, in_features) in the dtype of x."""
+    if _by_triton(members, x.shape[1]):
+        from halfbyte.kernels.triton import group
+
+        for member in members:
+            check_weight(member.weight, member.out_features * x.shape[1], x)
+        return group.weights(members, x.shape[1], x.dtype)
     weight = x.new_empty(sum(member.out_features for member in members), x.shape[1])
-    first = 0
-    for member in members:
-        dequantize_into(weight[first : first + member.out_features], member.weight)
-        first += member.out_features
+    for rows, member in zip(weight.split([m.out_features for m in members]), members, strict=True):
+        dequantize_into(rows, member.weight)
     return weight
+
+
+def _adapters(members: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The A's below each other (ranks, in_features), the scaled B's on a block diagonal (all out_features, ranks)."""
+    if _by_triton(members, x.shape[1]):
+        from halfbyte.kernels.triton import group
+
+        return group.adapters(members, x.shape[1], x.dtype)
+    a = torch.cat([m.lora_A for m in members if m.lora_A is not None])
+    empty = [x.new_empty(m.out_features, 0, dtype=torch.float32) for m in members]
+    b = [e if m.lora_B is None else m.scaling * m.lora_B for m, e in zip(members, empty, strict=True)]
+    return a.to(x.dtype), torch.block_diag(*b).to(x.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -42,17 +69,18 @@ def _base(x: Tensor, members: list[Member]) -> Tensor:
     if x.shape[0] <= FEW_ROWS:
         each = [torch.ops.halfbyte.linear_4bit(x, *m.weight, m.out_features, m.bias) for m in members]
         return each[0] if len(each) == 1 else torch.cat(each, 1)
-    y = x @ _decoded(members, x).t()
-    for columns, member in zip(y.split([member.out_features for member in members], 1), members, strict=True):
-        if member.bias is not None:
-            columns += member.bias.to(x.dtype)
+    y = x @ _weights(members, x).t()
+    if any(member.bias is not None for member in members):
+        for columns, member in zip(y.split([member.out_features for member in members], 1), members, strict=True):
+            if member.bias is not None:
+                columns += member.bias.to(x.dtype)
     return y
 
 
 def _base_dx(g: Tensor, x: Tensor, members: list[Member]) -> Tensor:
     """The sum over the members of g_i W_i, in the dtype of x."""
     if x.shape[0] > FEW_ROWS:
-        return g @ _decoded(members, x)
+        return g @ _weights(members, x)
     parts = [
         torch.ops.halfbyte.linear_4bit_dx(g_i, *member.weight, x.shape[1])
         for g_i, member in zip(g.split([member.out_features for member in members], 1), members, strict=True)
@@ -65,15 +93,12 @@ def lora_linear_4bit(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
     members = _forward_arguments(x, group)  # type: ignore[arg-type]
     if x.dtype not in DTYPES:
         return _plain_forward(x, members)
-    adapted = [member for member in members if member.lora_A is not None]
     y = _base(x, members)
-    if not adapted:
+    if not any(member.rank for member in members):
         return y, x.new_empty(x.shape[0], 0, dtype=torch.float32)
-    u = _product(x, torch.cat([m.lora_A for m in adapted if m.lora_A is not None]).to(x.dtype).t())
-    us = iter(u.to(x.dtype).split([member.rank for member in adapted], 1))
-    for columns, member in zip(y.split([member.out_features for member in members], 1), members, strict=True):
-        if member.lora_B is not None:
-            columns.addmm_(next(us), member.lora_B.to(x.dtype).t(), alpha=member.scaling)
+    a, b = _adapters(members, x)
+    u = _product(x, a.t())
+    y.addmm_(u.to(x.dtype), b.t())
     return y, u
 
 
@@ -85,20 +110,24 @@ def lora_linear_4bit_backward(
     if x.dtype not in DTYPES:
         return _plain_backward(g, x, u, members, bool(need_dx))
     dx = _base_dx(g, x, members) if need_dx else x.new_empty(0, x.shape[1])
-    adapted = [
-        (g_i, member.lora_A, member.lora_B, member.scaling)
-        for g_i, member in zip(g.split([member.out_features for member in members], 1), members, strict=True)
-        if member.lora_A is not None and member.lora_B is not None
-    ]
-    if not adapted:
+    if not any(member.rank for member in members):
         return dx, [], []
-    v = torch.cat([g_i @ (scaling * lora_B).to(g.dtype) for g_i, _, lora_B, scaling in adapted], 1)
+    a, b = _adapters(members, x)
+    v = g @ b
     if need_dx:
-        dx.addmm_(v, torch.cat([lora_A for _, lora_A, _, _ in adapted]).to(x.dtype))
-    ranks = [lora_A.shape[0] for _, lora_A, _, _ in adapted]
-    dA = [part.contiguous() for part in _product(v.t(), x).split(ranks)]
-    us = u.to(x.dtype).split(ranks, 1)
-    dB = [_product(g_i.t(), u_i).mul_(scaling) for (g_i, _, _, scaling), u_i in zip(adapted, us, strict=True)]
+        dx.addmm_(v, a)
+    down, up = _product(v.t(), x), _product(g.t(), u.to(x.dtype))
+    if len(members) == 1:
+        return dx, [down], [up.mul_(members[0].scaling)]
+    dA, dB = [], []
+    row = column = 0
+    for member in members:
+        if member.rank:
+            own = slice(column, column + member.rank)
+            dA.append(down[own])
+            dB.append(up[row : row + member.out_features, own] * member.scaling)
+            column += member.rank
+        row += member.out_features
     return dx, dA, dB
 
 

@@ -45,7 +45,7 @@ def _kernels(
     return None
 
 
-def _check(weight: Weight, count: int, like: Tensor) -> None:
+def check_weight(weight: Weight, count: int, like: Tensor) -> None:
     """Kernels read by these numbers and from these addresses: a wrong one must not reach them."""
     codes, absmax, nested_absmax, _, _, blocksize = weight
     ops._check_weight(codes, absmax, nested_absmax, blocksize, count)
@@ -67,7 +67,7 @@ def dequantize_4bit(
     shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check(weight, prod(shape), codes)
+    check_weight(weight, prod(shape), codes)
     return _dequantize(weight, tuple(shape), dtype)
 
 
@@ -81,7 +81,7 @@ def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 def dequantize_into(out: Tensor, weight: Weight) -> None:
     """Decode `weight` into `out`, contiguous, of its shape."""
-    _check(weight, out.numel(), out)
+    check_weight(weight, out.numel(), out)
     kernels = _kernels(weight[5], out.dtype, out.numel())
     if kernels is None:
         out.copy_(dequantize_reference(*weight, tuple(out.shape), out.dtype))
@@ -95,7 +95,7 @@ def linear_4bit(
 ) -> Tensor:  # fmt: skip
     in_features = x.shape[-1]
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check(weight, out_features * in_features, x)
+    check_weight(weight, out_features * in_features, x)
     if bias is not None:
         if bias.shape != (out_features,) or bias.device != x.device:
             raise ValueError(f"bias {tuple(bias.shape)} on {bias.device}, not ({out_features},) on {x.device}")
@@ -114,7 +114,7 @@ def linear_4bit_dx(
 ) -> Tensor:  # fmt: skip
     out_features = grad.shape[-1]
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    _check(weight, out_features * in_features, grad)
+    check_weight(weight, out_features * in_features, grad)
     kernels = _kernels(blocksize, grad.dtype, out_features * in_features)
     if kernels is None or not grad.numel():
         return grad @ _dequantize(weight, (out_features, in_features), grad.dtype)

@@ -20,6 +20,7 @@ from halfbyte.kernels.buffers import empty, empty_like
 from halfbyte.kernels.cpu import Library
 from halfbyte.kernels.cpu_ops import fused_library, panel_library
 from halfbyte.kernels.group import GroupView, Member
+from halfbyte.quant.ops import require
 
 _GROUP = (
     "Tensor[] codes, Tensor[] absmax, Tensor?[] nested_absmax, float[] nested_offset, str quant_type, int blocksize, "
@@ -43,33 +44,30 @@ def _members(group: Group, in_features: int) -> list[Member]:
     quant_type, blocksize = group[4:6]
     lists: list[list[Any]] = [*group[:4], *group[6:]]
     lengths = [len(each) for each in lists]
-    torch._check(lengths[0] > 0, lambda: "a group needs a member")
-    torch._check(len(set(lengths)) == 1, lambda: f"lists of {lengths} members")
+    require(lengths[0] > 0, lambda: "a group needs a member")
+    require(len(set(lengths)) == 1, lambda: f"lists of {lengths} members")
     members = []
     for code, scale, nested, offset, out_features, bias, lora_A, lora_B, scaling in zip(*lists, strict=True):
         weight = (code, scale, nested, offset, quant_type, blocksize)
         member = Member(weight, out_features, bias, lora_A, lora_B, scaling)
-        torch._check((lora_A is None) == (lora_B is None), lambda: "lora_A and lora_B come together")
+        require((lora_A is None) == (lora_B is None), lambda: "lora_A and lora_B come together")
         for name, tensor, shape in (
             ("lora_A", lora_A, (member.rank, in_features)),
             ("lora_B", lora_B, (out_features, member.rank)),
         ):
-            if tensor is not None:
-                fits = tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
-                torch._check(
-                    fits, lambda n=name, t=tensor, s=shape: f"{n} {t.dtype} {tuple(t.shape)}, not float32 {s}"
-                )
-        if bias is not None:
-            torch._check(bias.shape == (out_features,), lambda b=bias: f"bias {tuple(b.shape)}")
+            if tensor is not None and not (tensor.dtype == torch.float32 and tuple(tensor.shape) == shape):
+                raise RuntimeError(f"{name} {tensor.dtype} {tuple(tensor.shape)}, not float32 {shape}")
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            raise RuntimeError(f"bias {tuple(bias.shape)}")
         members.append(member)
     return members
 
 
 def _check_rows(name: str, rows: Tensor, columns: int, like: Tensor | None = None) -> None:
     fits = rows.dim() == 2 and rows.shape[1] == columns
-    torch._check(fits, lambda: f"{name} {tuple(rows.shape)}, not (T, {columns})")
+    require(fits, lambda: f"{name} {tuple(rows.shape)}, not (T, {columns})")
     if like is not None:
-        torch._check(rows.shape[0] == like.shape[0], lambda: f"{name} has {rows.shape[0]} rows of {like.shape[0]}")
+        require(rows.shape[0] == like.shape[0], lambda: f"{name} has {rows.shape[0]} rows of {like.shape[0]}")
 
 
 def _plain_forward(x: Tensor, members: list[Member]) -> tuple[Tensor, Tensor]:
@@ -115,8 +113,8 @@ def _backward_arguments(g: Tensor, x: Tensor, u: Tensor, group: Group) -> list[M
     members = _forward_arguments(x, group)
     _check_rows("g", g, sum(member.out_features for member in members), x)
     _check_rows("u", u, sum(member.rank for member in members), x)
-    torch._check(g.dtype == x.dtype, lambda: f"g is {g.dtype}, x {x.dtype}")
-    torch._check(u.dtype == torch.float32, lambda: f"u is {u.dtype}")
+    require(g.dtype == x.dtype, lambda: f"g is {g.dtype}, x {x.dtype}")
+    require(u.dtype == torch.float32, lambda: f"u is {u.dtype}")
     return members
 
 

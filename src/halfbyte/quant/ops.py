@@ -5,6 +5,7 @@ A quantized weight travels as flat tensors and numbers, so that torch.compile se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -30,16 +31,24 @@ torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_fe
 torch.library.define("halfbyte::linear_4bit_dx", f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor")
 
 
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """As torch._check, which takes 4 us where nothing is wrong: as long as a small product, a dozen times a layer.
+
+    Raises:
+        RuntimeError: it is not so.
+    """
+    if not condition:
+        torch._check(False, message)
+
+
 def _check_weight(codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, blocksize: int, count: int) -> None:
-    torch._check(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
-    torch._check(codes.numel() == num_code_bytes(count), lambda: f"{codes.numel()} code bytes for {count} weights")
+    require(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
+    require(codes.numel() == num_code_bytes(count), lambda: f"{codes.numel()} code bytes for {count} weights")
     scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
-    torch._check(absmax.dtype == scale_dtype, lambda: f"absmax must be {scale_dtype}, not {absmax.dtype}")
-    torch._check(
-        absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights"
-    )
+    require(absmax.dtype == scale_dtype, lambda: f"absmax must be {scale_dtype}, not {absmax.dtype}")
+    require(absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights")
     if nested_absmax is not None:
-        torch._check(
+        require(
             nested_absmax.numel() == num_blocks(absmax.numel(), NESTED_BLOCKSIZE),
             lambda: f"{nested_absmax.numel()} second-level scales for {absmax.numel()} scales",
         )

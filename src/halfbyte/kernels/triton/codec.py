@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
-from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of, safe_divisor
+from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of, parts_of, safe_divisor
 from halfbyte.quant.blocks import num_blocks, num_code_bytes
 
 RUN: tl.constexpr = tl.constexpr(32)
@@ -21,12 +21,12 @@ QUANTIZED_PER_PROGRAM = 4096
 
 
 @triton.jit
-def dequantize_kernel(
-    codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes,
+def decode_part(
+    codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes, part,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = codebook[code i] * scale of its block, for the RUNS * 32 elements of this program."""
-    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
+    """out[i] = codebook[code i] * scale of its block, for the RUNS * 32 elements of part number `part`."""
+    run = part.to(tl.int64) * RUNS + tl.arange(0, RUNS)
     scale = block_scale(
         absmax, nested_absmax, dynamic_map, nested_offset, run * RUN // BLOCKSIZE, run * RUN < count, NESTED
     )
@@ -34,6 +34,18 @@ def dequantize_kernel(
     values = code_values(codes, byte, byte < num_bytes, codebook) * scale[:, None]
     element = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     tl.store(out + element, values.to(out.dtype.element_ty), mask=element < count)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """A weight's part."""
+    decode_part(
+        codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes, tl.program_id(0),
+        BLOCKSIZE, NESTED, RUNS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -72,7 +84,7 @@ def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: 
     if count:
         table, dynamic = device_tables(quant_type, codes.device)
         with on_device_of(codes):
-            dequantize_kernel[(triton.cdiv(count, RUNS_PER_PROGRAM * RUN.value),)](
+            dequantize_kernel[(parts_of(count, RUNS_PER_PROGRAM * RUN.value),)](
                 codes.contiguous(), absmax.contiguous(),
                 absmax if nested_absmax is None else nested_absmax.contiguous(),
                 table.values, dynamic, nested_offset, out, count, codes.numel(),
@@ -92,7 +104,7 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
         table, _ = device_tables(quant_type, flat.device)
         per_program = max(QUANTIZED_PER_PROGRAM // blocksize, 1)
         with on_device_of(flat):
-            quantize_kernel[(triton.cdiv(absmax.numel(), per_program),)](
+            quantize_kernel[(parts_of(absmax.numel(), per_program),)](
                 flat, table.boundaries, table.order, codes, absmax, count, codes.numel(), table.zero_code,
                 BLOCKSIZE=blocksize, BLOCKS=per_program, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.triton.decode import on_device_of
+from halfbyte.kernels.triton.decode import on_device_of, parts_of, power_of_two
 
 ELEMENTS = 1024
 """Of a gated row that a program makes."""
@@ -124,7 +124,7 @@ def rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset
     x, columns = x.contiguous(), x.shape[-1]
     total = x if delta is None else torch.empty_like(x)
     out, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    block = triton.next_power_of_2(columns)
+    block = power_of_two(columns)
     if x.numel():
         with on_device_of(x):
             norm_kernel[(rstd.numel(),)](
@@ -139,7 +139,7 @@ def rms_norm_backward(
 ) -> Tensor:
     """dx, `add` added."""
     x, columns = x.contiguous(), x.shape[-1]
-    dx, block = torch.empty_like(x), triton.next_power_of_2(columns)
+    dx, block = torch.empty_like(x), power_of_two(columns)
     if x.numel():
         with on_device_of(x):
             norm_backward_kernel[(rstd.numel(),)](
@@ -155,7 +155,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     if out.numel():
         with on_device_of(out):
-            gated_kernel[(out.numel() // width, triton.cdiv(width, ELEMENTS))](
+            gated_kernel[(out.numel() // width, parts_of(width, ELEMENTS))](
                 gate_up, out, width, ACTIVATION=activation, BLOCK=ELEMENTS, num_warps=4
             )
     return out
@@ -167,7 +167,7 @@ def gated_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tens
     d_gate_up, again = torch.empty_like(gate_up), torch.empty_like(grad)
     if grad.numel():
         with on_device_of(grad):
-            gated_backward_kernel[(grad.numel() // width, triton.cdiv(width, ELEMENTS))](
+            gated_backward_kernel[(grad.numel() // width, parts_of(width, ELEMENTS))](
                 grad, gate_up, d_gate_up, again, width, ACTIVATION=activation, BLOCK=ELEMENTS, num_warps=4
             )
     return d_gate_up, again
@@ -180,5 +180,5 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, *, i
         with on_device_of(qkv):
             rope_kernel[(qkv.shape[0],)](
                 qkv, cos.contiguous(), sin.contiguous(), heads, head_dim, qkv.stride(0), half, INVERSE=inverse,
-                HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), num_warps=4,
+                HEADS=power_of_two(heads), HALF=power_of_two(half), num_warps=4,
             )  # fmt: skip
