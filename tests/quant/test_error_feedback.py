@@ -7,6 +7,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.quant.error_feedback import Grid, Moments, ranks_with_feedback, round_with_feedback
+from halfbyte.quant.scales import fitted_scales
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_a_shift_of_the_inputs_is_made_up_for() -> None:
     plain = hb.quantize(target, double_quant=False)
 
     def wrong(moments: Moments) -> float:
-        weight = round_with_feedback(target, moments, plain).dequantize()
+        weight = round_with_feedback(moments.wanted(target), moments, plain).dequantize()
         return float((ours @ weight.T - trained @ target.T).norm() / (trained @ target.T).norm())
 
     assert wrong(Moments(own, cross)) < 0.7 * wrong(Moments(own, own))
@@ -88,3 +89,32 @@ def test_sweeps_take_the_error_further_down(kind: str) -> None:
         wrong = round_with_feedback(target, moments, plain, sweeps).dequantize() - target
         errors.append(float((wrong @ moments.damped * wrong).sum()))
     assert errors[2] < errors[1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_scales_fitted_to_codes(double_quant: bool) -> None:
+    """Measured: the error falls to 0.91 of it, under double quantization to 0.95."""
+    torch.manual_seed(4)
+    target, x = torch.randn(48, 192), correlated(2000, 192)
+    moments = Moments(x.T @ x, x.T @ x)
+    plain = hb.quantize(target, scale="mse-signed", double_quant=double_quant)
+
+    def wrong(refit: bool) -> float:
+        change = round_with_feedback(target, moments, plain, 2, refit=refit).dequantize() - target
+        return float((change @ moments.damped * change).sum())
+
+    assert wrong(True) < 0.98 * wrong(False)
+
+
+def test_fitted_scales_are_the_least_squares() -> None:
+    """Against torch's solver, row by row; a row of zeros gets zeros."""
+    torch.manual_seed(5)
+    values, scales, x = torch.randn(6, 128), torch.randn(6, 4), correlated(500, 128)
+    values[5] = 0
+    wanted = values * scales.repeat_interleave(32, 1) + 0.1 * torch.randn(6, 128)
+    found = fitted_scales(wanted, values, x.T @ x, 32).view(6, 4)
+    for row in range(5):
+        blocks = (x * values[row]).view(500, 4, 32).sum(2)
+        expected = torch.linalg.lstsq(blocks, (x @ wanted[row])[:, None]).solution[:, 0]
+        torch.testing.assert_close(found[row], expected, rtol=2e-3, atol=2e-3)
+    assert not found[5].any()

@@ -14,7 +14,7 @@ from halfbyte.model.memory import free_memory, matrix_sides, resident_memory
 from halfbyte.plan import Budget, budget_of
 from halfbyte.plan.merging import error_feedback_bytes
 
-MOST_TOKENS, LEAST_TOKENS = 8192, 512
+MOST_TOKENS, LEAST_TOKENS = 16_384, 512
 """Of text to calibrate on: fewer where memory does not suffice."""
 
 

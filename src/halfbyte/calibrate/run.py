@@ -20,6 +20,7 @@ from halfbyte.config import LoraConfig, RunConfig
 from halfbyte.config.names import matches
 from halfbyte.data import load_data
 from halfbyte.dtypes import format_bytes
+from halfbyte.errors import ConfigError, NumericsError, ResourceError
 from halfbyte.model.adapt import START, peft_config
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.lent import LentModel
@@ -33,6 +34,8 @@ CONFIG_KEY = "halfbyte_calibrated"
 """In config.json, so that it stays with the model when files are copied one by one."""
 
 Say = Callable[[str], None]
+Match = Callable[[RunConfig, Path], dict[str, Any]]
+"""`halfbyte.train.match.match_start`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class CalibrateResult(QuantizeResult):
     tokens: int
     predicted_peak_memory: int
     layers: tuple[LayerError, ...]
+    matched: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -49,11 +53,16 @@ class CalibrateResult(QuantizeResult):
 
 
 def calibrate_model(
-    config: RunConfig, output: str | Path, *, say: Say = lambda text: None, on_progress: Progress | None = None
+    config: RunConfig,
+    output: str | Path,
+    *,
+    match: Match | None = None,
+    say: Say = lambda text: None,
+    on_progress: Progress | None = None,
 ) -> CalibrateResult:
     """Write `config.model.path` in 4 bits, its scales and codes such that its outputs on the text
     `config.quant.calibrate` are close; with `config.lora.init` "cloq" an adapter beside it makes
-    up for most of the rest.
+    up for most of the rest, which `match` then has `config.lora.match_steps` steps to bring closer still.
 
     Raises:
         ModelError, ConfigError: as `quantize_model`.
@@ -87,11 +96,26 @@ def calibrate_model(
         if ranks:
             record |= {"base": str(output), "base_sha256": base.hexdigest(), "calibrated": calibrated}
             _write_start(folder.path / START, job, config.lora, written, record)
+        matched = _matched(match, config, folder.path, say) if match and ranks and config.lora.match_steps else None
     return CalibrateResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
         bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(), predicted_peak_memory=predicted,
         seconds=time.perf_counter() - started, output=str(output), tokens=tokens, layers=tuple(written.layers),
+        matched=matched,
     )  # fmt: skip
+
+
+def _matched(match: Match, config: RunConfig, folder: Path, say: Say) -> dict[str, Any] | None:
+    try:
+        matched = match(config, folder)
+    except (ConfigError, NumericsError, ResourceError) as error:
+        say(f"start: not matched to the 16-bit model: {error}")
+        return None
+    say(
+        f"start: {matched['steps']} steps towards the 16-bit model's predictions in {matched['seconds']:.1f} s, "
+        f"KL {matched['kl_first']:.4f} -> {matched['kl_last']:.4f} by token"
+    )
+    return matched
 
 
 def _ranks(job: Unquantized, lora: LoraConfig) -> dict[str, int]:

@@ -11,16 +11,16 @@ EXTRA, ROUNDS = 16, 4
 """Of the randomised decomposition: directions beside those wanted, and rounds of refining them."""
 
 
-def start_of(target: Tensor, decoded: Tensor, moments: Moments, r: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r), float32, of least ||t target^T - x (decoded + B A)^T|| over the calibration text.
+def start_of(wanted: Tensor, decoded: Tensor, moments: Moments, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), float32, of least ||x wanted^T - x (decoded + B A)^T|| over the calibration text.
 
     What is missing, times a root of the inputs' second moments, cut to its r largest directions, and that root undone.
     Each row of A gets the norm that PEFT's own start gives it, about 1/sqrt(3), so that both factors learn as fast.
 
     Args:
-        target, decoded: (out, in) float32, as it should be and as it was written.
+        wanted, decoded: (out, in) float32, as it should be (`Moments.wanted`) and as it was written.
     """
-    missing = (moments.wanted(target) - decoded) @ moments.factor
+    missing = (wanted - decoded) @ moments.factor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rank = min(r, *missing.shape)

@@ -73,7 +73,8 @@ class CalibratedWriter:
                 slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
                 slices = self._base.through(name, slices)
                 self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
-        run_side_by_side(model, ids, counts, self._stored, targets, self._round, chunk_tokens=CHUNK_TOKENS)
+        run_side_by_side(model, ids, counts, self._stored, targets, self._round, chunk_tokens=CHUNK_TOKENS,
+                         capped=True)  # fmt: skip
         for name in targets - set(self._done):  # no text passed them
             self._write(name, self._nearest(name, self._target(name), None))
 
@@ -88,12 +89,13 @@ class CalibratedWriter:
 
     def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
         target, rank = self._target(name), self._ranks.get(name, 0)
-        plain = self._nearest(name, target, moments.own.diagonal())
-        weight = round_with_feedback(target, moments, plain, SWEEPS)
+        wanted, importance = moments.wanted(target), moments.own.diagonal()
+        plain = self._nearest(name, wanted, importance)
+        weight = round_with_feedback(wanted, moments, plain, SWEEPS, refit=True)
         if rank:  # once more, of what the start leaves to do
-            a, b = start_of(target, weight.dequantize(torch.float32), moments, rank)
-            rest = target - b @ a
-            weight = round_with_feedback(rest, moments, self._nearest(name, rest, moments.own.diagonal()), SWEEPS)
+            a, b = start_of(wanted, weight.dequantize(torch.float32), moments, rank)
+            rest = wanted - b @ a
+            weight = round_with_feedback(rest, moments, self._nearest(name, rest, importance), SWEEPS, refit=True)
         decoded = weight.dequantize(torch.float32)
         wrong, before = decoded - target, plain.dequantize(torch.float32) - target
         size = float((target @ moments.own * target).sum())
@@ -105,7 +107,7 @@ class CalibratedWriter:
         self._write(name, weight)
         if not rank:
             return partial(weight.dequantize, torch.float32)
-        a, b = self.starts[name] = start_of(target, decoded, moments, rank)
+        a, b = self.starts[name] = start_of(wanted, decoded, moments, rank)
         return lambda: weight.dequantize(torch.float32) + b @ a
 
     def _nearest(self, name: str, target: Tensor, importance: Tensor | None) -> QuantizedWeight:

@@ -42,8 +42,11 @@ def quantize(
     with LoadBar(out) as bar:
         if run.quant.calibrate:
             from halfbyte.calibrate import calibrate_model
+            from halfbyte.train.match import match_start
 
-            result: QuantizeResult = calibrate_model(run, output, say=out.print, on_progress=bar.update)
+            result: QuantizeResult = calibrate_model(
+                run, output, match=match_start, say=out.print, on_progress=bar.update
+            )
         else:
             result = quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
     text = (

@@ -109,6 +109,8 @@ class LoraConfig:
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
     init: Literal["random", "cloq"] = "random"
     """random (A uniform, B zero); cloq: what `halfbyte quantize` with quant.calibrate and this left by the base."""
+    match_steps: int = 120
+    """`halfbyte quantize` with init = "cloq": steps towards the 16-bit model's predictions; 0: none."""
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "lora.r", self.r, "the rank is at least 1")
@@ -117,6 +119,7 @@ class LoraConfig:
         )
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability, at least 0 and below 1")
         _require_choice("lora.init", self.init, ("random", "cloq"))
+        _require(self.match_steps >= 0, "lora.match_steps", self.match_steps, "0 or more")
         _require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
 
     @property

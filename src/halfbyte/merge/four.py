@@ -35,7 +35,7 @@ class FourBitShards:
 
     def round(self, name: str, target: Tensor, moments: Moments) -> Callable[[], Tensor]:
         """Codes by error feedback, to the scales of the nearest ones."""
-        weight = round_with_feedback(target, moments, self._plain(name, target))
+        weight = round_with_feedback(moments.wanted(target), moments, self._plain(name, target))
         self._add(name, weight)
         return partial(weight.dequantize, torch.float32)
 

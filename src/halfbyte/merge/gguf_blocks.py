@@ -29,7 +29,7 @@ def blocks_with_feedback(target: Tensor, moments: Moments, kind: str) -> NDArray
     count = 16 if kind[1] == "4" else 32
     levels = torch.arange(count, dtype=torch.float32) + _LOWEST[kind]
     offsets = _spread(blocks[:, 2:4], target) if kind.endswith("_1") else None
-    ranks = ranks_with_feedback(target, moments, Grid(levels, _spread(blocks[:, :2], target), offsets))
+    ranks = ranks_with_feedback(moments.wanted(target), moments, Grid(levels, _spread(blocks[:, :2], target), offsets))
     codes = ranks.contiguous().numpy().reshape(-1, 2, BLOCK // 2)
     blocks[:, -16:] = (codes[:, 0] & 15) | (codes[:, 1] & 15) << 4
     if count == 32:

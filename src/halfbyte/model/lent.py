@@ -49,9 +49,10 @@ class LentModel:
                 return module
         raise ModelError("has no list of decoder layers", where=self.label, fix="Merge with --format 16bit")
 
-    def run(self, input_ids: Tensor) -> None:
-        """All but the output head, for what hooks see of it, while weights are lent."""
-        self._model.base_model(input_ids=input_ids, use_cache=False)
+    def run(self, input_ids: Tensor) -> Tensor:
+        """All but the output head, while weights are lent: the last hidden states (sequences, tokens, hidden size)."""
+        hidden: Tensor = self._model.base_model(input_ids=input_ids, use_cache=False)[0]
+        return hidden
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, weights: Weights) -> Tensor:

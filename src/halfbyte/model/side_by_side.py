@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from halfbyte.errors import ModelError
 from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.lent import LentModel, Weights
+from halfbyte.quant.absmax import TINY
 from halfbyte.quant.error_feedback import Moments
 
 PADDED = 64
@@ -33,7 +34,7 @@ goes on with, whenever it is called."""
 @torch.no_grad()
 def run_side_by_side(
     model: LentModel, ids: Tensor, counts: Tensor, weights: Weights, names: Collection[str], writer: Writer,
-    *, chunk_tokens: int,
+    *, chunk_tokens: int, capped: bool = False,
 ) -> None:  # fmt: skip
     """Run text through the decoder layers; `writer` gets each weight of `names` when its inputs are known.
 
@@ -44,6 +45,8 @@ def run_side_by_side(
         names: parameters called "<linear layer>.weight". Those that no text passes, row by row in a decoder layer, are
             not given to `writer`.
         chunk_tokens: of text that goes through a layer at a time, in each of the two models.
+        capped: let no token's input count for more than the median one's of its chunk. A few tokens, the first of each
+            text above all, have inputs a hundred times as large: their outputs would be kept at all others' cost.
 
     Raises:
         ModelError: the model has no list of decoder layers, or they are given more of the text than hidden states.
@@ -55,7 +58,7 @@ def run_side_by_side(
         for layer in layers:
             with ExitStack() as written:
                 for group in layer.groups:
-                    moments = _moments(layer, group[0].module, states, [count for _, count in chunks])
+                    moments = _moments(layer, group[0].module, states, [count for _, count in chunks], capped)
                     for linear in group:
                         written.enter_context(linear.second_half_by(writer(linear.name, moments)))
                     del moments
@@ -118,15 +121,19 @@ class _Layer:
         return result
 
 
-def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: list[Tensor]) -> Moments:
+def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: list[Tensor], capped: bool) -> Moments:
     """Of the input of `module`, a part of `layer`."""
     sums: list[Tensor] = []
     for state, count in zip(states, counts, strict=True):
         wanted, ours = (part[count] for part in _input_of(module, partial(layer, state)).chunk(2))
         if not sums:
             sums = [torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2)]
-        sums[0].addmm_(ours.T, ours)
-        sums[1].addmm_(wanted.T, ours)
+        weighted = ours
+        if capped:
+            sizes = ours.square().mean(1, keepdim=True).clamp(min=TINY)
+            weighted = ours * (sizes.median() / sizes).clamp(max=1.0)
+        sums[0].addmm_(weighted.T, ours)
+        sums[1].addmm_(wanted.T, weighted)
     return Moments(*sums)
 
 

@@ -14,9 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from halfbyte.quant.absmax import expand_absmax
+from halfbyte.quant.absmax import compress_absmax, expand_absmax
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.nibbles import pack_nibbles
+from halfbyte.quant.scales import fitted_scales
 from halfbyte.quant.weight import QuantizedWeight
 
 DAMPING = 0.01
@@ -100,35 +101,73 @@ class Grid:
         return Grid(self.levels, self.scales.T[order].contiguous(), offsets)
 
 
-def ranks_with_feedback(target: Tensor, moments: Moments, grid: Grid, sweeps: int = 0) -> Tensor:
-    """The ranks in `grid` of the weight W for which x W^T is close to t target^T.
+def ranks_with_feedback(
+    wanted: Tensor, moments: Moments, grid: Grid, sweeps: int = 0, ranks: Tensor | None = None
+) -> Tensor:
+    """The ranks in `grid` of the weight W for which x W^T is close to x wanted^T.
 
     Args:
-        target: (out, in) float32.
+        wanted: (out, in) float32.
         sweeps: over all columns afterwards, each given the best code beside all others: half as long again, for each.
+        ranks: (out, in) uint8, to begin these sweeps at.
 
     Returns:
         (out, in) uint8.
     """
     order = moments.order
-    wanted, grid = moments.wanted(target).T[order].contiguous(), grid.taken(order)
-    ranks = _ranks(wanted.clone() if sweeps else wanted, moments.inverse_factor, grid)
+    columns, grid = wanted.T[order].contiguous(), grid.taken(order)
+    if ranks is None:
+        found = _ranks(columns.clone() if sweeps else columns, moments.inverse_factor, grid)
+    else:
+        found = ranks.T[order].contiguous()
     if sweeps:
-        _improve(ranks, wanted, moments.damped[order][:, order], grid, sweeps)
-    back = torch.empty_like(ranks)
-    back[order] = ranks
+        _improve(found, columns, moments.damped[order][:, order], grid, sweeps)
+    back = torch.empty_like(found)
+    back[order] = found
     return back.T
 
 
-def round_with_feedback(target: Tensor, moments: Moments, plain: QuantizedWeight, sweeps: int = 0) -> QuantizedWeight:
-    """`plain`, a 4-bit form of `target` (out, in), with other codes: W such that x W^T is close to t target^T."""
-    scales = plain.absmax
-    if plain.nested_absmax is not None:
-        scales = expand_absmax(plain.absmax, plain.nested_absmax, plain.nested_offset)
-    steps = scales.repeat_interleave(plain.blocksize)[: target.numel()].view(target.shape)
+def round_with_feedback(
+    wanted: Tensor, moments: Moments, plain: QuantizedWeight, sweeps: int = 0, *, refit: bool = False
+) -> QuantizedWeight:
+    """`plain`, a 4-bit form of `wanted` (out, in), with other codes: W such that x W^T is close to x wanted^T.
+
+    Args:
+        refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
+    """
     table = codebook(plain.quant_type)
-    ranks = ranks_with_feedback(target, moments, Grid(table.values[table.order.int()], steps), sweeps)
+    levels = table.values[table.order.int()]
+    grid = Grid(levels, _steps(plain))
+    ranks = ranks_with_feedback(wanted, moments, grid, sweeps)
+    if refit and wanted.shape[1] % plain.blocksize == 0:
+        scales = fitted_scales(wanted, levels[ranks.int()], moments.damped, plain.blocksize)
+        other = _with_scales(plain, scales)
+        other_grid = Grid(levels, _steps(other))
+        other_ranks = ranks_with_feedback(wanted, moments, other_grid, sweeps, ranks)
+        if _error(wanted, other_ranks, other_grid, moments) < _error(wanted, ranks, grid, moments):
+            plain, ranks = other, other_ranks
     return replace(plain, codes=pack_nibbles(table.order[ranks.reshape(-1).int()], table.zero_code))
+
+
+def _with_scales(plain: QuantizedWeight, scales: Tensor) -> QuantizedWeight:
+    if plain.nested_absmax is None:
+        return replace(plain, absmax=scales)
+    absmax, nested_absmax, offset = compress_absmax(scales)
+    return replace(plain, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset)
+
+
+def _steps(weight: QuantizedWeight) -> Tensor:
+    """(out, in): the scale that each weight is decoded with."""
+    scales = weight.absmax
+    if weight.nested_absmax is not None:
+        scales = expand_absmax(weight.absmax, weight.nested_absmax, weight.nested_offset)
+    count = weight.shape[0] * weight.shape[1]
+    return scales.repeat_interleave(weight.blocksize)[:count].view(weight.shape)
+
+
+def _error(wanted: Tensor, ranks: Tensor, grid: Grid, moments: Moments) -> float:
+    wrong = wanted - grid.levels[ranks.int()] * grid.scales
+    return float((wrong @ moments.damped * wrong).sum())
 
 
 def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:

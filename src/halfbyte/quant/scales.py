@@ -18,6 +18,8 @@ FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
 """Candidates, as parts of the largest magnitude; what is between them is found in closed form."""
 FLOOR = 1e-3
 """Least importance of a column, as a part of their mean: a column that never fired in calibration may fire later."""
+RIDGE = 1e-4
+"""Added to the diagonal of the equations for a row's scales, as a part of its mean."""
 CHUNK = 1 << 18
 """Weights that are worked on at a time: they and what is made of them fit into a cache."""
 
@@ -74,6 +76,35 @@ def double_quantized(scales: Tensor) -> tuple[tuple[Tensor, Tensor, float], Tens
     """`compress_absmax`, and what the scales are decoded to."""
     compressed = compress_absmax(scales)
     return compressed, expand_absmax(*compressed)
+
+
+def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: int) -> Tensor:
+    """The scales of least ||x wanted^T - x W^T||, W being `values` times them: all of a row's at once.
+
+    Args:
+        wanted: (out, in) float32, in a multiple of `blocksize`.
+        values: (out, in) float32, what its codes mean.
+        moments: (in, in) float32, x^T x.
+
+    Returns:
+        (out * in / blocksize,) float32.
+    """
+    size, (rows, columns) = blocksize, wanted.shape
+    count = columns // size
+    scales = torch.empty(rows, count)
+    step = size * size  # so that the systems of equations are not more numbers than `moments`
+    for start in range(0, rows, step):
+        part = values[start : start + step]
+        blocks = (len(part), count, size)
+        squares = torch.empty(len(part), count, count)
+        for b in range(count):
+            block = slice(b * size, (b + 1) * size)
+            squares[:, b] = (part[:, block] @ moments[block] * part).view(blocks).sum(2)
+        goal = (wanted[start : start + step] @ moments * part).view(blocks).sum(2)
+        diagonal = squares.diagonal(dim1=1, dim2=2)
+        diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
+        scales[start : start + step] = torch.linalg.solve(squares, goal)
+    return scales.view(-1)
 
 
 def factors_of(signed: bool) -> tuple[float, ...]:

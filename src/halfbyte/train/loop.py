@@ -104,7 +104,7 @@ def _train(
                 batches.append(batch)
             if step == 1:
                 check = FirstStepCheck(run.model, run.objective, batches[0])
-            loss, grad_norm, lr = _update(run, step, batches, guard, check)
+            loss, grad_norm, lr = update(run, step, batches, guard, check)
             if grad_norm is None:
                 metrics.add_skipped(step)
             else:
@@ -134,7 +134,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _update(
+def update(
     run: Run, step: int, batches: list[Batch], guard: Guard, check: FirstStepCheck | None
 ) -> tuple[float, float | None, float]:
     """(loss, gradient norm or None where the update was left out, learning rate) of one optimizer step."""

@@ -1,4 +1,4 @@
-"""The training objective: summed cross-entropy of a batch of sequences laid end to end."""
+"""The training objective, summed over sequences laid end to end: cross-entropy, or KL from another model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from halfbyte.data import Batch, TokenizedData, compact, join_batches, to_padded
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.model.fuse import same_rows
-from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy
+from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy, chunked_divergence
 from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention, supports_packed_attention
 from halfbyte.store import ActivationStore
@@ -50,6 +50,7 @@ class Objective:
         self._vocab_size = int(self._head.weight.shape[0])
         self._device = self._head.weight.device
         self._fuse, self._num_fused, self._compact = False, 0, False
+        self._wanted: Tensor | None = None
         was_training = model.training
         model.eval()  # dropout, the adapter's too, would make two passes differ
         self._try_out()
@@ -189,7 +190,7 @@ class Objective:
         if self._chunks:
             with self._saved_elsewhere():
                 hidden = self._decoder(**inputs, use_cache=False).last_hidden_state
-            return chunked_cross_entropy(hidden, labels, self._head, self._vocab_size)[0]
+            return self._loss_of(hidden, labels)
         with self._saved_elsewhere():
             logits = self._model(**inputs, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(
@@ -206,10 +207,26 @@ class Objective:
         with self._saved_elsewhere():
             hidden = self._decoder(**inputs, micro_batches=bounds, use_cache=False).last_hidden_state
         parts = hidden.split([batch.input_ids.shape[1] for batch in batches], dim=1)
-        return [
-            chunked_cross_entropy(part, batch.labels, self._head, self._vocab_size)[0]
-            for part, batch in zip(parts, batches, strict=True)
-        ]
+        return [self._loss_of(part, batch.labels) for part, batch in zip(parts, batches, strict=True)]
+
+    def match(self, wanted: Tensor) -> None:
+        """From now on a batch's labels are rows of `wanted` (n, hidden size), last hidden states of a model with the
+        same output layer, and the loss is how far the predictions are from what that layer makes of them.
+
+        Raises:
+            ConfigError: the architecture changes logits after its output layer.
+        """
+        if not self._chunks:
+            raise ConfigError(
+                "cannot be matched to another model", where="lora.match_steps", why=self._head_decision(),
+                fix="Give --set lora.match_steps=0",
+            )  # fmt: skip
+        self._wanted = wanted
+
+    def _loss_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self._wanted is not None:
+            return chunked_divergence(hidden, labels, self._wanted, self._head, self._vocab_size)
+        return chunked_cross_entropy(hidden, labels, self._head, self._vocab_size)[0]
 
     def _needed(self, batch: Batch) -> Batch:
         return compact(batch) if self._compact else batch
