@@ -22,6 +22,8 @@ CHATML = (
 )
 VOCAB = 320
 
+# What tests share asserts too: said in full, and also under python -O.
+pytest.register_assert_rewrite("faults.refusals", "triton_cases", "fake_device", "random_adapters")
 # Panels or tiles decide a product's last bits: the same on every machine, and nothing is timed in tests.
 os.environ.setdefault("HALFBYTE_PANEL_ROWS", "never")
 # What runs of tiny models measure must not reach the plans of whoever runs the tests.

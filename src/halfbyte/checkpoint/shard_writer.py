@@ -87,7 +87,8 @@ class _Shard:
         for name in sorted(self._waiting, key=lambda n: -self._waiting[n].dtype.itemsize):
             self._write(name, self._waiting[name])
         header = _json(self._entries)
-        assert len(header) <= self._room, "ENTRY_BYTES is too small"
+        if len(header) > self._room:
+            raise RuntimeError("ENTRY_BYTES is too small")
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         if not self._position:
@@ -106,7 +107,8 @@ class _Shard:
                 self._position += self._file.write(
                     part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
                 )
-        assert self._position == end, f"{name}: the parts are not of the size announced"
+        if self._position != end:
+            raise RuntimeError(f"{name}: the parts are not of the size announced")
 
 
 def write_one(path: Path, tensors: Mapping[str, Tensor | Pieces]) -> None:

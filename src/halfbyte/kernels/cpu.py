@@ -83,7 +83,8 @@ class Library:
             flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.boundaries.data_ptr(), table.order.data_ptr(),
             codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        assert status == OK, status
+        if status != OK:
+            raise RuntimeError(f"hb_quantize: status {status}")
         return codes, absmax
 
     def count_nonfinite(self, tensor: Tensor) -> int:
@@ -137,7 +138,8 @@ class WeightView:
         status = library.call.hb_dequantize(
             self.pointer, first, out.numel(), DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
         )
-        assert status == OK, status
+        if status != OK:
+            raise RuntimeError(f"hb_dequantize: status {status}")
 
 
 def find_library() -> str | None:
