@@ -47,10 +47,15 @@ def test_what_is_there() -> None:
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("setting", ["memory.weights=mmap", "memory.weights=stream", "memory.activations=disk"])
-def test_what_is_not_possible_there(setting: str) -> None:
+def test_what_is_not_possible_there() -> None:
     with pytest.raises(ConfigError, match="not possible on a GPU"):
-        gpu.where_to_compute(load_config(settings=[setting]), Machine(), Observer())
+        gpu.where_to_compute(load_config(memory__weights="mmap"), Machine(), Observer())
+
+
+def test_host_memory_behind_a_gpu() -> None:
+    assert gpu.host_share(load_config(memory__host_budget="8GB"), DEVICE) == 2 * GB
+    assert gpu.host_share(RunConfig(), DEVICE) > 0
+    assert gpu.host_share(load_config(memory__host_budget="8GB"), torch.device("cpu")) == 0
 
 
 def test_the_cap(card: list[float]) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.cli.main import main
-from halfbyte.config import RunConfig
+from halfbyte.config import QuantConfig, RunConfig
 from halfbyte.errors import ResourceError
-from halfbyte.train import TrainResult, train
+from halfbyte.model.quantize import quantize_model
+from halfbyte.train import TrainResult, setup, train
 from halfbyte.train.gpu import capped, cuda_bytes
 from halfbyte.train.observer import Observer
 
@@ -101,6 +102,27 @@ def test_settings_that_save_memory(changes: dict[str, Any], make_run: MakeRun) -
     _, found, _ = outcome(make_run("other", **settings, **changes))
     if "optim__bits" not in changes:
         assert found == outcome(make_run("plain", **settings))[1]
+
+
+@pytest.mark.parametrize("host_memory", ["1GB", "4096"])
+def test_what_waits_behind_the_gpu_changes_nothing(
+    host_memory: str, make_run: MakeRun, make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layers and activations in pinned host memory, and on disk; with three micro-batches a step."""
+    quantize_model(str(make_llama(num_hidden_layers=6)), tmp_path / "model", QuantConfig())
+    settings: dict[str, Any] = {
+        "model__path": str(tmp_path / "model"), "quant__compute_dtype": "bfloat16", "model__device": "cuda",
+        "train__gradient_accumulation_steps": 3, "memory__host_budget": "20GB",
+    }  # fmt: skip
+    _, expected, adapter = outcome(make_run("resident", **settings))
+    for where in ({"weights": "stream"}, {"activations": "disk"}, {"weights": "stream", "resident_layers": 2}):
+        behind = {f"memory__{key}": value for key, value in where.items()}
+        config = make_run("-".join(map(str, where.values())), **settings, **behind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "host_share", lambda *_: int(host_memory) if host_memory.isdecimal() else 10**9)
+            _, found, other = outcome(config)
+        assert found == expected
+        assert all(torch.equal(adapter[name], other[name]) for name in adapter)
 
 
 def test_a_budget_too_small_is_refused_before_loading(make_run: MakeRun) -> None:

@@ -6,6 +6,8 @@ generating, are multiplied with the 4-bit bytes themselves. Importing this modul
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,23 +22,23 @@ FEW_ROWS = 2
 decoding, and take a second or two of trying out for each shape."""
 
 
-def _by_triton(members: list[Member], columns: int) -> bool:
-    """Whether the kernels that make a group's matrices at once serve."""
+def _matrices(members: list[Member], columns: int) -> Any | None:
+    """The module whose kernels make a group's matrices at once, where it serves: functions weights, adapters."""
     if "triton" not in cuda_choice().kernels:
-        return False
+        return None
     from halfbyte.kernels.triton import group
 
-    return group.knows(members, columns)
+    return group if group.knows(members, columns) else None
 
 
 def _weights(members: list[Member], x: Tensor) -> Tensor:
     """(all out_features, in_features) in the dtype of x."""
-    if _by_triton(members, x.shape[1]):
-        from halfbyte.kernels.triton import group
-
+    kernels = _matrices(members, x.shape[1])
+    if kernels is not None and kernels.aligned(members):
         for member in members:
             check_weight(member.weight, member.out_features * x.shape[1], x)
-        return group.weights(members, x.shape[1], x.dtype)
+        decoded: Tensor = kernels.weights(members, x.shape[1], x.dtype)
+        return decoded
     weight = x.new_empty(sum(member.out_features for member in members), x.shape[1])
     for rows, member in zip(weight.split([m.out_features for m in members]), members, strict=True):
         dequantize_into(rows, member.weight)
@@ -45,10 +47,10 @@ def _weights(members: list[Member], x: Tensor) -> Tensor:
 
 def _adapters(members: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
     """The A's below each other (ranks, in_features), the scaled B's on a block diagonal (all out_features, ranks)."""
-    if _by_triton(members, x.shape[1]):
-        from halfbyte.kernels.triton import group
-
-        return group.adapters(members, x.shape[1], x.dtype)
+    kernels = _matrices(members, x.shape[1])
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.adapters(members, x.shape[1], x.dtype)
+        return found
     a = torch.cat([m.lora_A for m in members if m.lora_A is not None])
     empty = [x.new_empty(m.out_features, 0, dtype=torch.float32) for m in members]
     b = [e if m.lora_B is None else m.scaling * m.lora_B for m, e in zip(members, empty, strict=True)]

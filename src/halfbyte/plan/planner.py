@@ -161,8 +161,6 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
         memory = replace(least.memory, optimizer_budget=text)
         least = replace(least, optim=replace(least.optim, paged=True), memory=memory)
         yield least
-    if on_gpu(config, machine):
-        return  # nothing else is done on a GPU so far
     if config.memory.activations != "disk":
         least = replace(least, memory=replace(least.memory, activations="disk"))
         yield least
@@ -220,13 +218,15 @@ def _changes(config: RunConfig, chosen: RunConfig, budget: Budget | None) -> tup
         changes.append("train.gradient_checkpointing false -> true: the same numbers, about a third more time")
     if (chosen.optim.paged, chosen.memory.optimizer_budget) != (config.optim.paged, config.memory.optimizer_budget):
         kept = format_bytes(parse_bytes(chosen.memory.optimizer_budget))
-        changes.append(f"optim.paged true, memory.optimizer_budget {kept}: the other moments wait on disk")
+        changes.append(f"optim.paged true, memory.optimizer_budget {kept}: the other moments wait behind")
     if chosen.memory.activations != config.memory.activations:
-        changes.append("memory.activations resident -> disk: what the backward pass needs waits there")
+        changes.append(
+            "memory.activations resident -> disk: what the backward pass needs waits there, or in a GPU's host memory"
+        )
     if chosen.memory.weights != config.memory.weights:
         stay = chosen.memory.resident_layers
         which = f"all layers but {stay}" if stay else "all layers"
-        changes.append(f"memory.weights resident -> stream: {which} are read from disk as they compute, twice a step")
+        changes.append(f"memory.weights resident -> stream: {which} are read as they compute, twice a step")
     return tuple(changes)
 
 
@@ -235,7 +235,10 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if on_gpu(config, machine):
-        notes.append("of the GPU's memory: what the host's takes beside it is not planned")
+        notes.append(
+            "of the GPU's memory: what the host's takes beside it is not planned, nor that layers and activations in "
+            "it come faster than from the disk"
+        )
     arch = base.architecture
     if not runs_fused(config, base):
         notes.append(

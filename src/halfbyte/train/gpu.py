@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from halfbyte.config import RunConfig
-from halfbyte.dtypes import format_bytes
+from halfbyte.dtypes import format_bytes, parse_bytes
 from halfbyte.errors import ConfigError, ResourceError
 from halfbyte.model.device import choose_device
-from halfbyte.model.memory import peak_memory, resident_memory
+from halfbyte.model.memory import free_memory, peak_memory, resident_memory
 from halfbyte.plan import Machine
 from halfbyte.plan.gpu import Gpu
 from halfbyte.train.observer import Observer
@@ -21,6 +21,8 @@ MOST_CONTEXT = 1_500_000_000
 """Bytes in use on a GPU beside torch's tensors: what is beyond this is other processes'."""
 
 
+HOST_SHARE = 4
+"""A quarter of the host's memory for streamed layers, one for activations; the rest is for Python and others."""
 GROWTH = 300_000_000
 """Bytes that CUDA's context grows by in a run: kernels are loaded when they are first used."""
 
@@ -39,13 +41,21 @@ def where_to_compute(
     config = replace(config, model=replace(config.model, device="cpu" if device.type == "cpu" else "cuda"))
     if device.type == "cpu":
         return config, replace(machine, gpu=None), device
-    for name in ("weights", "activations"):
-        if getattr(config.memory, name) != "resident":
-            raise ConfigError(
-                f"{getattr(config.memory, name)!r} is not possible on a GPU yet", where=f"memory.{name}",
-                fix=f"Set memory.{name} to resident, or give --device cpu",
-            )  # fmt: skip
+    if config.memory.weights == "mmap":
+        raise ConfigError(
+            "'mmap' is not possible on a GPU, which computes in its own memory", where="memory.weights",
+            fix="Set memory.weights to resident or stream, or give --device cpu",
+        )  # fmt: skip
     return config, replace(machine, gpu=gpu_of(device)), device
+
+
+def host_share(config: RunConfig, device: torch.device) -> int:
+    """Bytes of pinned host memory for streamed layers, and as many for activations; 0 on the CPU. What has no room
+    there is on disk."""
+    if device.type == "cpu":
+        return 0
+    allowed = config.memory.host_budget
+    return (parse_bytes(allowed) if allowed else free_memory()) // HOST_SHARE
 
 
 def gpu_of(device: torch.device) -> Gpu:

@@ -74,7 +74,7 @@ def _train(
     started = time.perf_counter()
     run = prepare(config, observer, machine, device, watchdog.start)
     config = run.config
-    if run.loaded.store is not None:
+    if run.loaded.store is not None and device.type == "cpu":
         watchdog.shrink = run.loaded.store.shrink
     output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)

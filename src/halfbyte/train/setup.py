@@ -26,8 +26,8 @@ from halfbyte.model.placement import Placement
 from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
-from halfbyte.store import ActivationStore
-from halfbyte.train.gpu import where_to_compute
+from halfbyte.store import ActivationStore, memory_of
+from halfbyte.train.gpu import host_share, where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
@@ -122,7 +122,10 @@ def _prepare(
         observer.note(panel_rule().explain(compute_dtype))
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
-        placement=Placement(weights=config.memory.weights, resident_layers=config.memory.resident_layers),
+        placement=Placement(
+            weights=config.memory.weights, resident_layers=config.memory.resident_layers, memory=memory_of(device),
+            host_budget=host_share(config, device),
+        ),
         on_progress=observer.load_progress,
     )  # fmt: skip
     observer.note(loaded.origin)
@@ -130,8 +133,7 @@ def _prepare(
         observer.note(loaded.stream_text)
     observer.note(str(loaded.inventory))
     model = _attach(loaded, config, observer)
-    on_disk = config.memory.activations == "disk"
-    objective = Objective(loaded.model, ActivationStore(offload_dir(config)) if on_disk else None)
+    objective = Objective(loaded.model, _activations(config, device))
     if loaded.store is not None:
         objective.require_fused_layers()
     for part in (data, eval_data):
@@ -185,6 +187,12 @@ def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.
         f"scaling {config.lora.scaling:g}"
     )
     return model
+
+
+def _activations(config: RunConfig, device: torch.device) -> ActivationStore | None:
+    if config.memory.activations != "disk":
+        return None
+    return ActivationStore(offload_dir(config), memory_of(device), host_share(config, device))
 
 
 def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:

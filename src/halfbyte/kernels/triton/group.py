@@ -79,6 +79,14 @@ def knows(members: Sequence[Member], columns: int) -> bool:
     )  # fmt: skip
 
 
+def aligned(members: Sequence[Member]) -> bool:
+    """Whether all codes and scales begin at multiples of 16 bytes, as torch's tensors do but streamed ones do not.
+
+    Triton compiles a kernel anew for each combination, of which six pointers have many.
+    """
+    return all(tensor.data_ptr() % 16 == 0 for m in members for tensor in m.weight[:2])
+
+
 def weights(members: Sequence[Member], columns: int, dtype: torch.dtype) -> Tensor:
     """(all out_features, columns): the members' weights decoded, below each other."""
     codes = members[0].weight[0]
