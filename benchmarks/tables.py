@@ -1,6 +1,6 @@
 """Put what is in benchmarks/results/ into the tables of docs/*.md, under their ``<!-- table: NAME -->`` lines.
 
-usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: docs/{speed,memory,merge,fidelity,reliability,serve,gpu}.md
+usage: tables.py [RESULTS_DIR] [PAGE.md ...]      default: the pages named in `main`
 
 A table whose benchmark has not run stays as it is. The text around the tables is a person's.
 """
@@ -242,6 +242,25 @@ def serving(result: dict[str, Any]) -> Rows:
     ]  # fmt: skip
 
 
+def comparison(result: dict[str, Any]) -> Rows:
+    """Variants by held-out loss, bytes, speed and time."""
+
+    def figure(mean: dict[str, float] | None, sign: str = "") -> str:
+        if mean is None:
+            return ""
+        return f"{mean['value']:{sign}.4f}" + (f" ± {mean['half_width']:.4f}" if mean["half_width"] else "")
+
+    rows = [["variant", "seeds", "before", "after", "difference", "base", "peak memory", "tokens/s"]]
+    for row in result["rows"]:
+        if row["after"] is not None:
+            rows.append([
+                f"`{row['name']}`", str(len(row["seeds"])), f"{row['before']:.4f}", figure(row["after"]),
+                figure(row["difference"], "+"), f"{row['base_bytes'] / 1e6:.0f} MB",
+                f"{row['peak_memory'] / 1e9:.2f} GB", f"{row['tokens_per_s']:.0f}",
+            ])  # fmt: skip
+    return rows
+
+
 def gpu_products(result: dict[str, Any]) -> Rows:
     """Microseconds of device time of the largest weight's decoding and products."""
     most = max(case["out"] * case["in"] for case in result["kernels"])
@@ -286,6 +305,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "fidelity": ("fidelity", fidelity),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
+    "comparison": ("compare", comparison),
     "GPU products": ("cuda", gpu_products),
     "GPU step": ("cuda", gpu_step),
 }
@@ -318,7 +338,10 @@ def main() -> None:
     for page in (
         map(Path, sys.argv[2:])
         if len(sys.argv) > 2
-        else [docs / f"{name}.md" for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu")]
+        else [
+            docs / f"{name}.md"
+            for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu", "compare")
+        ]
     ):
         fill(page, folder)
 

@@ -67,12 +67,14 @@ def test_every_command_runs_in_order(
 ) -> None:
     lines = commands()
     assert {shlex.split(line)[1] for line in lines} >= {
-        "data", "train", "eval", "generate", "chat", "serve", "merge", "quantize", "doctor"
+        "data", "train", "eval", "generate", "chat", "serve", "merge", "quantize", "compare", "doctor"
     }  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("What follows 3?\n/adapter off\n/new\n/quit\n"))
     monkeypatch.setattr("uvicorn.Server.run", ask_once(uvicorn.Server.run))
     for line in lines:
-        more = ["--port", "0"] if line.startswith("halfbyte serve") else []
+        more = {
+            "serve": ["--port", "0"], "compare": ["--variants", "nf4,fp4", "--seeds", "1", "--steps", "2"]
+        }.get(line.split()[1], [])  # fmt: skip
         assert main([*shlex.split(line, comments=True)[1:], *more, "--json"]) == 0, (line, capsys.readouterr().err)
         json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/answers.md"):

@@ -12,6 +12,7 @@ from contextvars import copy_context
 import typer
 
 from halfbyte.cli.chat import chat
+from halfbyte.cli.compare import compare
 from halfbyte.cli.data import data_app
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
@@ -45,6 +46,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(quantize)
 app.command()(merge)
+app.command()(compare)
 app.add_typer(data_app, name="data")
 app.command()(doctor)
 app.command()(selftest)
@@ -96,8 +98,6 @@ def _explain(error: Exception) -> int:
             f"out of memory, with {_peak()} in use at most. Lower train.micro_batch_size or data.max_seq_len, or set "
             "train.gradient_checkpointing=true; checkpoints are as they were.", 4,
         )  # fmt: skip
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for this
-        return _fail("the GPU's memory: not enough for this. Give --memory more, or --device cpu.", 4)
     return _fail(
         f"internal error: {type(error).__name__}: {str(error)[:300]}. Run again with --debug and report it.", 1
     )

@@ -102,14 +102,14 @@ def _parse_text(text: str, section: str, key: str) -> Any:
 
 def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, *, where: str) -> None:
     if section not in SECTIONS:
-        raise ConfigError(f"unknown section {section!r}", where=where, fix=_nearest(section, SECTIONS))
+        raise ConfigError(f"unknown section {section!r}", where=where, fix=nearest(section, SECTIONS))
     types_by_key = typing.get_type_hints(SECTIONS[section])
     if key not in types_by_key:
-        raise ConfigError(f"unknown key {section}.{key}", where=where, fix=_nearest(key, types_by_key))
+        raise ConfigError(f"unknown key {section}.{key}", where=where, fix=nearest(key, types_by_key))
     values.setdefault(section, {})[key] = _coerce(value, types_by_key[key], f"{section}.{key}", where)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}" if near else "Known are " + ", ".join(known)
