@@ -274,12 +274,18 @@ def gpu_products(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def gpu_step(result: dict[str, Any]) -> Rows:
-    """Stacks by tokens/s and peak memory."""
-    rows = [["stack", "tokens/s", "peak memory", "last loss"]]
-    for name, row in result["step"].items():
-        figures = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_memory'] / 1e9:.2f} GB", f"{row['losses'][-1]:.4f}"]
-        rows.append([name, *figures])
+def gpu_training(result: dict[str, Any]) -> Rows:
+    """Tokens a second, and what is taken of the GPU, by model and stack; of halfbyte, as planned too."""
+    rows = [["model", "stack", "tokens/s", "in tensors", "taken", "planned"]]
+    for shape, stacks in result["figures"].items():
+        for name, row in stacks.items():
+            if "failed" in row:
+                continue
+            used, taken = (row.get(f"peak_{key}", row.get(other))
+                           for key, other in (("tensors", "peak_memory"), ("taken", "taken_memory")))  # fmt: skip
+            planned = row.get("predicted_peak_memory")
+            sizes = [f"{size / 1e9:.2f} GB" if size else "" for size in (used, taken, planned)]
+            rows.append([shape, name, f"{row['tokens_per_s']:,.0f}", *sizes])
     return rows
 
 
@@ -307,7 +313,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "serving": ("serve", serving),
     "comparison": ("compare", comparison),
     "GPU products": ("cuda", gpu_products),
-    "GPU step": ("cuda", gpu_step),
+    "GPU training": ("gpu-train", gpu_training),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from halfbyte.config import RunConfig, load_config
 from halfbyte.plan import Machine, plan
 from halfbyte.plan.base import read_base
-from halfbyte.plan.gpu import CONTEXT, FEW_ROWS, Gpu, find_gpu
+from halfbyte.plan.gpu import ALLOCATOR_LEAST, ALLOCATOR_SHARE, CONTEXT, FEW_ROWS, Gpu, find_gpu
 from halfbyte.plan.layer import _product
 from halfbyte.plan.ledger import Ledger
 from halfbyte.plan.phases import sizes, speed_key
@@ -45,6 +45,13 @@ def test_the_device_decides_what_is_planned(make: Any) -> None:
     elsewhere = plan(make(model__device="cuda"), machine=replace(MACHINE, gpu=None))
     assert (elsewhere.terms, elsewhere.budget) == (auto.terms, None)
     assert any("the host's" in note for note in auto.notes)
+
+
+def test_what_the_allocator_takes_is_planned(make: Any) -> None:
+    terms = plan(make(), machine=MACHINE).terms
+    tensors = sum(size for name, size in terms.items() if name not in ("runtime", "allocator"))
+    assert terms["allocator"] == tensors // ALLOCATOR_SHARE + ALLOCATOR_LEAST
+    assert "allocator" not in plan(make(model__device="cpu"), machine=MACHINE).terms
 
 
 def test_the_host_budget_is_not_the_devices(make: Any) -> None:

@@ -145,8 +145,7 @@ def test_the_cap_holds() -> None:
 def test_peaks_are_within_the_plan(make_run: MakeRun) -> None:
     """Tensors that are nearly nothing: what is planned and measured here is CUDA's own. The rest: bench_gpu_train."""
     result = train(make_run(model__device="cuda", quant__compute_dtype="auto"))
-    assert 0 < result.peak_memory <= result.predicted_peak_memory
-    assert result.peak_memory <= result.taken_memory
+    assert 0 < result.peak_memory <= result.taken_memory <= result.predicted_peak_memory
 
 
 def test_eval_generate_and_merge_read_what_it_left(

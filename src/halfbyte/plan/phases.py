@@ -171,7 +171,16 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
     found["save"] = led
     if config.data.eval and config.memory.weights != "stream":
         found["generate"] = _generate(with_adapter(work.longest, backward=False), base, work, after_step)
+    for led in found.values() if s.on_gpu else ():
+        led.peak = _with_allocator(led.peak)
     return found
+
+
+def _with_allocator(moment: Moment) -> Moment:
+    """On a GPU: and what torch's allocator takes beside the tensors."""
+    tensors = moment.total - moment.terms["runtime"]
+    share = tensors // gpu.ALLOCATOR_SHARE + gpu.ALLOCATOR_LEAST
+    return replace(moment, terms={**moment.terms, "allocator": share})
 
 
 def layer_bytes(base: Base) -> int:

@@ -82,6 +82,12 @@ def in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) + context_bytes(device) if device.type == "cuda" else resident_memory()
 
 
+def give_back(device: torch.device) -> None:
+    """Have torch's allocator return what it does not use: pieces left by other sizes than those to come."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def capped(device: torch.device, budget: int | None) -> Iterator[None]:
     """Inside the block this process takes no more than `budget` bytes of the GPU: torch's allocator refuses.

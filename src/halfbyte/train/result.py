@@ -85,7 +85,7 @@ def finish(
     observer.note(
         f"memory: {format_bytes(peak)} at most{f' in use, {format_bytes(taken)} taken' if taken > peak else ''}; "
         f"planned were {format_bytes(planned)}, "
-        f"{abs(planned / peak - 1):.1%} {'more' if planned >= peak else 'LESS than was needed'}"
+        f"{abs(planned / taken - 1):.1%} {'more' if planned >= taken else 'LESS than was needed'}"
     )
     result = TrainResult(
         steps=run.steps,

@@ -27,7 +27,7 @@ from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha25
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
 from halfbyte.store import ActivationStore, memory_of
-from halfbyte.train.gpu import host_share, where_to_compute
+from halfbyte.train.gpu import give_back, host_share, where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
@@ -98,7 +98,9 @@ def prepare(
     if device is None:
         config, machine, device = where_to_compute(config, machine, observer)
     with folder_for(Path(config.train.output)):
-        return _prepare(config, observer, machine, device, on_planned)
+        run = _prepare(config, observer, machine, device, on_planned)
+    give_back(device)
+    return run
 
 
 def _prepare(
