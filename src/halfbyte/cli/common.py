@@ -164,17 +164,25 @@ def with_base_of(run: RunConfig, saved: SavedAdapter | None) -> RunConfig:
 
 
 def load_base(run: RunConfig, out: Console) -> tuple[LoadedModel, list[str]]:
-    """The base that `run` names, and notes for the user."""
+    """The base that `run` names, and notes for the user; on a GPU memory.budget holds from here on."""
     from halfbyte.cli.progress import LoadBar
+    from halfbyte.dtypes import parse_bytes
     from halfbyte.model import choose_compute_dtype, load_model
     from halfbyte.model.device import choose_device
     from halfbyte.model.placement import Placement
+    from halfbyte.store import memory_of
 
     device, why = choose_device(run.model.device)
+    if device.type == "cuda" and run.memory.budget:
+        from halfbyte.train.gpu import set_cap
+
+        set_cap(device, parse_bytes(run.memory.budget))
     dtype, reason = choose_compute_dtype(run.quant.compute_dtype, device.type)
     notes = [f"device {device.type}: {why}", f"compute dtype {str(dtype).removeprefix('torch.')}: {reason}"]
     with LoadBar(out) as bar:
-        placement = Placement(weights=run.memory.weights, resident_layers=run.memory.resident_layers)
+        placement = Placement(
+            weights=run.memory.weights, resident_layers=run.memory.resident_layers, memory=memory_of(device)
+        )
         loaded = load_model(
             run.model.path, run.quant, compute_dtype=dtype, placement=placement, device=device,
             on_progress=bar.update,

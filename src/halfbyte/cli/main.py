@@ -98,6 +98,8 @@ def _explain(error: Exception) -> int:
             f"out of memory, with {_peak()} in use at most. Lower train.micro_batch_size or data.max_seq_len, or set "
             "train.gradient_checkpointing=true; checkpoints are as they were.", 4,
         )  # fmt: skip
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for this
+        return _fail("the GPU's memory: not enough for this. Give --memory more, or --device cpu.", 4)
     return _fail(
         f"internal error: {type(error).__name__}: {str(error)[:300]}. Run again with --debug and report it.", 1
     )

@@ -102,10 +102,12 @@ def _plan(run: RunConfig, wanted: Wanted) -> tuple[int, str, Room | None]:
     from halfbyte.dtypes import format_bytes
     from halfbyte.errors import ResourceError
     from halfbyte.model.memory import peak_memory, resident_memory
-    from halfbyte.plan import Serving, budget_of, compute_dtype, plan_serving, read_base, serving_text
+    from halfbyte.plan import Serving, budget_of, compute_dtype, on_gpu, plan_serving, read_base, serving_text
     from halfbyte.serve import Room
 
     machine, budget = known_machine(), budget_of(run)
+    if on_gpu(run, machine):
+        return 0, "memory: not planned on a GPU; --memory caps what is taken there", None
     base = read_base(run.model.path, run.quant, compute_dtype(run, machine))
     made = plan_serving(run, base, machine, Serving(
         cache_tokens=wanted.positions, context=wanted.context, answers=wanted.answers, http=wanted.http,

@@ -36,7 +36,7 @@ LAYER_OPS = (
     "lora_linear_4bit", "linear_frozen", "softmax_cross_entropy_", "packed_attention", "rms_norm", "rope_", "gated",
     "adamw_32bit_", "adamw_8bit_", "quantize_8bit", "least_error_scales",
 )  # fmt: skip
-"""What a training step and double quantization need besides; natively on the CPU alone so far."""
+"""What a training step and double quantization need besides."""
 
 
 @dataclass(frozen=True)
@@ -208,4 +208,12 @@ def _cuda_rows() -> list[KernelRow]:
         if kernel == "bitsandbytes" and op == "linear_4bit_dx":
             kernel = "bitsandbytes decode + torch matmul"
         rows.append(KernelRow(op, "cuda", kernel, reason))
+    decode = f"{choice.kernels[0]} decode" if choice.kernels else "torch reference decode"
+    rows.append(KernelRow("lora_linear_4bit", "cuda", f"{decode} + torch matmul", choice.reason))
+    flash = "for 16-bit heads of up to 256, on Ampere and newer; the torch reference for others"
+    rows.append(KernelRow("packed_attention", "cuda", "torch FlashAttention", flash))
+    rows += [
+        KernelRow(op, "cuda", "triton" if "triton" in choice.kernels else "torch reference", choice.reason)
+        for op in ("softmax_cross_entropy_", "rms_norm", "rope_", "gated", "adamw_32bit_", "adamw_8bit_")
+    ]
     return rows

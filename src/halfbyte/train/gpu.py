@@ -82,6 +82,13 @@ def in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) + context_bytes(device) if device.type == "cuda" else resident_memory()
 
 
+def set_cap(device: torch.device, budget: int | None) -> None:
+    """Have this process take no more than `budget` bytes of the GPU: torch's allocator refuses. None: all there is."""
+    _, total = torch.cuda.mem_get_info(device)
+    allowed = total if budget is None else min(max(budget - cuda_bytes(device), 1), total)
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+
+
 def give_back(device: torch.device) -> None:
     """Have torch's allocator return what it does not use: pieces left by other sizes than those to come."""
     if device.type == "cuda":
@@ -102,9 +109,7 @@ def capped(device: torch.device, budget: int | None) -> Iterator[None]:
         return
     context = cuda_bytes(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _, total = torch.cuda.mem_get_info(device)
-    allowed = total if budget is None else min(max(budget - context, 1), total)
-    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    set_cap(device, budget)
     try:
         yield
     except torch.OutOfMemoryError as error:
