@@ -115,6 +115,15 @@ int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize
     return HB_OK;
 }
 
+int hb_choose_codes(const float* state, const float* values, const float* scales, int64_t rows, int64_t cols,
+                    const float* matrix, int64_t stride, const float* levels, const float* bounds, int count,
+                    uint8_t* ranks, float* changes, int threads) {
+    if (rows > 128 || count < 1 || count > 256) return HB_UNSUPPORTED;
+    current()->choose_codes(state, values, scales, rows, cols, matrix, stride, levels, bounds, count, ranks, changes,
+                            threads);
+    return HB_OK;
+}
+
 int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count, const hb_state_map* maps,
              int threads) {
     current()->adamw(numbers, pages, count, maps, threads);

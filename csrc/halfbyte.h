@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 6, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 7, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -121,6 +121,13 @@ HB_API int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, 
 HB_API int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
                                  int64_t cols, const float* levels, const float* bounds, const float* factors,
                                  int count, float* scales, int threads);
+
+// Ranks of the `count` ascending levels for `rows` columns of a weight's codes, at most 128, and what each choice changes,
+// both [rows * cols] as all but `matrix` are, whose row i begins at i * stride: src/halfbyte/quant/choose.py says how.
+// `values` may be NULL; `bounds` are the midpoints of the levels.
+HB_API int hb_choose_codes(const float* state, const float* values, const float* scales, int64_t rows, int64_t cols,
+                           const float* matrix, int64_t stride, const float* levels, const float* bounds, int count,
+                           uint8_t* ranks, float* changes, int threads);
 
 // One step in place; maps[0] is exp_avg's, maps[1] exp_avg_sq's, read only where moments have 8 bits.
 HB_API int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count,

@@ -49,12 +49,13 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d
 
 #include "quantize.inl"
 #include "scales.inl"
+#include "choose.inl"
 #include "dequantize.inl"
 #include "adamw.inl"
 
 }  // namespace hb_baseline
 }  // namespace
 
-extern const hb_table hb_table_baseline = {hb_baseline::quantize,           hb_baseline::count_nonfinite,
-                                           hb_baseline::dequantize,         hb_baseline::quantize_8bit,
-                                           hb_baseline::least_error_scales, hb_baseline::adamw};
+extern const hb_table hb_table_baseline = {
+    hb_baseline::quantize,           hb_baseline::count_nonfinite, hb_baseline::dequantize, hb_baseline::quantize_8bit,
+    hb_baseline::least_error_scales, hb_baseline::choose_codes,    hb_baseline::adamw};

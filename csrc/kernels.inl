@@ -3,6 +3,7 @@
 
 #include "quantize.inl"
 #include "scales.inl"
+#include "choose.inl"
 #include "dequantize.inl"
 #include "adamw.inl"
 
@@ -43,6 +44,7 @@ constexpr hb_table all_kernels = {
     dequantize,
     quantize_8bit,
     least_error_scales,
+    choose_codes,
     adamw,
     linear,
     linear_backward,

@@ -15,6 +15,8 @@ struct hb_table {
     void (*quantize_8bit)(const float*, int64_t, const hb_state_map*, uint8_t*, float*, int);
     void (*least_error_scales)(const void*, int, int64_t, int64_t, const float*, int64_t, const float*, const float*,
                                const float*, int, float*, int);
+    void (*choose_codes)(const float*, const float*, const float*, int64_t, int64_t, const float*, int64_t,
+                         const float*, const float*, int, uint8_t*, float*, int);
     void (*adamw)(const hb_adamw_numbers*, const hb_adamw_page*, int64_t, const hb_state_map*, int);
     // An ISA may lack those below; dispatch.cpp says so to the caller.
     int (*linear)(const hb_member*, int, const void*, int, int64_t, void*, float*, int) = nullptr;

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -213,6 +213,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_quantize_8bit": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _INT)),
     "hb_least_error_scales": (
         _INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _SIZE, *3 * [_POINTER], _INT, _POINTER, _INT),
+    ),
+    "hb_choose_codes": (
+        _INT, (*3 * [_POINTER], *2 * [_SIZE], _POINTER, _SIZE, *2 * [_POINTER], _INT, *2 * [_POINTER], _INT),
     ),
     "hb_adamw": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _INT)),
     "hb_linear": (_INT, (_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),

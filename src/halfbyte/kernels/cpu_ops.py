@@ -22,6 +22,7 @@ from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
+from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import factors_of, least_error_scales_reference
@@ -83,6 +84,23 @@ def _least_error_scales(
     ):  # fmt: skip
         return scales
     return least_error_scales_reference(weight, quant_type, blocksize, signed, importance)
+
+
+@torch.library.impl("halfbyte::choose_codes", "CPU")
+def _choose_codes(
+    state: Tensor, values: Tensor | None, scales: Tensor, matrix: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    bounds = (levels[:-1] + levels[1:]) / 2
+    ranks, changes = torch.empty(state.shape, dtype=torch.uint8), torch.empty_like(state)
+    tensors = (state, scales, levels) if values is None else (state, scales, levels, values)
+    plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+    if plain and matrix.dtype == torch.float32 and matrix.stride(1) == 1 and run_native(
+        "hb_choose_codes", state.data_ptr(), None if values is None else values.data_ptr(), scales.data_ptr(),
+        *state.shape, matrix.data_ptr(), matrix.stride(0), levels.data_ptr(), bounds.data_ptr(), len(levels),
+        ranks.data_ptr(), changes.data_ptr(),
+    ):  # fmt: skip
+        return ranks, changes
+    return choose_codes_reference(state, values, scales, matrix, levels)
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CPU")

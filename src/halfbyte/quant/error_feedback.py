@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant.absmax import compress_absmax, expand_absmax
+from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.nibbles import pack_nibbles
 from halfbyte.quant.scales import fitted_scales
@@ -22,8 +23,6 @@ from halfbyte.quant.weight import QuantizedWeight
 
 DAMPING = 0.01
 """Added to the diagonal of the inputs' second moments, as a part of its mean: columns that hardly ever fire."""
-PANEL = 128
-"""Columns after which the rest of the matrix is brought up to date in one product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +83,6 @@ class Grid:
     levels: Tensor
     scales: Tensor
     offsets: Tensor | None = None
-
-    @property
-    def boundaries(self) -> Tensor:
-        """(k - 1,): midpoints of neighbouring levels."""
-        return (self.levels[:-1] + self.levels[1:]) / 2
-
-    @property
-    def inverse(self) -> Tensor:
-        """Of the scales, 1 where they are 0."""
-        return self.scales.where(self.scales != 0, 1.0).reciprocal()
 
     def taken(self, order: Tensor) -> Grid:
         """The grid of the transposed weight (in, out), its rows in `order`."""
@@ -172,38 +161,31 @@ def _error(wanted: Tensor, ranks: Tensor, grid: Grid, moments: Moments) -> float
 
 def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     """(in, out) uint8, of `columns` (in, out), which are used up."""
-    levels, scales = grid.levels, grid.scales
-    boundaries, inverse = grid.boundaries, grid.inverse
     if grid.offsets is not None:
         columns -= grid.offsets
     ranks = torch.empty(columns.shape, dtype=torch.uint8)
-    for start in range(0, len(columns), PANEL):
-        stop = min(start + PANEL, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            rank = torch.bucketize(columns[i] * inverse[i], boundaries)
-            ranks[i] = rank
-            error = (columns[i] - levels[rank] * scales[i]) / upper[i, i]
-            columns[i + 1 : stop] -= upper[i, i + 1 : stop, None] * error
-            errors[i - start] = error
-        columns[stop:] -= upper[start:stop, stop:].T @ errors
+    for start in range(0, len(columns), MOST):
+        stop = min(start + MOST, len(columns))
+        part = slice(start, stop)
+        ranks[part], errors = torch.ops.halfbyte.choose_codes(
+            columns[part], None, grid.scales[part], upper[part, part], grid.levels
+        )
+        columns[stop:].addmm_(upper[part, stop:].T, errors, alpha=-1)
     return ranks
 
 
 def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: int) -> None:
     """Coordinate descent on the codes, in place: `ranks` (in, out) of `wanted` (in, out), which is used up."""
-    levels, scales, boundaries, inverse = grid.levels, grid.scales, grid.boundaries, grid.inverse
     if grid.offsets is not None:
         wanted -= grid.offsets
-    values, diagonal = levels[ranks.int()] * scales, damped.diagonal()
+    values = grid.levels[ranks.int()] * grid.scales
     for _ in range(sweeps):
         pull = damped @ (wanted - values)
-        for start in range(0, len(values), PANEL):
-            stop = min(start + PANEL, len(values))
-            changes = torch.empty_like(values[start:stop])
-            for i in range(start, stop):
-                ranks[i] = torch.bucketize((values[i] + pull[i] / diagonal[i]) * inverse[i], boundaries)
-                changes[i - start] = levels[ranks[i].int()] * scales[i] - values[i]
-                values[i] += changes[i - start]
-                pull[i + 1 : stop] -= damped[i + 1 : stop, i, None] * changes[i - start]
-            pull[stop:] -= damped[stop:, start:stop] @ changes
+        for start in range(0, len(values), MOST):
+            stop = min(start + MOST, len(values))
+            part = slice(start, stop)
+            ranks[part], changes = torch.ops.halfbyte.choose_codes(
+                pull[part], values[part], grid.scales[part], damped[part, part], grid.levels
+            )
+            values[part] += changes
+            pull[stop:].addmm_(damped[stop:, part], changes, alpha=-1)

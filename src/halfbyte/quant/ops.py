@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
+from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import least_error_scales_reference
 
@@ -25,6 +26,10 @@ torch.library.define("halfbyte::quantize_8bit", "(Tensor x) -> (Tensor, Tensor)"
 torch.library.define(
     "halfbyte::least_error_scales",
     "(Tensor weight, str quant_type, int blocksize, bool signed, Tensor? importance) -> Tensor",
+)
+torch.library.define(
+    "halfbyte::choose_codes",
+    "(Tensor state, Tensor? values, Tensor scales, Tensor matrix, Tensor levels) -> (Tensor, Tensor)",
 )
 torch.library.define("halfbyte::dequantize_4bit", f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor")
 torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor")
@@ -82,6 +87,16 @@ def _least_error_scales_fake(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     return weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+
+
+torch.library.impl("halfbyte::choose_codes", "CompositeExplicitAutograd", choose_codes_reference)
+
+
+@torch.library.register_fake("halfbyte::choose_codes")
+def _choose_codes_fake(
+    state: Tensor, values: Tensor | None, scales: Tensor, matrix: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state, dtype=torch.uint8), torch.empty_like(state)
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CompositeExplicitAutograd")
