@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,27 @@ def fidelity(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def fidelity_gpu(result: dict[str, Any]) -> Rows:
+    """Each variant's losses on both data sets, and the shares of NF4's gaps that it closes."""
+    rows = [["data", "base and start", "loss before", "closed", "KL", "loss after", "closed", "outside", "closed"]]
+    for data, variants in result["sets"].items():
+        exact, stock = ([*_losses(variants[name])] for name in ("16 bits", "NF4"))
+        for name, row in variants.items():
+            shares = [
+                "" if name in ("16 bits", "NF4") else f"{(most - loss) / (most - least):.0%}"
+                for loss, least, most in zip(_losses(row), exact, stock, strict=True)
+            ]
+            before, after, *outside = (f"{loss:.3f}" for loss in _losses(row))
+            others = "" if name in ("16 bits", "NF4") else ", ".join(shares[2:])
+            rows.append([data if name == "16 bits" else "", name, before, shares[0], f"{row['kl']:.3f}", after,
+                         shares[1], ", ".join(outside), others])  # fmt: skip
+    return rows
+
+
+def _losses(row: dict[str, Any]) -> list[float]:
+    return [row["before"], statistics.mean(row["after"]), *row["outside"]]
+
+
 def reliability(result: dict[str, Any]) -> Rows:
     """Each proof with what it counted."""
     rows = [["proof", "counted", "passed", "seconds"]]
@@ -309,6 +331,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "combining": ("merge", combining),
     "same answers": ("merge", same_answers),
     "fidelity": ("fidelity", fidelity),
+    "fidelity GPU": ("fidelity-gpu", fidelity_gpu),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
     "comparison": ("compare", comparison),
