@@ -288,6 +288,22 @@ def _known(message: str, raised: set[str]) -> str:
     raise AssertionError(f"no refusal says {message!r}")
 
 
+# -- reliability.md ---------------------------------------------------------------------------------------------------
+
+
+def test_every_rule_names_tests_that_exist() -> None:
+    rows = table("reliability.md", "rules")
+    assert len(rows) >= 25
+    for rule, shown in rows:
+        names = re.findall(r"`([^`]+)`", shown)
+        assert names or "](" in shown, rule
+        for name in names:
+            file, _, test = name.partition("::")
+            path = ROOT / file.partition(" ")[0]
+            assert path.is_file(), name
+            assert not test or re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 # -- the workflows ----------------------------------------------------------------------------------------------------
 
 

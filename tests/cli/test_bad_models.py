@@ -121,7 +121,7 @@ MODELS = {**FILES, **CONFIGS, **TENSORS}
 
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("command", ["quantize", "train"])
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_refused(command: str, case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "model" / "mine.py").write_text(f"open({str(place / 'ran')!r}, 'w')")
     MODELS[case](place)

@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         return CLOSED_PIPE
+    except SystemExit as end:  # what typer makes of it
+        if isinstance(end.__context__, BrokenPipeError):
+            return CLOSED_PIPE
+        raise
     except Exception as error:  # the last resort: no traceback unless it is asked for
         if "--debug" in arguments:
             raise

@@ -46,7 +46,8 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         count = int((~result.isfinite()).sum())
         raise NumericsError(
             f"{count} values do not fit {str(dtype).removeprefix('torch.')}", where=name,
-            why=f"the largest is {float(values.abs().max()):.3g}", fix="Use a base in bfloat16",
+            why=f"the largest is {float(values.abs().max()):.3g}",
+            fix="Use a base in bfloat16" if dtype == torch.float16 else "No 16 bits hold that: check the adapter",
         )  # fmt: skip
     return result
 
