@@ -146,7 +146,8 @@ HB_NOINLINE void dot_few_64(const hb_weight& w, const Decoder& d, int64_t first,
         scales_of_row(w, row * blocks, blocks, scales);
         __m512 total[M];
         for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
-        add_blocks_64<M>(w.codes + row * (w.cols / 2), scales, table, blocks, x, stride, 0, total);
+        // One row of W after the other is a stream; while several x are multiplied it is asked for too late.
+        add_blocks_64<M>(w.codes + row * (w.cols / 2), scales, table, blocks, x, stride, M > 1 ? w.cols : 0, total);
         if constexpr (M == 1)
             y[row] = vsum(total[0]);
         else
