@@ -31,6 +31,7 @@ import torch
 from common import write_result
 
 from halfbyte.cli.demo import smollm2_path
+from halfbyte.kernels.buffers import steady_memory
 
 ADAPTERS, CLIENTS, RANK = 8, 16, 16
 WORDS = "write tell a short long story about the sea the wind and old mountains where nobody has lived"
@@ -52,9 +53,10 @@ def main() -> None:
 
 
 def run(options: Any, folder: Path) -> dict[str, Any]:
-    base = make_adapters(options.model, folder)
-    pair = one_adapter_or_eight(base, folder)
-    del base
+    with steady_memory():  # as the server holds them: adapters in large pages
+        base = make_adapters(options.model, folder)
+        pair = one_adapter_or_eight(base, folder)
+        del base
     command = [sys.executable, "-m", "halfbyte", "serve", "--model", str(options.model), "--name", "base", "--json"]
     command += ["--port", "0", "--adapter-dir", str(folder), "--queue", "256"]
     for index in range(ADAPTERS):

@@ -157,7 +157,7 @@ def test_killed_and_started_again(make_llama: Any, tmp_path: Path) -> None:
     with running(tmp_path / "again", *command(model), "--port", url.rpartition(":")[2]) as (_, again):
         assert again == url
         assert ask(url).json()["choices"] == expected
-        assert time.monotonic() - started < 60  # 4 s on a quiet machine
+        assert time.monotonic() - started < 60  # measured: 13 s for both starts on a busy machine
 
 
 def read(url: str, found: list[int]) -> None:
