@@ -7,6 +7,7 @@ A table whose benchmark has not run stays as it is. The text around the tables i
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
@@ -227,14 +228,23 @@ def _losses(row: dict[str, Any]) -> list[float]:
     return [row["before"], statistics.mean(row["after"]), *row["outside"]]
 
 
+def _counted(name: str, value: Any) -> str:
+    """What a test counted under `name`, as JUnit's text: "3 files"; seconds rounded, a table of counts as a list."""
+    words = name.replace("_", " ")
+    if str(value).startswith("{"):
+        return f"{words}: " + ", ".join(f"{count} {key}" for key, count in ast.literal_eval(value).items())
+    if name.endswith("_seconds"):
+        return f"{float(value):.2g} s a {words.removesuffix(' seconds')}"
+    return f"{value} {words}"
+
+
 def reliability(result: dict[str, Any]) -> Rows:
     """Each proof with what it counted."""
     rows = [["proof", "counted", "passed", "seconds"]]
     for name, row in result["cases"].items():
         test, _, case = name.removeprefix("test_").rstrip("]").partition("[")
         words = f"{test.replace('_', ' ')}: {re.sub(r'-(errors)?[0-9-]*$', '', case)}".rstrip(": ")
-        counts = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in row.items()
-                           if key not in ("passed", "seconds"))  # fmt: skip
+        counts = ", ".join(_counted(key, value) for key, value in row.items() if key not in ("passed", "seconds"))
         rows.append([words, counts, "yes" if row["passed"] else "**no**", f"{row['seconds']:.0f}"])
     return rows
 
