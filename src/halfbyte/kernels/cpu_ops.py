@@ -126,14 +126,15 @@ def _linear_4bit(
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     rows = x.reshape(-1, in_features) if in_features else x.new_empty(prod(x.shape[:-1]), 0)
     rows = rows.contiguous()
-    out = empty((rows.shape[0], out_features), x.dtype)
+    result = empty((*x.shape[:-1], out_features), x.dtype)  # not a view itself: PEFT's methods add to it in place
+    out = result.view(rows.shape[0], out_features)
     if out.numel():
         library = fused_library(rows, blocksize, in_features)
         view = GroupView([Member(weight, out_features, bias)], in_features, x.dtype)
         if library is None or view.linear(library, rows, out, None) == NO_MEMORY:
             bias = None if bias is None else bias.to(x.dtype)
             panel.linear(rows, weight, bias, out, _library(x.dtype, blocksize))
-    return out.view(*x.shape[:-1], out_features)
+    return result
 
 
 @torch.library.impl("halfbyte::linear_4bit_dx", "CPU")

@@ -105,7 +105,9 @@ def linear_4bit(
     if kernels is None or not x.numel():
         return F.linear(x, _dequantize(weight, (out_features, in_features), x.dtype), bias)
     y: Tensor = kernels.linear(x.reshape(-1, in_features), weight, bias, out_features)
-    return y.view(*x.shape[:-1], out_features)
+    # A result, not a view of one: PEFT's methods add to it in place.
+    result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
+    return result
 
 
 def linear_4bit_dx(

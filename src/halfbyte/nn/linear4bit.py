@@ -143,6 +143,11 @@ class Linear4bit(nn.Linear):
         """The packed codes, flat: `weight` as operators take it."""
         return self._codes
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes, by the name at which PEFT knows another library's weight: DoRA calls `dequantize` then."""
+        return self._codes
+
     def place_bytes(self, codes: Tensor, absmax: Tensor) -> None:
         """Other tensors for the same codes and scales: a weight that comes and goes (see `nn.streamed`)."""
         self._set_codes(codes)
