@@ -118,3 +118,63 @@ def test_a_loaded_model_generates_and_copies(llama: Any) -> None:
     made = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert made.shape == (1, 16)
     assert torch.equal(copy.deepcopy(model).generate(ids, max_new_tokens=4, do_sample=False), made)
+
+
+def preferences() -> Any:
+    """Four prompts, each with an answer that is wanted and one that is not."""
+    from datasets import Dataset
+
+    def words(row: int, step: int) -> str:
+        return " ".join(f"w{(7 * row + step * j * j + 3) % 120}" for j in range(6))
+
+    return Dataset.from_list(
+        [{"prompt": words(i, 1) + " ", "chosen": words(i, 2), "rejected": words(i, 3)} for i in range(4)]
+    )
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_trl_dpo_trainer(llama: Any, tmp_path: Path, loss: str) -> None:
+    """The reference is the base with the adapter off: the margin begins at zero, and grows."""
+    trl = pytest.importorskip("trl", reason="needs the package trl")
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    before = packed(model)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(
+            **arguments(tmp_path, gradient_checkpointing=False, max_length=32, loss_type=[loss], beta=0.1)
+        ),
+        train_dataset=preferences(),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    assert trainer.ref_model is None
+    trainer.train()
+
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] == 0.0
+    assert margins[-1] > 0.01
+    check(trainer, before, tmp_path / "adapter", llama.folder)
+
+
+@pytest.mark.parametrize("name", ["ORPO", "SimPO"])
+def test_preferences_without_a_reference(llama: Any, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("trl", reason="needs the package trl")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    given = arguments(tmp_path, gradient_checkpointing=False, max_length=32)
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, quantization_config=HalfbyteConfig())
+    before = packed(model)
+    made = (
+        (ORPOTrainer, ORPOConfig(**given)) if name == "ORPO" else
+        (CPOTrainer, CPOConfig(**given, loss_type="simpo", cpo_alpha=0.0))
+    )  # fmt: skip
+    trainer = made[0](
+        model=model, args=made[1], train_dataset=preferences(), processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+
+    check(trainer, before, tmp_path / "adapter", llama.folder)
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[-1] > margins[0]
