@@ -265,7 +265,7 @@ def serving(result: dict[str, Any]) -> Rows:
         ["", "", "goal"],
         [f"answers equal to those alone, adapters unloaded and loaded {churned} times meanwhile",
          f"{result['equal_to_alone']:,} of {count:,}", f"all of {count:,}"],
-        ["tokens a second of 1 client, of 16", f"{one:.0f}, {sixteen:.0f}: {sixteen / one:.1f} times", "3 times"],
+        ["tokens a second of 1 client, of 16", f"{one:.0f}, {sixteen:.0f}: {sixteen / one:.2f} times", "3 times"],
         ["a pass of 8 rows under 8 adapters, over one under one", f"{result['eight_over_one']:.2f}", "1.2"],
         ["seconds of an answer beside 15 others, p50, p95, p99", seconds, ""],
         ["MB at the start, after the requests alone, after those with adapters that came and went", around, "flat"],

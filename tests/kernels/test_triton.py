@@ -29,7 +29,8 @@ def test_results_in_the_interpreter() -> None:
     """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+    quiet = ["-W", "ignore::pytest.PytestConfigWarning"]  # under python -O
+    command = [sys.executable, "-m", "pytest", *quiet, "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
