@@ -9,8 +9,8 @@ held-out loss by seed.
 
 The stored figures are of the script that this one was cleaned up from, on one H100 in 4 minutes: its loop over columns
 (`choose`) was one Triton kernel, its training steps CUDA graphs (7.6e-6 from eager ones). On a small case both give
-the same codes and start to the bit; in this form it has not run in full. The rate and number of the matching steps were
-chosen by KL divergence on the VALIDATION samples of the first set, which nothing else saw.
+the same codes and start to the bit; in this form it has not run in full. The rate and number of the matching steps
+were chosen by KL divergence on the VALIDATION samples of the first set, which nothing else saw.
 """
 
 from __future__ import annotations
