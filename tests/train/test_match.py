@@ -16,6 +16,7 @@ from halfbyte.calibrate import calibrate_model
 from halfbyte.checkpoint import load_adapter
 from halfbyte.config import DataConfig, QuantConfig, RunConfig
 from halfbyte.data import load_data
+from halfbyte.dtypes import format_bytes
 from halfbyte.model import load_model, load_tokenizer
 from halfbyte.model.adapt import attach_saved
 from halfbyte.train.match import match_start
@@ -54,6 +55,9 @@ def test_predicts_more_like_16_bits(
     assert matched["steps"] == 30
     assert matched["kl_last"] < 0.92 * matched["kl_first"]
     assert said[-1].startswith("start: 30 steps towards the 16-bit model's predictions")
+    assert said[-2].startswith("start: step 20 of 30, KL ")
+    assert f"about {format_bytes(matched['planned_memory'])} at the fullest moment" in said[-3]
+    assert result.predicted_peak_memory >= matched["planned_memory"] > 0
     kl = [divergence(tmp_path / name, model, eval_file) for name in ("plain", "matched")]
     assert kl[1] < 0.98 * kl[0]
     info = load_adapter(tmp_path / "matched" / "start").info
@@ -68,8 +72,8 @@ def test_too_little_memory_leaves_the_closed_form(
         model__path=str(make_llama(intermediate_size=128)), quant__calibrate=str(chat_file), lora__init="cloq"
     )
 
-    def too_little(config: RunConfig, base: Path) -> dict[str, Any]:
-        return match_start(replace(config, memory=replace(config.memory, budget="1MB")), base)
+    def too_little(config: RunConfig, base: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        return match_start(replace(config, memory=replace(config.memory, budget="1MB")), base, say)
 
     said: list[str] = []
     result = calibrate_model(config, tmp_path / "base", match=too_little, say=said.append)

@@ -34,7 +34,7 @@ CONFIG_KEY = "halfbyte_calibrated"
 """In config.json, so that it stays with the model when files are copied one by one."""
 
 Say = Callable[[str], None]
-Match = Callable[[RunConfig, Path], dict[str, Any]]
+Match = Callable[[RunConfig, Path, Say], dict[str, Any]]
 """`halfbyte.train.match.match_start`."""
 
 
@@ -99,7 +99,8 @@ def calibrate_model(
         matched = _matched(match, config, folder.path, say) if match and ranks and config.lora.match_steps else None
     return CalibrateResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
-        bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(), predicted_peak_memory=predicted,
+        bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(),
+        predicted_peak_memory=max(predicted, matched["planned_memory"] if matched else 0),
         seconds=time.perf_counter() - started, output=str(output), tokens=tokens, layers=tuple(written.layers),
         matched=matched,
     )  # fmt: skip
@@ -107,7 +108,7 @@ def calibrate_model(
 
 def _matched(match: Match, config: RunConfig, folder: Path, say: Say) -> dict[str, Any] | None:
     try:
-        matched = match(config, folder)
+        matched = match(config, folder, say)
     except (ConfigError, NumericsError, ResourceError) as error:
         say(f"start: not matched to the 16-bit model: {error}")
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -40,15 +40,17 @@ BATCH, RATE, WARMUP = 8, 1e-4, 6
 """Samples in a step, the highest learning rate and the steps that it takes to get there."""
 TEXT, TOKENS = 65_536, 4096
 """Tokens of text in all, about (longer samples make smaller steps), and at a time through the 16-bit model."""
+REPORT_EVERY = 20
+"""Steps."""
 
 
-def match_start(config: RunConfig, base: Path) -> dict[str, Any]:
+def match_start(config: RunConfig, base: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Train the start in `base`, a 4-bit folder that is still being written, for `config.lora.match_steps` steps on
     `config.quant.calibrate`, so that both predict what `config.model.path`, of which they were made, predicts.
 
     Returns:
-        steps, tokens learned, seconds, and the KL divergence by token, in nats: means over the first and the last
-        quarter of the steps.
+        steps, tokens learned, seconds, the bytes that were planned for, and the KL divergence by token, in nats: means
+        over the first and the last quarter of the steps.
 
     Raises:
         ResourceError: it needs more than memory.budget; the start is as it was.
@@ -60,15 +62,22 @@ def match_start(config: RunConfig, base: Path) -> dict[str, Any]:
         run = prepare(_settings(config, base), Observer())
         steps = _steps(run)
         run = replace(run, steps=len(steps))
+        planned = run.plan.peak_memory + sum(_state_bytes(run, batches) for batches in steps)
+        say(f"start: {run.steps} steps towards the 16-bit model; about {format_bytes(planned)} at the fullest moment")
         tokens = _label(run, config.model.path, [batch for batches in steps for batch in batches])
         guard = Guard(Observer(), base)
+        losses: list[float] = []
         with run.objective.ready():
             run.model.train()
-            losses = [update(run, step, batches, guard, None)[0] for step, batches in enumerate(steps, 1)]
+            for step, batches in enumerate(steps, 1):
+                losses.append(update(run, step, batches, guard, None)[0])
+                if step % REPORT_EVERY == 0:
+                    mean, spent = fmean(losses[-REPORT_EVERY:]), time.perf_counter() - started
+                    say(f"start: step {step} of {run.steps}, KL {mean:.4f}, {spent:.0f} s")
     part = -(-len(losses) // 4)
     matched = {
         "steps": run.steps, "tokens": tokens, "kl_first": fmean(losses[:part]), "kl_last": fmean(losses[-part:]),
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - started, "planned_memory": planned,
     }  # fmt: skip
     start = load_adapter(base / START)
     shutil.rmtree(start.folder)
@@ -93,25 +102,29 @@ def _settings(config: RunConfig, base: Path) -> RunConfig:
 
 def _steps(run: Run) -> list[list[Batch]]:
     """The micro-batches of every step; fewer steps where the 16-bit model's states leave the budget no room."""
-    width = run.loaded.model.config.get_text_config().hidden_size
-    room = None if run.plan.budget is None else (run.plan.budget - run.plan.peak_memory) // (4 * width)
+    room = None if run.plan.budget is None else run.plan.budget - run.plan.peak_memory
     cursor, steps, states = run.loader.start(), list[list[Batch]](), 0
     for _ in range(run.steps):
         batches = []
         for _ in range(run.config.train.gradient_accumulation_steps):
             batch, cursor = run.loader.next_batch(cursor)
             batches.append(batch)
-        states += sum(batch.num_targets for batch in batches)
+        states += _state_bytes(run, batches)
         if room is not None and states > room:
             break
         steps.append(batches)
     if not steps:
         raise ResourceError(
             "leaves no room to match the start to the 16-bit model", where="memory.budget",
-            why=f"a step takes {format_bytes(4 * width * states)} beside {format_bytes(run.plan.peak_memory)}",
+            why=f"a step takes {format_bytes(states)} beside {format_bytes(run.plan.peak_memory)}",
             fix="Raise it, or give --set lora.match_steps=0",
         )  # fmt: skip
     return steps
+
+
+def _state_bytes(run: Run, batches: list[Batch]) -> int:
+    """Of the 16-bit model's last hidden states at the tokens that `batches` learn."""
+    return 4 * int(run.loaded.model.config.get_text_config().hidden_size) * sum(batch.num_targets for batch in batches)
 
 
 @torch.no_grad()
