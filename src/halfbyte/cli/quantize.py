@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run
+
+if TYPE_CHECKING:
+    from halfbyte.config import RunConfig
 
 
 def quantize(
     model: Model = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write.")] = None,
     quant_type: Annotated[str | None, typer.Option("--quant-type", metavar="nf4|fp4", help="The codebook.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="PAGE.html", help="Error by layer, as a page and as JSON beside it."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="With --report: perplexity before and after on these samples.")
+    ] = None,
     config: Config = None,
     memory: Memory = None,
     settings: Set = None,
@@ -30,7 +41,7 @@ def quantize(
 
     flags = {
         "--model": ("model.path", model), "--quant-type": ("quant.quant_type", quant_type),
-        "--memory": ("memory.budget", memory),
+        "--memory": ("memory.budget", memory), "--eval-data": ("data.eval", eval_data),
     }  # fmt: skip
     run = load_run(config, settings, flags)
     if output is None:
@@ -54,4 +65,24 @@ def quantize(
         f"{result.bits_per_weight:.3f} bits per weight, in {result.seconds:.1f} s, "
         f"peak memory {format_bytes(result.peak_memory)}\n{result.output}"
     )
-    emit(result.to_dict(), as_json, text)
+    found = result.to_dict()
+    if report is not None:
+        out.print(f"report: reading both models{', and evaluating them' if run.data.eval else ''}", markup=False)
+        found["report"], line = _report(run, output, report)
+        text += f"\n{line}\n{report}"
+    emit(found, as_json, text)
+
+
+def _report(run: RunConfig, output: Path, page: Path) -> tuple[dict[str, Any], str]:
+    """Write the page and its JSON; the figures of all layers together, for --json and for people."""
+    from halfbyte.checkpoint import write_file
+    from halfbyte.compare.weights import weight_report
+    from halfbyte.compare.weights_page import weights_page
+
+    found = weight_report(run, output)
+    write_file(page.with_suffix(".json"), json.dumps(found.to_dict(), indent=1).encode())
+    write_file(page, weights_page(found).encode())
+    line = f"error {found.error:.3e}"
+    if found.perplexity is not None and found.perplexity_16bit is not None:
+        line += f", perplexity {found.perplexity_16bit:.3f} -> {found.perplexity:.3f}"
+    return {key: value for key, value in found.to_dict().items() if key not in ("layers", "histogram")}, line

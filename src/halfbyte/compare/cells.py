@@ -93,14 +93,14 @@ def prepare_base(run: RunConfig, variant: Variant, folder: Path) -> Base:
         if output.is_dir() and (kept := _read(record)).get("settings") == settings:
             made = kept["result"]
         else:
-            made, failed = _halfbyte("quantize", settings, "--output", str(output))
+            made, failed = run_command("quantize", settings, "--output", str(output))
             if failed:
                 return Base(path, failed=failed)
             write_file(record, json.dumps({"settings": settings, "result": made}).encode())
         path = str(output)
     if variant.full:
         return Base(path)
-    plan, _ = _halfbyte("plan", _train_settings(run, path, 0), "--output", str(folder.parent / "runs" / "plan"))
+    plan, _ = run_command("plan", _train_settings(run, path, 0), "--output", str(folder.parent / "runs" / "plan"))
     held = sum(plan.get("terms", {}).get(name, 0) for name in BASE_TERMS)
     return Base(path, held or None, made.get("seconds", 0.0), made.get("bits_per_weight"))
 
@@ -121,7 +121,7 @@ def run_cell(run: RunConfig, variant: Variant, base: Base, seed: int, folder: Pa
     if variant.full:
         result, failed = _json_of([sys.executable, "-m", "halfbyte.compare.full", str(output), *settings])
     else:
-        result, failed = _halfbyte("train", settings, "--output", str(output), "--resume", "never")
+        result, failed = run_command("train", settings, "--output", str(output), "--resume", "never")
     seconds = time.perf_counter() - started
     curve = _curve(output / "metrics.jsonl") if result else []
     cell = Cell(variant.name, seed, settings, seconds, result, curve, failed)
@@ -152,7 +152,7 @@ def _curve(path: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line.get("event") == "step"]
 
 
-def _halfbyte(command: str, settings: list[str], *more: str) -> tuple[dict[str, Any], str]:
+def run_command(command: str, settings: list[str], *more: str) -> tuple[dict[str, Any], str]:
     given = [argument for setting in settings for argument in ("--set", setting)]
     return _json_of([sys.executable, "-m", "halfbyte", command, *given, *more, "--json"])
 

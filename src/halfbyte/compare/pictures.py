@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.compare.cells import Cell
     from halfbyte.compare.job import Row
+    from halfbyte.compare.weights import LayerReport
 
 COLOURS = ("#1f5a91", "#c8553d", "#4a8f4f", "#8a5aa8", "#b8860b", "#4f8fc0", "#7d7d7d", "#d18a9c", "#2f4858")
 
@@ -74,6 +75,42 @@ def cost_picture(rows: Sequence[Row]) -> str:
         part.invert_yaxis()
         part.margins(x=0.2)
         part.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def codes_picture(values: Sequence[float], histogram: Sequence[int], use: Sequence[float]) -> str:
+    """Where weights lie between the codebook's values, and how often each code is used."""
+    from halfbyte.compare.weights import LIMIT
+
+    figure, axis = _axes(4.6)
+    axis.remove()
+    grid = figure.add_gridspec(2, 1, height_ratios=[3, 1])
+    above = figure.add_subplot(grid[0])
+    width = 2 * LIMIT / len(histogram)
+    centers = [-LIMIT + (i + 0.5) * width for i in range(len(histogram))]
+    above.fill_between(centers, histogram, step="mid", color=COLOURS[0], alpha=0.35)
+    for value in values:
+        above.axvline(value, color=COLOURS[1], linewidth=0.8)
+    above.set(xlim=(-LIMIT, LIMIT), yticks=[], xlabel="weight / scale")
+    below = figure.add_subplot(grid[1])
+    below.bar(range(len(use)), [100 * share for share in use], color=COLOURS[0])
+    below.set(xticks=range(len(use)), xlabel="code", ylabel="%")
+    for part in (above, below):
+        part.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def errors_picture(layers: Sequence[LayerReport]) -> str:
+    """Each layer's error in the order of the model, a colour for each kind."""
+    figure, axis = _axes(3.4)
+    kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
+    for place, kind in enumerate(kinds):
+        own = [layer.error for layer in layers if layer.name.rpartition(".")[2] == kind]
+        axis.plot(
+            range(len(own)), own, "o-", markersize=3, linewidth=1, color=COLOURS[place % len(COLOURS)], label=kind
+        )
+    axis.set(xlabel="number of the layer", ylabel="error", ylim=(0, None))
+    axis.legend(frameon=False, ncols=4, fontsize=8)
     return _svg(figure)
 
 
