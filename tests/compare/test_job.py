@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from halfbyte.compare import job
-from halfbyte.compare.cells import Base, Cell
+from halfbyte.compare.cells import Base, Cell, Failure
 from halfbyte.compare.variants import chosen
 from halfbyte.config import RunConfig, load_config
 from halfbyte.errors import ConfigError, HalfbyteError
@@ -30,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         done.append((variant.name, seed))
         clock[0] += 30.0
         if variant.name == "fp4" and seed == 1:
-            return Cell(variant.name, seed, [], 30.0, failed="the gradient is not finite")
+            return Cell(variant.name, seed, [], 30.0, failure=Failure("the gradient is not finite", 5))
         noise = {"nf4": 0.001 * seed}.get(variant.name, 0.0) + 0.3 * seed
         result = {
             "eval_loss_before": 3.0, "eval_loss": LOSSES[variant.name] + noise, "tokens_per_s": 100.0,
@@ -91,9 +93,10 @@ def test_what_has_to_be_there(ran: list[tuple[str, int]], tmp_path: Path, monkey
         job.compare(replace(run, data=replace(run.data, eval="")), chosen("nf4,fp4", []), tmp_path, seeds=1, minutes=1)
     with pytest.raises(ConfigError, match=r"variant bad: .*rank"):
         job.compare(run, chosen("nf4", ["bad:lora.r=0"]), tmp_path, seeds=1, minutes=1)
-    monkeypatch.setattr(job, "prepare_base", lambda *_: Base("m", failed="no such model"))
-    with pytest.raises(HalfbyteError, match="no variant could be trained; nf4: no such model"):
+    monkeypatch.setattr(job, "prepare_base", lambda *_: Base("m", failure=Failure("no such model", 3)))
+    with pytest.raises(HalfbyteError, match="nf4: no such model; fp4: no such model") as failed:
         job.compare(run, chosen("nf4,fp4", []), tmp_path, seeds=1, minutes=1)
+    assert failed.value.exit_code == 3
     assert not ran
 
 
@@ -114,3 +117,28 @@ def test_the_command_trains_and_keeps(make_llama: Any, chat_file: Path, tmp_path
     again = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert again.stderr.count("kept from before") == 2
     assert json.loads(again.stdout)["rows"][0]["losses"] == rows[0]["losses"]
+
+
+def test_a_signal_ends_the_run_in_progress_too(make_llama: Any, chat_file: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "halfbyte", "compare", "--model", str(make_llama()), "--data", str(chat_file),
+        "--eval-data", str(chat_file), "--output", str(tmp_path / "out"), "--variants", "nf4,fp4", "--steps", "5000",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "out" / "runs" / "nf4-0" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.splitlines()[-1].startswith("halfbyte: interrupted: the same command keeps 0 finished runs")
+    size = metrics.stat().st_size
+    time.sleep(1.0)
+    assert metrics.stat().st_size == size
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Up to two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -24,6 +24,7 @@ def test_names_and_own_settings() -> None:
     [
         ("nf4,fp5", [], "unknown variant 'fp5'.*Did you mean"), ("nf4,nf4", [], "'nf4' is there twice"),
         ("nf4", [], "takes two variants"), ("nf4,fp4", ["../x:lora.r=8"], "cannot name a variant"),
+        ("nf4,fp4", ["a:train.seed=3"], "sets train.seed, which compare sets itself"),
         ("nf4,fp4", ["nf4:lora.r=8"], "cannot name a variant"), ("nf4,fp4", ["a:lora"], "cannot read 'lora'"),
     ],
 )  # fmt: skip

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run
+from halfbyte.cli.common import (
+    AsJson,
+    Config,
+    Debug,
+    InterruptedRunError,
+    Memory,
+    Model,
+    Set,
+    console,
+    emit,
+    load_run,
+)
 
 if TYPE_CHECKING:
     from halfbyte.compare import Comparison
@@ -23,11 +37,13 @@ def compare(
     ] = "16bit,nf4,fp4",
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", metavar="NAME:KEY=VALUE,...", help="One of your own; repeatable."),
+        typer.Option("--variant", metavar="NAME[:KEY=VALUE,...]", help="Your own; NAME alone: as set. Repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each variant.")] = 3,
     minutes: Annotated[float, typer.Option("--minutes", min=0, help="Begin no run that would end later.")] = 60,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps of a run.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps of a run; 0: one pass over the data.")
+    ] = None,
     config: Config = None,
     memory: Memory = None,
     settings: Set = None,
@@ -48,15 +64,28 @@ def compare(
 
     wanted = chosen(variants, variant or ())
     out = console()
-    result = run_comparison(
-        run,
-        wanted,
-        Path(run.train.output),
-        seeds=seeds,
-        minutes=minutes,
-        say=lambda line: out.print(line, markup=False),
-    )
+    folder = Path(run.train.output)
+    with _saying_what_is_kept(folder):
+        result = run_comparison(
+            run, wanted, folder, seeds=seeds, minutes=minutes, say=lambda line: out.print(line, markup=False)
+        )
     emit(result.to_dict(), as_json, _summary(result))
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """A signal ends the run in progress and then this: raises InterruptedRunError."""
+
+    def stop(number: int, frame: object) -> None:
+        kept = len(list((folder / "runs").glob("*.json")))
+        raise InterruptedRunError(number, f"the same command keeps {kept} finished runs; one in progress begins anew")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _summary(result: Comparison) -> str:

@@ -13,9 +13,18 @@ from typing import Any
 from halfbyte.checkpoint import write_file
 from halfbyte.compare.variants import Variant
 from halfbyte.config import RunConfig, load_config, to_dict
+from halfbyte.errors import ConfigError
 
 BASE_TERMS = ("linears_4bit", "linears_16bit", "embeddings", "norms_and_other")
 """Of a plan: the base's weights."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A command's error: its one line and its exit code."""
+
+    line: str
+    code: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Cell:
         seconds: of the whole process.
         result: what `halfbyte train --json` said; empty where it failed.
         curve: (step, training loss).
-        failed: the error's one line.
+        failure: None where it finished.
     """
 
     variant: str
@@ -36,7 +45,7 @@ class Cell:
     seconds: float
     result: dict[str, Any] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
-    failed: str = ""
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,14 @@ class Base:
         nbytes: of its weights while it trains, by the plan; None where the plan cannot tell.
         seconds: that making it took; 0 where it is quantized as it loads.
         bits: per weight of its linear layers, where it was made.
-        failed: the error's one line.
+        failure: None where there is a base.
     """
 
     path: str
     nbytes: int | None = None
     seconds: float = 0.0
     bits: float | None = None
-    failed: str = ""
+    failure: Failure | None = None
 
 
 def settings_of(run: RunConfig) -> list[str]:
@@ -76,7 +85,11 @@ def _text(value: Any) -> str:
 def variant_run(run: RunConfig, variant: Variant) -> RunConfig:
     """`run` with what `variant` sets. Raises ConfigError where that does not go together."""
     own = [setting.replace("{data}", run.data.train) for setting in variant.settings]
-    return load_config(None, [*settings_of(run), *own])
+    try:
+        return load_config(None, [*settings_of(run), *own])
+    except ConfigError as error:
+        where = error.where.removeprefix("--set ")
+        raise ConfigError(f"variant {variant.name}: {error.what}", where=where, why=error.why, fix=error.fix) from None
 
 
 def prepare_base(run: RunConfig, variant: Variant, folder: Path) -> Base:
@@ -95,7 +108,7 @@ def prepare_base(run: RunConfig, variant: Variant, folder: Path) -> Base:
         else:
             made, failed = run_command("quantize", settings, "--output", str(output))
             if failed:
-                return Base(path, failed=failed)
+                return Base(path, failure=failed)
             write_file(record, json.dumps({"settings": settings, "result": made}).encode())
         path = str(output)
     if variant.full:
@@ -111,7 +124,7 @@ def kept_cell(run: RunConfig, variant: Variant, base: Base, seed: int, folder: P
         cell = Cell(**_read(_file(folder, variant, seed)))
     except TypeError:
         return None
-    return cell if cell.settings == _train_settings(run, base.path, seed) and not cell.failed else None
+    return cell if cell.settings == _train_settings(run, base.path, seed) and cell.failure is None else None
 
 
 def run_cell(run: RunConfig, variant: Variant, base: Base, seed: int, folder: Path) -> Cell:
@@ -152,16 +165,21 @@ def _curve(path: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line.get("event") == "step"]
 
 
-def run_command(command: str, settings: list[str], *more: str) -> tuple[dict[str, Any], str]:
+def run_command(command: str, settings: list[str], *more: str) -> tuple[dict[str, Any], Failure | None]:
     given = [argument for setting in settings for argument in ("--set", setting)]
     return _json_of([sys.executable, "-m", "halfbyte", command, *given, *more, "--json"])
 
 
-def _json_of(command: list[str]) -> tuple[dict[str, Any], str]:
-    """(the JSON on the last line of standard output, "") or ({}, the last line of standard error)."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode} without a word"]
-        return {}, lines[-1].removeprefix("halfbyte: ")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found, ""
+def _json_of(command: list[str]) -> tuple[dict[str, Any], Failure | None]:
+    """(the JSON on the last line of standard output, None) or ({}, what went wrong). It does not outlive us."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            said, complained = child.communicate()
+        except BaseException:
+            child.terminate()
+            raise
+    if child.returncode:
+        lines = complained.strip().splitlines() or [f"exit {child.returncode} without a word"]
+        return {}, Failure(lines[-1].removeprefix("halfbyte: "), child.returncode)
+    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    return found, None

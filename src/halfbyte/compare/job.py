@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import versions, write_file
-from halfbyte.compare.cells import Base, Cell, kept_cell, prepare_base, run_cell, settings_of, variant_run
+from halfbyte.compare.cells import Base, Cell, Failure, kept_cell, prepare_base, run_cell, settings_of, variant_run
 from halfbyte.compare.page import page
 from halfbyte.compare.statistics import Mean, difference, mean
 from halfbyte.compare.variants import Variant
@@ -62,6 +62,21 @@ class Comparison:
         return asdict(self)
 
 
+@dataclass
+class Way:
+    """A variant on its way: its run, its base, and its cells so far."""
+
+    variant: Variant
+    run: RunConfig
+    base: Base = field(default_factory=lambda: Base(""))
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first, after which it is not run again."""
+        return self.base.failure or next((cell.failure for cell in self.cells if cell.failure), None)
+
+
 def compare(
     run: RunConfig, variants: Sequence[Variant], output: Path, *, seeds: int, minutes: float,
     say: Callable[[str], None] = lambda line: None,
@@ -77,40 +92,26 @@ def compare(
 
     Raises:
         ConfigError: data, model or a variant's settings cannot be used.
-        HalfbyteError: no variant finished.
+        HalfbyteError: no variant finished; with the exit code of the first that failed.
     """
-    started, runs_folder = time.perf_counter(), output / "runs"
+    started = time.perf_counter()
     if not run.data.eval:
         raise ConfigError("is not set", where="data.eval", why="held-out loss is compared", fix="Give --eval-data")
     check_run(run)
     run = load_config(None, [*settings_of(run), "train.output="])  # each has a folder of its own
-    runs = {variant.name: _checked(run, variant) for variant in variants}
-    bases = {}
-    for variant in variants:
-        bases[variant.name] = prepare_base(runs[variant.name], variant, output / "bases")
-        if bases[variant.name].seconds:
-            say(f"{variant.name}: base quantized in {bases[variant.name].seconds:.0f} s")
-    cells: dict[str, list[Cell]] = {variant.name: [] for variant in variants}
-    for seed in range(run.train.seed, run.train.seed + seeds):
-        for variant in variants:
-            done = cells[variant.name]
-            if bases[variant.name].failed or any(cell.failed for cell in done):
-                continue
-            left = minutes * 60 - (time.perf_counter() - started)
-            cell = kept_cell(runs[variant.name], variant, bases[variant.name], seed, runs_folder)
-            how = "kept from before"
-            if cell is None:
-                if done and left < done[-1].seconds:
-                    say(f"{variant.name}, seed {seed}: left out, {left:.0f} s of {minutes:g} minutes are left")
-                    continue
-                cell = run_cell(runs[variant.name], variant, bases[variant.name], seed, runs_folder)
-                how = f"{cell.seconds:.0f} s"
-            done.append(cell)
-            say(f"{variant.name}, seed {seed}: {cell.failed or _losses(cell)} ({how})")
-    rows = [_row(variant, bases[variant.name], cells[variant.name], cells[variants[0].name]) for variant in variants]
+    ways = [Way(variant, variant_run(run, variant)) for variant in variants]
+    for way in ways:
+        way.base = prepare_base(way.run, way.variant, output / "bases")
+        if way.base.seconds:
+            say(f"{way.variant.name}: base quantized in {way.base.seconds:.0f} s")
+    _run_all(ways, range(run.train.seed, run.train.seed + seeds), output / "runs", started + minutes * 60, say)
+    rows = [_row(way, ways[0].cells) for way in ways]
     if not any(row.seeds for row in rows):
-        raise HalfbyteError(f"no variant could be trained; {rows[0].name}: {rows[0].failed}")
+        error = HalfbyteError("; ".join(dict.fromkeys(f"{row.name}: {row.failed}" for row in rows)))
+        error.exit_code = next(way.failure.code for way in ways if way.failure)
+        raise error
     result = Comparison(rows, seeds, time.perf_counter() - started, str(output / "report.html"))
+    cells = {way.variant.name: way.cells for way in ways}
     everything = {
         **result.to_dict(), "settings": settings_of(run), "versions": versions(),
         "cells": {name: [asdict(cell) for cell in done] for name, done in cells.items()},
@@ -120,26 +121,39 @@ def compare(
     return result
 
 
-def _checked(run: RunConfig, variant: Variant) -> RunConfig:
-    try:
-        return variant_run(run, variant)
-    except ConfigError as error:
-        raise ConfigError(
-            f"variant {variant.name}: {error.what}", where=error.where, why=error.why, fix=error.fix
-        ) from None
+def _run_all(
+    ways: Sequence[Way], seeds: Iterable[int], folder: Path, deadline: float, say: Callable[[str], None]
+) -> None:
+    left_out = 0
+    for seed in seeds:
+        for way in ways:
+            if way.failure:
+                continue
+            cell = kept_cell(way.run, way.variant, way.base, seed, folder)
+            how = "kept from before"
+            if cell is None:
+                if way.cells and time.perf_counter() + way.cells[-1].seconds > deadline:
+                    left_out += 1
+                    continue
+                cell = run_cell(way.run, way.variant, way.base, seed, folder)
+                how = f"{cell.seconds:.0f} s"
+            way.cells.append(cell)
+            say(f"{way.variant.name}, seed {seed}: {cell.failure.line if cell.failure else _losses(cell)} ({how})")
+    if left_out:
+        say(f"runs left out, since they would not have ended in time: {left_out}; the same command goes on with them")
 
 
 def _losses(cell: Cell) -> str:
     return f"held-out loss {cell.result['eval_loss_before']:.4f} -> {cell.result['eval_loss']:.4f}"
 
 
-def _row(variant: Variant, base: Base, cells: list[Cell], reference: list[Cell]) -> Row:
-    failed = base.failed or next((cell.failed for cell in cells if cell.failed), "")
-    done = [cell for cell in cells if not cell.failed]
+def _row(way: Way, reference: Sequence[Cell]) -> Row:
+    variant, base, failed = way.variant, way.base, way.failure.line if way.failure else ""
+    done = [cell for cell in way.cells if not cell.failure]
     if not done:
         return Row(variant.name, variant.about, variant.settings, failed=failed)
     after = {cell.seed: cell.result["eval_loss"] for cell in done}
-    others = {cell.seed: cell.result["eval_loss"] for cell in reference if not cell.failed}
+    others = {cell.seed: cell.result["eval_loss"] for cell in reference if not cell.failure}
     results = [cell.result for cell in done]
     return Row(
         variant.name, variant.about, variant.settings, tuple(after), tuple(after.values()),

@@ -13,6 +13,10 @@ LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 """Llama's, and of all models with its names: what is left in 16 bits has to be named."""
 
 
+SET_BY_COMPARE = ("train.seed", "train.output", "train.resume", "data.train", "data.eval")
+"""The same for all, or a run's own."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to train.
@@ -89,6 +93,8 @@ def _own(text: str) -> Variant:
             f"cannot name a variant {name!r}", where="--variant",
             fix="Give NAME:section.key=value,..., NAME of letters, digits and ._-, and not a built-in one",
         )  # fmt: skip
+    if fixed := [key for key in SET_BY_COMPARE if any(setting.startswith(key + "=") for setting in settings)]:
+        raise ConfigError(f"sets {fixed[0]}, which compare sets itself", where=f"--variant {name}")
     if bad := [setting for setting in settings if not re.match(r"\w+\.\w+=", setting)]:
         raise ConfigError(f"cannot read {bad[0]!r}", where="--variant", fix="Settings are section.key=value")
     return Variant(name, ", ".join(settings) or "the run as it is set", settings)

@@ -153,6 +153,6 @@ def _losses(run: RunConfig, folder: Path, layers: list[LayerReport]) -> dict[str
         settings = settings_of(load_config(None, [*settings_of(run), "quant.calibrate=", "data.eval=", *changes]))
         said, failed = run_command("eval", settings, "--data", run.data.eval)
         if failed:
-            return {"note": f"not evaluated: {failed}"}
+            return {"note": f"not evaluated: {failed.line}"}
         found |= {f"loss{key}": said["loss"], f"perplexity{key}": said["perplexity"]}
     return found
