@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,16 @@ def _rows() -> list[dict[str, Any]]:
             ]
         })  # fmt: skip
     return rows
+
+
+@pytest.fixture
+def signals_of_a_terminal() -> Iterator[None]:
+    """What a shell's foreground gives a process: under nohup or `&` SIGHUP and SIGINT are ignored, and stay so."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ from faults.refusals import Change, adapter_tensors, check, promised
 from halfbyte.cli.main import main
 from halfbyte.train import loop
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what the command line hides from users, it hides here
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # what the command line hides from users, it hides here
+    pytest.mark.usefixtures("signals_of_a_terminal"),
+]
 TRAIN = [
     "train", "--model", "PLACE/model", "--data", "PLACE/data.jsonl", "--output", "PLACE/out", "--steps", "9",
     "--set", "data.max_seq_len=96", "--set", "train.save_every=1",

@@ -19,7 +19,10 @@ from halfbyte.errors import ConfigError
 from halfbyte.train import Observer, StepMetrics, train
 from halfbyte.train.signals import Signals, StoppedError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("signals_of_a_terminal"),
+]
 MakeRun = Callable[..., RunConfig]
 
 

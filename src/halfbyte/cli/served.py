@@ -42,14 +42,11 @@ class Wanted:
 
     def fix(self, made: ServingPlan, budget: int) -> str:
         """What to do where `made` does not fit."""
-        from halfbyte.dtypes import format_bytes
-
-        most, least = made.most_cache_tokens(budget), made.with_cache(self.context).peak_memory
+        most = made.most_cache_tokens(budget)
+        least = f"{-(-made.with_cache(self.context).peak_memory // 10**6)}MB"  # rounded up: as much has to do
         if not self.http:
-            return (
-                f"Give --memory more, a smaller --context or fewer adapters: {format_bytes(least)} is the least here"
-            )
-        fits = f"--cache-tokens {most} fits" if most >= self.context else f"{format_bytes(least)} is the least"
+            return f"Give --memory more, a smaller --context or fewer adapters: {least} is the least here"
+        fits = f"--cache-tokens {most} fits" if most >= self.context else f"{least} is the least"
         return f"Give --memory more, a smaller --cache-tokens or fewer adapters: {fits}"
 
 
