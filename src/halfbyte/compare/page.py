@@ -21,11 +21,11 @@ STYLE = """
   svg { background: #fff; border-radius: 6px }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 62rem; padding: 0 1rem }
+       max-width: 68rem; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.soft, td small, .soft { color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-th, td { text-align: right; padding: .45rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .88rem }
+th, td { text-align: right; padding: .45rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 13rem }
 tr.best td { font-weight: 600 } svg { max-width: 100%; height: auto }
 details { background: var(--card); border-radius: 8px; padding: .6rem 1rem; margin: .5rem 0 }
