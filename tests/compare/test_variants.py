@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from halfbyte.cli.compare import compare as command
 from halfbyte.compare.cells import settings_of, variant_run
 from halfbyte.compare.variants import BUILT_IN, chosen
 from halfbyte.config import load_config
@@ -46,3 +49,10 @@ def test_a_run_survives_as_settings() -> None:
 def test_built_in_settings_are_valid(name: str) -> None:
     run = variant_run(load_config(None, ["data.train=train.jsonl"]), BUILT_IN[name])
     assert run.quant.calibrate == ("train.jsonl" if "calibrated" in name or "start" in name else "")
+
+
+def test_help_and_page_name_every_variant() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    for name in BUILT_IN:
+        assert name in str(command.__doc__)
+        assert f"`{name}`" in page

@@ -66,3 +66,20 @@ def test_models_that_do_not_belong_together(make_llama: Callable[..., Path], tmp
     run = load_config(model__path=str(make_llama()))
     with pytest.raises(ModelError, match="has no 4-bit weight"):
         weight_report(run, make_llama())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--eval-data", "x.jsonl"], "--eval-data: needs --report"),
+        (["--report", "page.json"], "is not a .html file"),
+        (["--report", "no/page.html"], "there is no folder"),
+        (["--report", "page.html", "--eval-data", "no.jsonl"], "there is no file no.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_report_that_could_not_be_written_is_refused_first(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "--model", "not-read", "--output", str(tmp_path / "four"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "four").exists()

@@ -46,6 +46,7 @@ def quantize(
     run = load_run(config, settings, flags)
     if output is None:
         raise ConfigError("is not set", where="--output", fix="Give a folder to write")
+    _check_report(report, eval_data)
     from halfbyte.cli.progress import LoadBar
     from halfbyte.model.quantize import QuantizeResult, quantize_model
 
@@ -71,6 +72,22 @@ def quantize(
         found["report"], line = _report(run, output, report)
         text += f"\n{line}\n{report}"
     emit(found, as_json, text)
+
+
+def _check_report(report: Path | None, eval_data: Path | None) -> None:
+    """Before minutes go into quantizing."""
+    from halfbyte.errors import ConfigError
+
+    if report is None and eval_data is not None:
+        raise ConfigError("needs --report", where="--eval-data", fix="Give --report PAGE.html, too")
+    if report is not None and report.suffix != ".html":
+        raise ConfigError(
+            f"{report} is not a .html file", where="--report", why="the .json of its name lies beside it"
+        )
+    if report is not None and not report.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {report.absolute().parent}", where="--report", fix="Make it first")
+    if eval_data is not None and not eval_data.is_file():
+        raise ConfigError(f"there is no file {eval_data}", where="--eval-data")
 
 
 def _report(run: RunConfig, output: Path, page: Path) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -19,26 +20,27 @@ CUDA_CHUNK_BYTES = 256 * 2**20
 """The same on a GPU, most of which fewer rows would leave idle."""
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradient of the rows in one pass over chunks: logits live for one chunk, the head gets no gradient."""
+Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""Logits of some rows, which rows, and whether a gradient is wanted -> (their summed loss, its gradient or None)."""
+
+
+class _Chunked(torch.autograd.Function):
+    """A loss and its gradient in one pass over chunks of rows: logits live for one, the head gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], score: Score, rows: int) -> Tensor:
         needs_grad = hidden.requires_grad
         grad = torch.empty_like(hidden) if needs_grad else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
-            chunk = hidden[start : start + rows].detach().requires_grad_(needs_grad)
-            target = targets[start : start + rows].unsqueeze(1)
+            part = slice(start, start + rows)
+            chunk = hidden[part].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
                 logits = head(chunk)
-            scores = logits.detach().float()
-            log_norm = torch.logsumexp(scores, dim=1, keepdim=True)
-            total += (log_norm - scores.gather(1, target)).sum()
-            if grad is not None:
-                score_grad = (scores - log_norm).exp_()
-                score_grad.scatter_add_(1, target, score_grad.new_full(target.shape, -1.0))
-                (grad[start : start + rows],) = torch.autograd.grad(logits, chunk, score_grad.to(logits.dtype))
+            loss, pull = score(logits.detach(), part, needs_grad)
+            total += loss
+            if grad is not None and pull is not None:
+                (grad[part],) = torch.autograd.grad(logits, chunk, pull.to(logits.dtype))
         ctx.save_for_backward(grad)
         return total
 
@@ -46,6 +48,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_total.to(grad.dtype), None, None, None
+
+
+def chunked(rows: Tensor, head: Callable[[Tensor], Tensor], score: Score, rows_per_chunk: int) -> Tensor:
+    """The sum of `score` over all `rows` (n, hidden_size), differentiable in them; never all logits at once."""
+    total: Tensor = _Chunked.apply(rows, head, score, rows_per_chunk)  # type: ignore[no-untyped-call]
+    return total
 
 
 def chunked_cross_entropy(
@@ -77,8 +85,18 @@ def chunked_cross_entropy(
             rows, targets, head.weight, head.bias, rows_per_chunk, need_dx, getattr(head, "scales", None)
         )
     else:
-        total = _ChunkedCrossEntropy.apply(rows, targets, head, rows_per_chunk)  # type: ignore[no-untyped-call]
+        total = chunked(rows, head, partial(_score, targets), rows_per_chunk)
     return total, int(kept.numel())
+
+
+def _score(targets: Tensor, logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    scores, target = logits.float(), targets[rows].unsqueeze(1)
+    log_norm = torch.logsumexp(scores, dim=1, keepdim=True)
+    loss = (log_norm - scores.gather(1, target)).sum()
+    if not needs_grad:
+        return loss, None
+    pull = (scores - log_norm).exp_()
+    return loss, pull.scatter_add_(1, target, pull.new_full(target.shape, -1.0))
 
 
 def _is_plain(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
