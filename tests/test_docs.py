@@ -20,8 +20,9 @@ from halfbyte import errors
 from halfbyte.checkpoint import adapter, compare, manifest, shards
 from halfbyte.cli.main import app
 from halfbyte.config import config_from_dict, field_help, load_config, to_dict
+from halfbyte.config.base import BLOCKSIZES
 from halfbyte.config.load import SECTIONS
-from halfbyte.config.schema import BLOCKSIZES, RunConfig
+from halfbyte.config.schema import RunConfig
 from halfbyte.data import RecordReader, records
 from halfbyte.errors import DataError
 from halfbyte.quant.blocks import bits_per_weight

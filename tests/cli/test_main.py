@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli.main import main
-from halfbyte.config import RunConfig
-from halfbyte.config.schema import DataConfig, ModelConfig, TrainConfig
+from halfbyte.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 
 @pytest.fixture

@@ -1,18 +1,10 @@
 """What the user asked for."""
 
+from halfbyte.config.base import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.config.limits import LimitsConfig, hold_to
 from halfbyte.config.load import config_from_dict, field_help, load_config
-from halfbyte.config.schema import (
-    DataConfig,
-    LoraConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimConfig,
-    QuantConfig,
-    RunConfig,
-    TrainConfig,
-    to_dict,
-)
+from halfbyte.config.running import DataConfig, MemoryConfig, OptimConfig, TrainConfig
+from halfbyte.config.schema import RunConfig, to_dict
 
 __all__ = [
     "DataConfig", "LimitsConfig", "LoraConfig", "MemoryConfig", "ModelConfig", "OptimConfig", "QuantConfig",

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfbyte.config.schema import BLOCKSIZES
+from halfbyte.config.base import BLOCKSIZES
 from halfbyte.dtypes import COMPUTE_DTYPES
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.hf_quantizer import METHOD

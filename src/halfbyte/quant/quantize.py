@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halfbyte.config.schema import QuantConfig
+from halfbyte.config.base import QuantConfig
 from halfbyte.errors import ModelError
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import num_code_bytes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.config.schema import BLOCKSIZES
+from halfbyte.config.base import BLOCKSIZES
 from halfbyte.errors import ModelError
 from halfbyte.quant import ops
 from halfbyte.quant.absmax import expand_absmax

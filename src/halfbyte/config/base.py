@@ -1,0 +1,109 @@
+"""The sections that say what is trained: the base model, its 4 bits, the adapters. schema.py has the rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from halfbyte.config.checks import require, require_choice
+from halfbyte.dtypes import COMPUTE_DTYPES
+
+QuantType = Literal["nf4", "fp4"]
+Device = Literal["auto", "cpu", "cuda"]
+Scale = Literal["auto", "absmax", "mse", "mse-signed"]
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """[model]: the base model."""
+
+    path: str = ""
+    """A local folder (safetensors, 16-bit or bitsandbytes 4-bit), a .gguf file, or a hub id."""
+    device: Device = "auto"
+    """Where it computes: cpu, cuda, or auto, which is cuda where torch sees such a device."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.device", self.device, get_args(Device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """[quant]: how the base is held in 4 bits."""
+
+    quant_type: QuantType = "nf4"
+    """The 4-bit codebook: nf4 (quantiles of a normal law, the paper's) or fp4."""
+    blocksize: int = 64
+    """Weights that share one scale: 32 to 4096, a power of two."""
+    double_quant: bool = True
+    """Quantize the scales themselves to 8 bits: 4.127 instead of 4.5 bits per weight."""
+    scale: Scale = "auto"
+    """absmax (largest magnitude), mse (least error), mse-signed (either sign); auto: absmax, calibrated mse-signed."""
+    calibrate: str = ""
+    """`halfbyte quantize`: samples, JSON lines, whose text decides scales and codes; empty: the weights alone do."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What matrix products run in; auto takes what this hardware does fast and says why."""
+    skip_modules: tuple[str, ...] = ()
+    """Linear layers to leave unquantized, by full name or last part (the output head always is)."""
+    embeddings: Literal["as_stored", "int8"] = "as_stored"
+    """Input embeddings and output head in memory: as_stored (16 bits), or int8 with a scale for 64 weights."""
+
+    def __post_init__(self) -> None:
+        require_choice("quant.quant_type", self.quant_type, get_args(QuantType))
+        require_choice("quant.blocksize", self.blocksize, BLOCKSIZES)
+        require_choice("quant.scale", self.scale, get_args(Scale))
+        require_choice("quant.compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
+        require_choice("quant.embeddings", self.embeddings, ("as_stored", "int8"))
+
+    @property
+    def chosen_scale(self) -> str:
+        """`scale`, auto decided."""
+        return self.scale if self.scale != "auto" else "mse-signed" if self.calibrate else "absmax"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the bytes of a 4-bit weight depend on, as it is recorded; the scale where it is not absmax."""
+        more = {} if self.chosen_scale == "absmax" else {"scale": self.chosen_scale}
+        return {"quant_type": self.quant_type, "double_quant": self.double_quant, "blocksize": self.blocksize, **more}
+
+    def with_recipe(self, recipe: Mapping[str, Any]) -> QuantConfig:
+        """These settings with the recorded `recipe`."""
+        known = {key: recipe[key] for key in ("quant_type", "double_quant", "blocksize") if key in recipe}
+        return replace(self, **known, scale=recipe.get("scale", "absmax"), calibrate="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """[lora]: the adapters."""
+
+    r: int = 16
+    """Rank of A (r, in) and B (out, r). The paper uses 64 and finds no effect of r when all layers have one."""
+    lora_alpha: float = 32.0
+    """The update is scaled by lora_alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input (the paper: 0.1 up to 13B, 0.05 above; small runs do better without)."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
+    init: Literal["random", "cloq"] = "random"
+    """random (A uniform, B zero); cloq: what `halfbyte quantize` with quant.calibrate and this left by the base."""
+    match_steps: int = 120
+    """`halfbyte quantize` with init = "cloq": steps towards the 16-bit model's predictions; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "lora.r", self.r, "the rank is at least 1")
+        require(
+            0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "an alpha of 0 or less trains nothing"
+        )
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability, at least 0 and below 1")
+        require_choice("lora.init", self.init, ("random", "cloq"))
+        require(self.match_steps >= 0, "lora.match_steps", self.match_steps, "0 or more")
+        require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B @ A."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
