@@ -8,25 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from halfbyte.calibrate.memory import text_within
+from halfbyte.calibrate.start_folder import ranks_of, write_start
 from halfbyte.calibrate.write import CalibratedWriter, LayerError
 from halfbyte.checkpoint import versions, write_folder
-from halfbyte.checkpoint.adapter import write_adapter
-from halfbyte.checkpoint.durable import FolderWriter
 from halfbyte.checkpoint.shard_writer import ShardWriter
-from halfbyte.config import LoraConfig, RunConfig
-from halfbyte.config.names import matches
+from halfbyte.config import RunConfig
 from halfbyte.data import load_data
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError, NumericsError, ResourceError
-from halfbyte.model.adapt import START, peft_config
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
-from halfbyte.model.quantize import QuantizeResult, Unquantized, open_unquantized
+from halfbyte.model.quantize import QuantizeResult, open_unquantized
 from halfbyte.model.source import load_tokenizer, tokenizer_sha256
 from halfbyte.quant.error_feedback import DAMPING
 
@@ -71,11 +66,16 @@ def calibrate_model(
     """
     started = time.perf_counter()
     path, quant = config.model.path, config.quant
+    if config.lora.init not in ("random", "cloq"):
+        raise ConfigError(
+            f"{config.lora.init!r} takes no text", where="lora.init",
+            fix="Set it to cloq, which is chosen on the text, or leave out quant.calibrate",
+        )  # fmt: skip
     job = open_unquantized(path, output, quant)
     tokenizer = load_tokenizer(path)
     data = load_data(quant.calibrate, tokenizer, config.data)
     (ids, counts), predicted = text_within(config, job.model, data)
-    tokens, ranks = int(counts.sum()), _ranks(job, config.lora)
+    tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     why = "calibrated" if quant.scale == "auto" else "as set"
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(f"scales: {quant.chosen_scale} ({why})")
@@ -95,7 +95,7 @@ def calibrate_model(
         folder.write_json("halfbyte.json", {**record, "calibrated": calibrated, "layers": layers})
         if ranks:
             record |= {"base": str(output), "base_sha256": base.hexdigest(), "calibrated": calibrated}
-            _write_start(folder.path / START, job, config.lora, written, record)
+            write_start(folder.path, job, config.lora, written.starts, record)
         matched = _matched(match, config, folder.path, say) if match and ranks and config.lora.match_steps else None
     return CalibrateResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
@@ -117,24 +117,3 @@ def _matched(match: Match, config: RunConfig, folder: Path, say: Say) -> dict[st
         f"KL {matched['kl_first']:.4f} -> {matched['kl_last']:.4f} by token"
     )
     return matched
-
-
-def _ranks(job: Unquantized, lora: LoraConfig) -> dict[str, int]:
-    """Of the parameters whose layers get an adapter to begin at."""
-    if lora.init != "cloq":
-        return {}
-    wanted = lora.target_modules
-    return {f"{name}.weight": lora.r for name in job.targets if wanted == "all-linear" or matches(name, tuple(wanted))}
-
-
-def _write_start(
-    path: Path, job: Unquantized, lora: LoraConfig, written: CalibratedWriter, info: dict[str, Any]
-) -> None:
-    """The adapter to begin at, as a folder that PEFT reads."""
-    state: dict[str, Tensor] = {}
-    for name, (a, b) in written.starts.items():
-        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        state |= {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": (b / lora.scaling).contiguous()}
-    names = [name.removesuffix(".weight") for name in written.starts]
-    path.mkdir()
-    write_adapter(FolderWriter(path), state, peft_config(job.model, lora, names).to_dict(), info)

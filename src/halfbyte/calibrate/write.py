@@ -43,8 +43,64 @@ class LayerError:
     nearest: float
 
 
-class CalibratedWriter:
-    """Writes every tensor of `job` into `shards`, and hashes it into `base`.
+class FourBitWriter:
+    """Writes tensors of `job` into `shards`, each hashed into `base`."""
+
+    def __init__(
+        self, job: Unquantized, shards: ShardWriter, base: BaseHash, on_progress: Progress | None = None
+    ) -> None:
+        self._job, self._shards, self._base, self._on_progress = job, shards, base, on_progress
+        self.done: dict[str, None] = {}
+        self._bits, self._weights = 0, 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales included."""
+        return self._bits / max(self._weights, 1)
+
+    def write_others(self) -> None:
+        """All tensors that are not quantized, as they are stored."""
+        job, targets = self._job, {f"{name}.weight" for name in self._job.targets}
+        for name, stored in job.names.items():
+            if name not in targets:
+                slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
+                slices = self._base.through(name, slices)
+                self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter as it is stored."""
+        job = self._job
+        return read_unquantized(job.reader, job.names[name], job.model.get_parameter(name), job.source.label)
+
+    def target(self, name: str) -> Tensor:
+        """A weight to quantize, (out, in) float32."""
+        module = self._job.model.get_submodule(name.rpartition(".")[0])
+        weight = self.stored(name).float()
+        return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+    def nearest(self, name: str, target: Tensor, importance: Tensor | None = None) -> QuantizedWeight:
+        """`target` in 4 bits, each weight the nearest code; of the dtype that `name` is stored in."""
+        job = self._job
+        return quantize_slices(
+            [target], tuple(target.shape), job.reader.dtype(job.names[name]), job.quant, name=name,
+            importance=importance,
+        )  # fmt: skip
+
+    def add(self, name: str, weight: QuantizedWeight) -> None:
+        """Write a weight."""
+        self.done[name] = None
+        self._bits += 8 * weight.nbytes
+        self._weights += weight.codes.numel() * 2
+        if self._on_progress:
+            self._on_progress(len(self.done), len(self._job.targets), name)
+        self._base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
+        self._shards.add(name, weight.codes.view(-1, 1))
+        for key, tensor in weight.bnb_tensors().items():
+            self._shards.add(f"{name}.{key}", tensor)
+
+
+class CalibratedWriter(FourBitWriter):
+    """`FourBitWriter` of a model whose codes are chosen on a text.
 
     Args:
         ranks: by parameter, of an adapter to begin at, which the text goes through, too.
@@ -54,48 +110,29 @@ class CalibratedWriter:
         self, job: Unquantized, shards: ShardWriter, base: BaseHash, ranks: Mapping[str, int],
         on_progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        self._job, self._shards, self._base, self._ranks, self._on_progress = job, shards, base, ranks, on_progress
+        super().__init__(job, shards, base, on_progress)
+        self._ranks = ranks
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}
-        self._done: dict[str, None] = {}
-        self._bits, self._weights = 0, 0
         self.layers: list[LayerError] = []
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the quantized layers, scales included."""
-        return self._bits / max(self._weights, 1)
 
     def write(self, model: LentModel, ids: Tensor, counts: Tensor) -> None:
         """Run the text (`run_side_by_side`) and write."""
-        job, targets = self._job, {f"{name}.weight" for name in self._job.targets}
-        for name, stored in job.names.items():
-            if name not in targets:
-                slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
-                slices = self._base.through(name, slices)
-                self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
-        run_side_by_side(model, ids, counts, self._stored, targets, self._round, chunk_tokens=CHUNK_TOKENS,
+        targets = {f"{name}.weight" for name in self._job.targets}
+        self.write_others()
+        run_side_by_side(model, ids, counts, self.stored, targets, self._round, chunk_tokens=CHUNK_TOKENS,
                          capped=True)  # fmt: skip
-        for name in targets - set(self._done):  # no text passed them
-            self._write(name, self._nearest(name, self._target(name), None))
-
-    def _stored(self, name: str) -> Tensor:
-        job = self._job
-        return read_unquantized(job.reader, job.names[name], job.model.get_parameter(name), job.source.label)
-
-    def _target(self, name: str) -> Tensor:
-        module = self._job.model.get_submodule(name.rpartition(".")[0])
-        weight = self._stored(name).float()
-        return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+        for name in targets - set(self.done):  # no text passed them
+            self.add(name, self.nearest(name, self.target(name)))
 
     def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
-        target, rank = self._target(name), self._ranks.get(name, 0)
+        target, rank = self.target(name), self._ranks.get(name, 0)
         wanted, importance = moments.wanted(target), moments.own.diagonal()
-        plain = self._nearest(name, wanted, importance)
+        plain = self.nearest(name, wanted, importance)
         weight = round_with_feedback(wanted, moments, plain, SWEEPS, refit=True)
         if rank:  # once more, of what the start leaves to do
             a, b = start_of(wanted, weight.dequantize(torch.float32), moments, rank)
             rest = wanted - b @ a
-            weight = round_with_feedback(rest, moments, self._nearest(name, rest, importance), SWEEPS, refit=True)
+            weight = round_with_feedback(rest, moments, self.nearest(name, rest, importance), SWEEPS, refit=True)
         decoded = weight.dequantize(torch.float32)
         wrong, before = decoded - target, plain.dequantize(torch.float32) - target
         size = float((target @ moments.own * target).sum())
@@ -104,26 +141,8 @@ class CalibratedWriter:
             outputs=float((wrong @ moments.own * wrong).sum()) / size,
             nearest=float((before @ moments.own * before).sum()) / size,
         ))  # fmt: skip
-        self._write(name, weight)
+        self.add(name, weight)
         if not rank:
             return partial(weight.dequantize, torch.float32)
         a, b = self.starts[name] = start_of(wanted, decoded, moments, rank)
         return lambda: weight.dequantize(torch.float32) + b @ a
-
-    def _nearest(self, name: str, target: Tensor, importance: Tensor | None) -> QuantizedWeight:
-        job = self._job
-        return quantize_slices(
-            [target], tuple(target.shape), job.reader.dtype(job.names[name]), job.quant, name=name,
-            importance=importance,
-        )  # fmt: skip
-
-    def _write(self, name: str, weight: QuantizedWeight) -> None:
-        self._done[name] = None
-        self._bits += 8 * weight.nbytes
-        self._weights += weight.codes.numel() * 2
-        if self._on_progress:
-            self._on_progress(len(self._done), len(self._job.targets), name)
-        self._base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
-        self._shards.add(name, weight.codes.view(-1, 1))
-        for key, tensor in weight.bnb_tensors().items():
-            self._shards.add(f"{name}.{key}", tensor)

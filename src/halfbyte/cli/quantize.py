@@ -11,7 +11,10 @@ import typer
 from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from halfbyte.config import RunConfig
+    from halfbyte.model.quantize import QuantizeResult
 
 
 def quantize(
@@ -34,7 +37,7 @@ def quantize(
     """Write a model in bitsandbytes' 4-bit format; transformers and halfbyte load the folder.
 
     Reads tensor by tensor, large ones slice by slice: memory holds one tensor at a time. With quant.calibrate
-    scales and codes are chosen on a text, layer by layer.
+    scales and codes are chosen on a text, layer by layer; lora.init adds an adapter to begin at.
     """
     from halfbyte.dtypes import format_bytes
     from halfbyte.errors import ConfigError
@@ -46,21 +49,9 @@ def quantize(
     run = load_run(config, settings, flags)
     if output is None:
         raise ConfigError("is not set", where="--output", fix="Give a folder to write")
-    _check_report(report, eval_data)
-    from halfbyte.cli.progress import LoadBar
-    from halfbyte.model.quantize import QuantizeResult, quantize_model
-
+    _check_report(report, eval_data, run.lora.init)
     out = console()
-    with LoadBar(out) as bar:
-        if run.quant.calibrate:
-            from halfbyte.calibrate import calibrate_model
-            from halfbyte.train.match import match_start
-
-            result: QuantizeResult = calibrate_model(
-                run, output, match=match_start, say=out.print, on_progress=bar.update
-            )
-        else:
-            result = quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+    result = _write(run, output, out)
     text = (
         f"{format_bytes(result.bytes_in)} -> {format_bytes(result.bytes_out)}, {result.quantized} layers at "
         f"{result.bits_per_weight:.3f} bits per weight, in {result.seconds:.1f} s, "
@@ -74,12 +65,29 @@ def quantize(
     emit(found, as_json, text)
 
 
-def _check_report(report: Path | None, eval_data: Path | None) -> None:
+def _write(run: RunConfig, output: Path, out: Console) -> QuantizeResult:
+    """As the settings say: on a text, with a start, or by the nearest codes."""
+    from halfbyte.calibrate import calibrate_model, quantize_with_start
+    from halfbyte.cli.progress import LoadBar
+    from halfbyte.model.quantize import quantize_model
+    from halfbyte.train.match import match_start
+
+    with LoadBar(out) as bar:
+        if run.quant.calibrate:
+            return calibrate_model(run, output, match=match_start, say=out.print, on_progress=bar.update)
+        if run.lora.init != "random":
+            return quantize_with_start(run, output, on_progress=bar.update)
+        return quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+
+
+def _check_report(report: Path | None, eval_data: Path | None, init: str) -> None:
     """Before minutes go into quantizing."""
     from halfbyte.errors import ConfigError
 
     if report is None and eval_data is not None:
         raise ConfigError("needs --report", where="--eval-data", fix="Give --report PAGE.html, too")
+    if report is not None and init == "pissa":
+        raise ConfigError("shows a base, and pissa's is not the model without its start", where="--report")
     if report is not None and report.suffix != ".html":
         raise ConfigError(
             f"{report} is not a .html file", where="--report", why="the .json of its name lies beside it"

@@ -93,14 +93,14 @@ def variant_run(run: RunConfig, variant: Variant) -> RunConfig:
 
 
 def prepare_base(run: RunConfig, variant: Variant, folder: Path) -> Base:
-    """The base that `variant` trains on: written by `halfbyte quantize` where it takes the data, else `run`'s own.
+    """The base that `variant` trains on: written by `halfbyte quantize` for data or a start, else `run`'s own.
 
     Args:
         run: as `variant_run` gives it.
         folder: where bases are kept; one that is there already was made by the same settings.
     """
     path, made = run.model.path, {}
-    if run.quant.calibrate:
+    if run.quant.calibrate or run.lora.init != "random":
         output, record = folder / variant.name, folder / f"{variant.name}.json"
         settings = settings_of(run)
         if output.is_dir() and (kept := _read(record)).get("settings") == settings:

@@ -13,6 +13,7 @@ from halfbyte.dtypes import COMPUTE_DTYPES
 QuantType = Literal["nf4", "fp4"]
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["auto", "absmax", "mse", "mse-signed"]
+Init = Literal["random", "cloq", "pissa", "loftq"]
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -88,8 +89,10 @@ class LoraConfig:
     """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
-    init: Literal["random", "cloq"] = "random"
-    """random (A uniform, B zero); cloq: what `halfbyte quantize` with quant.calibrate and this left by the base."""
+    init: Init = "random"
+    """random (A uniform, B zero); cloq, pissa, loftq: as `halfbyte quantize` with it left a start."""
+    loftq_rounds: int = 1
+    """`halfbyte quantize` with init = "loftq": times the error is decomposed; 1: the base as it is without."""
     match_steps: int = 120
     """`halfbyte quantize` with init = "cloq": steps towards the 16-bit model's predictions; 0: none."""
 
@@ -99,7 +102,8 @@ class LoraConfig:
             0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "an alpha of 0 or less trains nothing"
         )
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability, at least 0 and below 1")
-        require_choice("lora.init", self.init, ("random", "cloq"))
+        require_choice("lora.init", self.init, get_args(Init))
+        require(self.loftq_rounds >= 1, "lora.loftq_rounds", self.loftq_rounds, "at least 1")
         require(self.match_steps >= 0, "lora.match_steps", self.match_steps, "0 or more")
         require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
 

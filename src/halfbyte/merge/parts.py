@@ -73,6 +73,18 @@ def read_parts(weights: Mapping[str, float]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def refuse_start(parts: tuple[Part, ...]) -> None:
+    """AdapterError where an adapter holds what quantization took from its base: 16-bit weights have it already."""
+    for part in parts:
+        info = part.adapter.info
+        init = info.get("init") or info.get("config", {}).get("lora", {}).get("init", "random")
+        if init != "random":
+            raise AdapterError(
+                f"began at {init}, which makes up for the 4-bit base", where=part.label,
+                why="the original weights lack nothing of it", fix="Merge with --base quantized",
+            )  # fmt: skip
+
+
 def template_hash(part: Part, tokenizer: Any, base: str, *, any_template: bool) -> str:
     """The hash of `tokenizer`, with the adapter's own chat template where another one is let pass.
 

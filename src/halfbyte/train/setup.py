@@ -19,7 +19,7 @@ from halfbyte.config.schema import check_warmup
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
-from halfbyte.model.adapt import START, attach_lora, begin_at
+from halfbyte.model.adapt import CONFIG_KEY, START, attach_lora, begin_at
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement
@@ -180,7 +180,8 @@ def _checkpoint_of(config: RunConfig) -> Path | None:
 
 def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
-    if config.lora.init == "cloq":
+    _check_init(loaded, config)
+    if config.lora.init != "random":
         begin_at(model, _start(loaded, config), config.lora.scaling)
         observer.note(f"adapter: begins at {loaded.source.path / START}")
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -197,15 +198,32 @@ def _activations(config: RunConfig, device: torch.device) -> ActivationStore | N
     return ActivationStore(offload_dir(config), memory_of(device), host_share(config, device))
 
 
+def _check_init(loaded: LoadedModel, config: RunConfig) -> None:
+    """ConfigError where the base is what a start left of the model, and the run begins elsewhere."""
+    written = getattr(loaded.source.config, CONFIG_KEY, {})
+    if written.get("init") == "pissa" and config.lora.init != "pissa":
+        raise ConfigError(
+            f"is {config.lora.init}, the base was written for pissa", where="lora.init",
+            why=f"without {loaded.source.path / START} it lacks the largest part of every weight",
+            fix="Give --set lora.init=pissa, or another base",
+        )  # fmt: skip
+
+
 def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
     """What `halfbyte quantize` left beside the base to begin at."""
-    folder = loaded.source.path / START
+    folder, init = loaded.source.path / START, config.lora.init
     if not folder.is_dir():
+        text = "quant.calibrate=FILE --set " if init == "cloq" else ""
         raise ConfigError(
             "needs a start that was written with the base", where="lora.init", why=f"there is no {folder}",
-            fix="Run: halfbyte quantize --model MODEL --output DIR --set quant.calibrate=FILE --set lora.init=cloq",
+            fix=f"Run: halfbyte quantize --model MODEL --output DIR --set {text}lora.init={init}, and use DIR",
         )  # fmt: skip
     start = load_adapter(folder)
+    written = start.info.get("init", "cloq")  # the first there was, when nothing said which
+    if written != init:
+        raise ConfigError(
+            f"is {init}, {folder} is {written}", where="lora.init", fix=f"Give --set lora.init={written}"
+        )
     if start.config["r"] != config.lora.r:
         raise ConfigError(
             f"is {config.lora.r}", where="lora.r", why=f"{folder} has rank {start.config['r']}",

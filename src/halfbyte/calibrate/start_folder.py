@@ -1,0 +1,38 @@
+"""The adapter that training may begin at, in a folder beside the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.checkpoint.adapter import write_adapter
+from halfbyte.checkpoint.durable import FolderWriter
+from halfbyte.config import LoraConfig
+from halfbyte.config.names import matches
+from halfbyte.model.adapt import START, peft_config
+from halfbyte.model.quantize import Unquantized
+
+
+def ranks_of(job: Unquantized, lora: LoraConfig) -> dict[str, int]:
+    """Of the parameters whose layers get an adapter to begin at."""
+    wanted = lora.target_modules
+    return {f"{name}.weight": lora.r for name in job.targets if wanted == "all-linear" or matches(name, tuple(wanted))}
+
+
+def write_start(
+    base: Path, job: Unquantized, lora: LoraConfig, starts: Mapping[str, tuple[Tensor, Tensor]], info: dict[str, Any]
+) -> None:
+    """The adapter whose updates are ``B A`` of `starts`, as a folder in `base` that PEFT reads."""
+    state: dict[str, Tensor] = {}
+    for name, (a, b) in starts.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        state |= {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": (b / lora.scaling).contiguous()}
+    names = [name.removesuffix(".weight") for name in starts]
+    path = base / START
+    path.mkdir()
+    write_adapter(
+        FolderWriter(path), state, peft_config(job.model, lora, names).to_dict(), {**info, "init": lora.init}
+    )
