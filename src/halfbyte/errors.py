@@ -30,6 +30,8 @@ class HalfbyteError(Exception):
     """
 
     exit_code = 1
+    said = False
+    """Another process has said it: a second line would only repeat it."""
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
         self.what, self.where, self.why, self.fix = what, where, why, fix

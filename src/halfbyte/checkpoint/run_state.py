@@ -70,6 +70,7 @@ def save_checkpoint(
     cursor: Mapping[str, Any],
     config: Mapping[str, Any],
     hashes: Mapping[str, str],
+    ranks: int = 1,
 ) -> Path:
     """Write `checkpoint-<step>` under `output`, durably; an older one is replaced (set aside if it is not ours).
 
@@ -82,6 +83,7 @@ def save_checkpoint(
         cursor: where the data is, plain JSON.
         config: `to_dict(RunConfig)`.
         hashes: sha256 by name: base, tokenizer, data.
+        ranks: processes that trained together.
 
     Raises:
         NumericsError: the adapter is not finite; nothing is written.
@@ -92,7 +94,7 @@ def save_checkpoint(
     tensors, scalars = _flatten(optimizer["state"])
     state = {
         "step": step, "cursor": dict(cursor), "config": dict(config), "hashes": dict(hashes),
-        "environment": environment(), "param_groups": optimizer["param_groups"], "scalars": scalars,
+        "environment": environment() | {"ranks": ranks}, "param_groups": optimizer["param_groups"], "scalars": scalars,
     }  # fmt: skip
     parts: tuple[Mapping[str, Tensor | Pieces], ...] = adapter, tensors, rng
     expected = sum(tensor.nbytes for part in parts for tensor in part.values())
@@ -194,14 +196,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_changes(checkpoint: Checkpoint) -> list[str]:
-    """What differs from the machine that wrote `checkpoint`: if any, going on is not promised to be bit-exact."""
-    now = environment()
-    return [
-        f"{key} {checkpoint.environment.get(key)} -> {value}"
-        for key, value in now.items()
-        if checkpoint.environment.get(key) != value
-    ]
+def environment_changes(checkpoint: Checkpoint, ranks: int = 1) -> list[str]:
+    """What differs from the machine that wrote `checkpoint`, and its ranks: if any, going on is not promised to be
+    bit-exact."""
+    before, now = {"ranks": 1} | checkpoint.environment, environment() | {"ranks": ranks}
+    return [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
 
 
 def _removed(path: Path) -> bool:

@@ -91,7 +91,7 @@ def _quiet_other_libraries() -> None:
 
 def _explain(error: Exception) -> int:
     if isinstance(error, HalfbyteError):
-        return _fail(str(error), error.exit_code)
+        return error.exit_code if error.said else _fail(str(error), error.exit_code)
     if isinstance(error, typer.exceptions.TyperException):
         return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRNOS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ from halfbyte.cli.common import (
     Debug,
     Device,
     HostMemory,
+    InterruptedRunError,
     Memory,
     Model,
     Set,
@@ -23,6 +26,8 @@ from halfbyte.cli.common import (
     load_run,
     saying_what_is_kept,
 )
+from halfbyte.cli.ranks import one_voice, ranks_of, share_threads
+from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.train import TrainResult
@@ -56,24 +61,30 @@ def train(
     The adapter lands in OUTPUT/adapter, where PEFT, halfbyte eval, generate and chat read it.
     """
 
-    run = load_run(config, settings, {
-        "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
-        "--output": ("train.output", output), "--steps": ("train.steps", steps),
-        "--epochs": ("train.epochs", epochs), "--resume": ("train.resume", resume),
-        "--device": ("model.device", device), "--memory": ("memory.budget", memory),
-        "--host-memory": ("memory.host_budget", host_memory),
-    })  # fmt: skip
     from halfbyte.plan import check_run
 
-    check_run(run)
+    share_threads(os.environ)
+    with one_voice(os.environ, HalfbyteError):
+        run = load_run(config, settings, {
+            "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
+            "--output": ("train.output", output), "--steps": ("train.steps", steps),
+            "--epochs": ("train.epochs", epochs), "--resume": ("train.resume", resume),
+            "--device": ("model.device", device), "--memory": ("memory.budget", memory),
+            "--host-memory": ("memory.host_budget", host_memory),
+        })  # fmt: skip
+        check_run(run)
     from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
     from halfbyte.kernels import panel_rule
     from halfbyte.plan import speed_key, write_calibration
     from halfbyte.train import train as run_training
 
-    with saying_what_is_kept(run), TrainProgress(console()) as progress:
+    ranks = ranks_of(os.environ)
+    progress = TrainProgress(console()) if ranks.leads else None
+    with one_voice(os.environ, InterruptedRunError), saying_what_is_kept(run), progress or nullcontext():
         machine = known_machine()
-        result = run_training(run, observer=progress, machine=machine)
+        result = run_training(run, observer=progress, machine=machine, ranks=ranks)
+    if not ranks.leads:
+        return
     gflops = {speed_key(run, machine): result.gflops} if result.gflops else {}
     write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops, panel_rows=panel_rule().rows)
     emit(result.to_dict(), as_json, summary(result))

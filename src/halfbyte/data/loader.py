@@ -78,19 +78,25 @@ class BatchLoader:
         packing: put several samples into one sequence of up to `max_seq_len` tokens.
         max_seq_len: tokens of the longest pack.
         seed: of the order.
+        rank, world: of the `world` processes that train together this is number `rank`. They share batches of
+            `micro_batch_size` each, of which every world-th pack or sample is this one's, perhaps none. The cursor is
+            of all together, so as many in one process, with batches `world` times as large, do the same.
 
     Raises:
         DataError: a sample is longer than `max_seq_len`.
     """
 
     def __init__(
-        self, data: TokenizedData, *, micro_batch_size: int, packing: bool, max_seq_len: int, seed: int
-    ) -> None:
+        self, data: TokenizedData, *, micro_batch_size: int, packing: bool, max_seq_len: int, seed: int,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         longest = int(data.lengths.max())
         if packing and longest > max_seq_len:
             raise DataError(f"a sample of {longest} tokens does not fit max_seq_len {max_seq_len}")
         self.data = data
         self.micro_batch_size = micro_batch_size
+        self.rank, self.world = rank, world
+        self._together = micro_batch_size * world
         self.packing = packing
         self.max_seq_len = max_seq_len
         self.seed = seed
@@ -117,17 +123,17 @@ class BatchLoader:
                 f"position {cursor.index} of epoch {cursor.epoch}, which has {len(plan)}", where=self.data.report.path,
                 why="the data, or how it is packed, is not that of the saved run",
             )  # fmt: skip
-        groups = plan[cursor.index : cursor.index + self.micro_batch_size]
+        groups = plan[cursor.index : cursor.index + self._together]
         index = cursor.index + len(groups)
         after = replace(cursor, index=index) if index < len(plan) else Cursor(cursor.seed, cursor.epoch + 1)
-        return make_batch(self.data, [sample for group in groups for sample in group]), after
+        return make_batch(self.data, _joined(groups[self.rank :: self.world])), after
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Batches of one epoch; with packing it may differ a little from epoch to epoch."""
-        return -(-len(self._groups(epoch)) // self.micro_batch_size)
+        return -(-len(self._groups(epoch)) // self._together)
 
     def worst(self, batches: int, needed: Callable[[Batch], Batch] | None = None) -> Worst:
-        """The most that any of the first `batches` batches holds.
+        """The most that any of the first `batches` batches holds, of any rank.
 
         Args:
             needed: makes of a batch what goes through the model, at most as many tokens: `compact`.
@@ -137,8 +143,9 @@ class BatchLoader:
         epoch = 0
         while batches > 0:
             groups = self._groups(epoch)
-            for start in range(0, len(groups), self.micro_batch_size)[:batches]:
-                samples = [sample for group in groups[start : start + self.micro_batch_size] for sample in group]
+            starts = range(0, len(groups), self._together)[:batches]
+            together = (groups[start : start + self._together] for start in starts)
+            for samples in (_joined(each[rank :: self.world]) for each in together for rank in range(self.world)):
                 tokens, learned = int(lengths[samples].sum()), int(targets[samples].sum())
                 if needed is not None and tokens > most.tokens:
                     tokens = needed(make_batch(self.data, samples)).input_ids.numel()
@@ -146,7 +153,7 @@ class BatchLoader:
                     most = replace(most, tokens=tokens, samples=tuple(samples))
                 if learned > most.targets:
                     most = replace(most, targets=learned)
-            batches -= -(-len(groups) // self.micro_batch_size)
+            batches -= -(-len(groups) // self._together)
             epoch += 1
         return most
 
@@ -175,8 +182,16 @@ def eval_batches(data: TokenizedData, max_tokens: int) -> Iterator[Batch]:
         yield make_batch(data, group)
 
 
+def _joined(groups: Sequence[list[int]]) -> list[int]:
+    return [sample for group in groups for sample in group]
+
+
 def make_batch(data: TokenizedData, samples: Sequence[int]) -> Batch:
-    """The batch of these samples, in this order."""
+    """The batch of these samples, in this order; of none, one without tokens."""
+    if not samples:
+        none = torch.zeros(1, 0, dtype=torch.int64)
+        starts = torch.zeros(1, dtype=torch.int32)
+        return Batch(input_ids=none, labels=none, position_ids=none, seq_starts=starts, num_targets=0, num_tokens=0)
     examples = [data[i] for i in samples]
     lengths = [len(example.input_ids) for example in examples]
     labels = torch.from_numpy(np.concatenate([example.labels for example in examples]))

@@ -11,6 +11,7 @@ from torch import nn
 
 from halfbyte.data import TokenizedData, eval_batches
 from halfbyte.train.objective import Objective
+from halfbyte.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,24 @@ def evaluate(
     *,
     max_tokens: int,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
-    """Loss of `model` on all of `data`, in batches of at most `max_tokens` tokens; no dropout, no gradient."""
+    """Loss of `model` on all of `data`, in batches of at most `max_tokens` tokens; no dropout, no gradient.
+
+    Args:
+        ranks: each takes every world-th batch; the loss is of all.
+    """
     was_training = model.training
     model.eval()
     total, targets, done = 0.0, 0, 0
-    for batch in eval_batches(data, max_tokens):
+    for number, batch in enumerate(eval_batches(data, max_tokens)):
+        done += len(batch.seq_starts) - 1
+        if number % ranks.world != ranks.rank:
+            continue
         total += float(objective.loss_sum(batch))
         targets += batch.num_targets
-        done += len(batch.seq_starts) - 1
         if on_progress:
             on_progress(done, len(data))
     model.train(was_training)
-    return EvalResult(total / targets, targets)
+    total, supervised = ranks.total(total, targets)
+    return EvalResult(total / supervised, int(supervised))

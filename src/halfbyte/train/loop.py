@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from halfbyte.train.gpu import capped, in_use, where_to_compute
 from halfbyte.train.guard import Guard
 from halfbyte.train.metrics import Metrics
 from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.planning import as_of_ranks
+from halfbyte.train.ranks import ALONE, Ranks, joined
 from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.result import TrainResult, finish
 from halfbyte.train.setup import Run, check_paths, prepare
@@ -44,11 +46,14 @@ from halfbyte.train.watchdog import Watchdog
 MIN_EVAL_TOKENS = 2048
 
 
-def train(config: RunConfig, *, observer: Observer | None = None, machine: Machine | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, observer: Observer | None = None, machine: Machine | None = None, ranks: Ranks = ALONE
+) -> TrainResult:
     """Fine-tune as `config` says; leaves an adapter folder that PEFT loads under ``train.output``.
 
     Args:
         machine: what was measured of this machine, for the plan's time; default: nothing.
+        ranks: this process among those that torchrun started; only rank 0 tells `observer`, and writes.
 
     Raises:
         HalfbyteError: what is wrong, and what to do about it; the last checkpoint stays good.
@@ -56,35 +61,38 @@ def train(config: RunConfig, *, observer: Observer | None = None, machine: Machi
     """
     require_config(config)
     hold_to(config.limits)
-    check_paths(config)
-    observer = observer or Observer()
-    config, machine, device = where_to_compute(config, machine or this_machine(), observer)
-    budget = parse_bytes(config.memory.budget) if config.memory.budget else None
-    host = budget_of(config, beside_gpu=device.type == "cuda")
-    with (
-        steady_memory() as buffers, Watchdog(host, buffers, observer) as watchdog, Signals(observer) as signals,
-        locked(Path(config.train.output)), capped(device, budget),
-    ):  # fmt: skip
-        return _train(config, observer, machine, device, watchdog, signals)
+    observer = observer if observer and ranks.leads else Observer()
+    with joined(ranks):
+        check_paths(config)
+        config, machine, device = where_to_compute(config, machine or this_machine(), observer)
+        budget = parse_bytes(config.memory.budget) if config.memory.budget else None
+        host = budget_of(config, beside_gpu=device.type == "cuda")
+        with (
+            steady_memory() as buffers, Watchdog(host, buffers, observer) as watchdog,
+            Signals(observer, ranks) as signals,
+            locked(Path(config.train.output)) if ranks.leads else nullcontext(), capped(device, budget),
+        ):  # fmt: skip
+            return _train(config, observer, machine, device, watchdog, signals, ranks)
 
 
 def _train(
-    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, watchdog: Watchdog, signals: Signals
-) -> TrainResult:
+    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, watchdog: Watchdog,
+    signals: Signals, ranks: Ranks,
+) -> TrainResult:  # fmt: skip
     started = time.perf_counter()
-    run = prepare(config, observer, machine, device, watchdog.start)
+    run = prepare(config, observer, machine, device, watchdog.start, ranks)
     config = run.config
     if run.loaded.store is not None and device.type == "cpu":
         watchdog.shrink = run.loaded.store.shrink
     output = Path(config.train.output)
     step, cursor = _resume_or_start(run, output, observer)
-    metrics = Metrics(output / "metrics.jsonl", first_step=step + 1)
+    metrics = Metrics(output / "metrics.jsonl", first_step=step + 1, write=ranks.leads)
     max_eval_tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS)
 
     def evaluate_now(step: int) -> None:
         if run.eval_data is not None and step not in dict(metrics.evals):
             result = evaluate(run.model, run.objective, run.eval_data, max_tokens=max_eval_tokens,
-                              on_progress=observer.eval_progress)  # fmt: skip
+                              on_progress=observer.eval_progress, ranks=ranks)  # fmt: skip
             metrics.add_eval(step, result.loss)
             observer.on_eval(step, result.loss)
 
@@ -104,18 +112,21 @@ def _train(
                 batches.append(batch)
             if step == 1:
                 check = FirstStepCheck(run.model, run.objective, batches[0])
-            loss, grad_norm, lr = update(run, step, batches, guard, check)
+            tokens, targets = ranks.total(sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches))
+            ranks.seed_step(config.train.seed, step)
+            loss, grad_norm, lr = update(run, step, batches, targets, guard, check)
             if grad_norm is None:
                 metrics.add_skipped(step)
             else:
                 done = StepMetrics(
                     step=step, steps=run.steps, loss=loss, lr=lr, grad_norm=grad_norm,
-                    tokens=sum(b.num_tokens for b in batches), supervised_tokens=sum(b.num_targets for b in batches),
+                    tokens=int(tokens), supervised_tokens=int(targets),
                     seconds=time.perf_counter() - step_started, memory=in_use(device), epoch=epoch,
                 )  # fmt: skip
                 metrics.add_step(done)
                 observer.on_step(done)
             watchdog.check()
+            signals.agree()
             last = step == run.steps
             if last or _due(step, config.train.eval_every):
                 signals.cut_short(partial(evaluate_now, step))
@@ -123,10 +134,12 @@ def _train(
             if asked or (last and config.train.save_every) or _due(step, config.train.save_every):
                 signals.saving = False
                 metrics.sync()
-                observer.on_save(_save_checkpoint(run, output, step, cursor))
+                if ranks.leads:
+                    observer.on_save(_save_checkpoint(run, output, step, cursor))
     release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
-    save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
-    observer.on_save(output / "adapter")
+    if ranks.leads:
+        save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
+        observer.on_save(output / "adapter")
     return finish(run, output, metrics, started, largest, guard.skipped, observer)
 
 
@@ -135,10 +148,15 @@ def _due(step: int, every: int) -> bool:
 
 
 def update(
-    run: Run, step: int, batches: list[Batch], guard: Guard, check: FirstStepCheck | None
+    run: Run, step: int, batches: list[Batch], targets: float, guard: Guard, check: FirstStepCheck | None
 ) -> tuple[float, float | None, float]:
-    """(loss, gradient norm or None where the update was left out, learning rate) of one optimizer step."""
-    loss = _accumulate_gradients(run, batches)
+    """(loss, gradient norm or None where the update was left out, learning rate) of one optimizer step.
+
+    Args:
+        batches: this rank's.
+        targets: supervised tokens of all ranks' batches.
+    """
+    loss = _accumulate_gradients(run, batches, targets)
     lr = _set_learning_rate(run, step)
     grad_norm = guard.gradient_norm(run.model, step, loss, run.config.optim.max_grad_norm)
     if check and grad_norm is not None:
@@ -151,17 +169,19 @@ def update(
     return loss, grad_norm, lr
 
 
-def _accumulate_gradients(run: Run, batches: list[Batch]) -> float:
+def _accumulate_gradients(run: Run, batches: list[Batch], targets: float) -> float:
     """Gradients of the step's loss: the sum over all its supervised tokens, divided by their number once.
 
     Streamed layers see all micro-batches before the next layer is read: the same sums in the same order.
     """
-    targets = sum(batch.num_targets for batch in batches)
     total = 0.0
+    batches = [batch for batch in batches if batch.num_tokens]  # of an epoch's last ones a rank may have none
     for together in [[batch] for batch in batches] if run.loaded.store is None else [batches]:
         losses = [loss / targets for loss in run.objective.loss_sums(together)]
         torch.autograd.backward(losses)
         total += sum(float(loss.detach()) for loss in losses)
+    run.ranks.sum_gradients(run.model.parameters())
+    (total,) = run.ranks.total(total)
     return total
 
 
@@ -180,13 +200,17 @@ def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, C
         observer.note(f"fresh start: {'train.resume is never' if resume == 'never' else f'no checkpoint in {output}'}")
         return 0, run.loader.start()
     saved = load_checkpoint(path)
-    changes = compare_config(saved.config, to_dict(run.config), saved_hashes=saved.hashes, current_hashes=run.hashes)
+    config = to_dict(run.config)
+    changes = compare_config(
+        as_of_ranks(saved.config, saved.environment, config, run.ranks), config, saved_hashes=saved.hashes,
+        current_hashes=run.hashes,
+    )  # fmt: skip
     load_adapter_state(run.model, saved.adapter)
     run.optimizer.load_state_dict(saved.optimizer)
     restore_rng(saved.rng)
     changed = "".join(f"; changed: {change}" for change in changes)
     observer.note(f"resumed from {path} after step {saved.step}{changed}")
-    for change in environment_changes(saved):
+    for change in environment_changes(saved, run.ranks.world):
         observer.note(f"not bit-exact with the first part of the run: {change}")
     return saved.step, Cursor(**saved.cursor)
 
@@ -195,7 +219,7 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
     path = save_checkpoint(
         output, step, adapter=adapter_state(run.model), adapter_config=run.peft_config, info=run.adapter_info(),
         optimizer=run.optimizer.streamed_state_dict(), rng=capture_rng(), cursor=asdict(cursor),
-        config=to_dict(run.config), hashes=run.hashes,
+        config=to_dict(run.config), hashes=run.hashes, ranks=run.ranks.world,
     )  # fmt: skip
     prune_checkpoints(output, run.config.train.keep, step=step)
     return path

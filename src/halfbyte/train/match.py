@@ -70,7 +70,8 @@ def match_start(config: RunConfig, base: Path, say: Callable[[str], None] = lamb
         with run.objective.ready():
             run.model.train()
             for step, batches in enumerate(steps, 1):
-                losses.append(update(run, step, batches, guard, None)[0])
+                targets = sum(batch.num_targets for batch in batches)
+                losses.append(update(run, step, batches, targets, guard, None)[0])
                 if step % REPORT_EVERY == 0:
                     mean, spent = fmean(losses[-REPORT_EVERY:]), time.perf_counter() - started
                     say(f"start: step {step} of {run.steps}, KL {mean:.4f}, {spent:.0f} s")

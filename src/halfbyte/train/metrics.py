@@ -18,13 +18,16 @@ class Metrics:
 
     A resumed run drops lines past the checkpoint's step first, so that every step stands once.
 
+    Args:
+        write: False reads only, and keeps the file as it is: of several ranks one writes.
+
     Attributes:
         steps: metrics of the steps of the whole run, also those before a resume.
         steps_now: how many of them are not from before a resume.
         evals: (step, held-out loss).
     """
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, path: Path, *, first_step: int, write: bool = True) -> None:
         self.steps: list[StepMetrics] = []
         self.evals: list[tuple[int, float]] = []
         self.steps_now = 0
@@ -35,8 +38,9 @@ class Metrics:
                 self.steps.append(StepMetrics(**{k: v for k, v in line.items() if k not in ("event", "time")}))
             elif line["event"] == "eval":
                 self.evals.append((line["step"], line["eval_loss"]))
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        if write:
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8") if write else None
 
     def add_step(self, metrics: StepMetrics) -> None:
         """Record a finished step."""
@@ -72,15 +76,18 @@ class Metrics:
 
     def sync(self) -> None:
         """Before a checkpoint: what a power cut leaves of the log reaches as far as the checkpoint does."""
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,7 @@ from halfbyte.plan import (
 )
 from halfbyte.train.gpu import cuda_bytes
 from halfbyte.train.observer import Observer
+from halfbyte.train.ranks import ALONE, Ranks
 
 MOST_COMPACTED = 5000
 """Batches that are looked at before the run; one takes half a millisecond."""
@@ -42,11 +45,11 @@ GROWTH = 70_000_000
 touched for the first time, thread stacks. Measured on runs of 135M and 1B."""
 
 
-def make_loader(config: RunConfig, data: TokenizedData) -> BatchLoader:
+def make_loader(config: RunConfig, data: TokenizedData, ranks: Ranks = ALONE) -> BatchLoader:
     """The loader of `config`'s micro-batches."""
     return BatchLoader(
         data, micro_batch_size=config.train.micro_batch_size, packing=config.data.packing,
-        max_seq_len=config.data.max_seq_len, seed=config.train.seed,
+        max_seq_len=config.data.max_seq_len, seed=config.train.seed, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
 
@@ -60,10 +63,12 @@ def steps_of(config: RunConfig, loader: BatchLoader) -> int:
     return max(-(-round(batches) // config.train.gradient_accumulation_steps), 1)
 
 
-def in_the_same_parts(config: RunConfig, checkpoint: Path | None, observer: Observer) -> RunConfig:
+def in_the_same_parts(
+    config: RunConfig, checkpoint: Path | None, observer: Observer, ranks: Ranks = ALONE
+) -> RunConfig:
     """`config` with the micro-batches of the checkpoint it goes on from, where they make the same step: a plan may
-    have made them smaller than was asked for, and might choose otherwise today, with other memory in use. Products
-    run in tiles or panels as they did.
+    have made them smaller than was asked for, and might choose otherwise today, with other memory in use. Where there
+    were more or fewer ranks, as many of them as make the same step. Products run in tiles or panels as they did.
 
     Raises:
         FileError: the checkpoint is not one.
@@ -75,10 +80,28 @@ def in_the_same_parts(config: RunConfig, checkpoint: Path | None, observer: Obse
         observer.note(sentence)
     train, parts = config.train, saved.get("train", {})
     size, count = parts.get("micro_batch_size", 0), parts.get("gradient_accumulation_steps", 0)
+    before = environment.get("ranks", 1)
+    if before != ranks.world:
+        whole, own = size * count * before, train.micro_batch_size * ranks.world
+        if whole % own or whole == own * train.gradient_accumulation_steps:
+            return config
+        observer.note(f"{whole // own} micro-batches in a step, as {before} ranks had {count}")
+        return replace(config, train=replace(train, gradient_accumulation_steps=whole // own))
     if size == train.micro_batch_size or size * count != train.micro_batch_size * train.gradient_accumulation_steps:
         return config
     observer.note(f"micro-batches of {size}, as the checkpoint's")
     return replace(config, train=replace(train, micro_batch_size=size, gradient_accumulation_steps=count))
+
+
+def as_of_ranks(
+    saved: dict[str, dict[str, Any]], environment: dict[str, Any], config: dict[str, dict[str, Any]], ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """The config of a checkpoint, as so many ranks would have set it: other micro-batches may make the same step."""
+    before, now = saved["train"], config["train"]
+    parts = "micro_batch_size", "gradient_accumulation_steps"
+    if prod(before[part] for part in parts) * environment.get("ranks", 1) != prod(now[p] for p in parts) * ranks.world:
+        return saved
+    return saved | {"train": before | {part: now[part] for part in parts}}
 
 
 def worst_of(config: RunConfig, loader: BatchLoader, *, shares: bool) -> Worst:
@@ -116,8 +139,9 @@ class Planned:
 
 
 def plan_run(
-    config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer, device: torch.device
-) -> Planned:
+    config: RunConfig, data: TokenizedData, machine: Machine, observer: Observer, device: torch.device,
+    ranks: Ranks = ALONE,
+) -> Planned:  # fmt: skip
     """Plan before the base is loaded, and say the plan.
 
     Raises:
@@ -127,7 +151,7 @@ def plan_run(
     machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
     runtime = cuda_bytes(device) if device.type == "cuda" else resident_memory() + GROWTH
-    planned = _plan(config, data, base, machine, runtime, observer)
+    planned = _plan(config, data, base, machine, runtime, observer, ranks)
     check_disks(planned.config, planned.plan)
     return planned
 
@@ -157,7 +181,9 @@ def offload_dir(config: RunConfig) -> str:
     return config.memory.offload_dir or config.train.output
 
 
-def plan_as_found(planned: Planned, data: TokenizedData, observer: Observer, *, fused: bool) -> Planned:
+def plan_as_found(
+    planned: Planned, data: TokenizedData, observer: Observer, ranks: Ranks = ALONE, *, fused: bool
+) -> Planned:
     """The plan again, where the loaded model's layers do not run as one function each though its kind does.
 
     Raises:
@@ -166,22 +192,25 @@ def plan_as_found(planned: Planned, data: TokenizedData, observer: Observer, *, 
     if fused or not planned.base.architecture.fused:
         return planned
     base = replace(planned.base, architecture=replace(planned.base.architecture, fused=False))
-    return _plan(planned.config, data, base, planned.machine, planned.runtime, observer)
+    return _plan(planned.config, data, base, planned.machine, planned.runtime, observer, ranks)
 
 
 def _plan(
-    config: RunConfig, data: TokenizedData, base: Base, machine: Machine, runtime: int, observer: Observer
-) -> Planned:
+    config: RunConfig, data: TokenizedData, base: Base, machine: Machine, runtime: int, observer: Observer,
+    ranks: Ranks,
+) -> Planned:  # fmt: skip
     shares = runs_fused(config, base)
-    worst = worst_of(config, make_loader(config, data), shares=shares)
+    worst = worst_of(config, make_loader(config, data, ranks), shares=shares)
     work = Work(tokens=worst.tokens, targets=worst.targets, longest=worst.longest, runtime=runtime)
     made = plan(config, machine=machine, work=work, base=base)
     if not made.fits:
         raise refused(made)
+    made = replace(made, choices=ranks.first(made.choices))  # other ranks may have had other memory in use
     chosen = apply_choices(config, made)
-    observer.note(plan_text(made, steps_of(chosen, make_loader(chosen, data))))
+    loader = make_loader(chosen, data, ranks)
+    observer.note(plan_text(made, steps_of(chosen, loader)))
     if chosen.train.micro_batch_size != config.train.micro_batch_size:
-        worst = worst_of(chosen, make_loader(chosen, data), shares=shares)
+        worst = worst_of(chosen, loader, shares=shares)
     return Planned(config=chosen, plan=made, worst=worst, base=base, machine=machine, runtime=runtime)
 
 

@@ -75,11 +75,11 @@ def finish(
     answers: list[Answer] = []
     if run.loaded.store is not None:
         observer.note("answers: none are sampled, because each of their tokens would read the streamed base")
-    elif run.eval_data is not None:
+    elif run.eval_data is not None and run.ranks.leads:
         answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
     if answers:
         write_file(output / "answers.md", page(answers).encode())
-    if metrics.steps:
+    if metrics.steps and run.ranks.leads:
         draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
     (peak, taken), planned = peaks(run.device), run.plan.peak_memory
     observer.note(
@@ -107,7 +107,8 @@ def finish(
         curves=str(output / "curves.png"),
         answers=answers,
     )
-    write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
+    if run.ranks.leads:
+        write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from halfbyte.train.gpu import give_back, host_share, where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
 from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
+from halfbyte.train.ranks import ALONE, Ranks
 
 FEW_STEPS = 20
 
@@ -44,6 +46,7 @@ class Run:
         worst: the most that goes through the model in any batch of the run.
         config: with the plan's choices.
         checkpoint: the one to go on from; None: a fresh start.
+        ranks: the processes that train together.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
         hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
@@ -65,6 +68,7 @@ class Run:
     steps: int
     hashes: dict[str, str]
     checkpoint: Path | None
+    ranks: Ranks = ALONE
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class Run:
 
 def prepare(
     config: RunConfig, observer: Observer, machine: Machine | None = None, device: torch.device | None = None,
-    on_planned: Callable[[], None] = lambda: None,
+    on_planned: Callable[[], None] = lambda: None, ranks: Ranks = ALONE,
 ) -> Run:  # fmt: skip
     """Read data, plan, load the base in 4 bits, attach the adapter. What `check_paths` finds is not looked for again.
 
@@ -97,25 +101,26 @@ def prepare(
     machine = machine or this_machine()
     if device is None:
         config, machine, device = where_to_compute(config, machine, observer)
-    with folder_for(Path(config.train.output)):
-        run = _prepare(config, observer, machine, device, on_planned)
+    with folder_for(Path(config.train.output)) if ranks.leads else nullcontext():
+        run = _prepare(config, observer, machine, device, on_planned, ranks)
     give_back(device)
     return run
 
 
 def _prepare(
-    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, on_planned: Callable[[], None]
-) -> Run:
+    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, on_planned: Callable[[], None],
+    ranks: Ranks,
+) -> Run:  # fmt: skip
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
-    _check_steps(config, data)
-    checkpoint = _checkpoint_of(config)
-    config = in_the_same_parts(config, checkpoint, observer)
-    planned = plan_run(config, data, machine, observer, device)
+    _check_steps(config, data, ranks)
+    checkpoint = _checkpoint_of(config, ranks)
+    config = in_the_same_parts(config, checkpoint, observer, ranks)
+    planned = plan_run(config, data, machine, observer, device, ranks)
     config = planned.config
     on_planned()
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
@@ -143,11 +148,11 @@ def _prepare(
             objective.check_tokens(part)
     for decision in objective.decisions:
         observer.note(decision)
-    planned = plan_as_found(planned, data, observer, fused=objective.fused)
+    planned = plan_as_found(planned, data, observer, ranks, fused=objective.fused)
     config = planned.config
     if config.train.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loader = make_loader(config, data)
+    loader = make_loader(config, data, ranks)
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
     return Run(
@@ -157,13 +162,13 @@ def _prepare(
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
-        checkpoint=checkpoint,
+        checkpoint=checkpoint, ranks=ranks,
     )  # fmt: skip
 
 
-def _check_steps(config: RunConfig, data: TokenizedData) -> None:
+def _check_steps(config: RunConfig, data: TokenizedData, ranks: Ranks) -> None:
     """ConfigError where the data is less than one step, or all its steps are warm-up."""
-    loader, count = make_loader(config, data), config.train.gradient_accumulation_steps
+    loader, count = make_loader(config, data, ranks), config.train.gradient_accumulation_steps
     batches = loader.batches_per_epoch()
     if count > batches:
         raise ConfigError(
@@ -173,9 +178,12 @@ def _check_steps(config: RunConfig, data: TokenizedData) -> None:
     check_warmup(config.optim, steps_of(config, loader))
 
 
-def _checkpoint_of(config: RunConfig) -> Path | None:
+def _checkpoint_of(config: RunConfig, ranks: Ranks) -> Path | None:
     resume = config.train.resume
-    return None if resume == "never" else latest_checkpoint(config.train.output) if resume == "auto" else Path(resume)
+    if resume == "auto":
+        found = latest_checkpoint(config.train.output) if ranks.leads else None
+        resume = ranks.first("never" if found is None else str(found))
+    return None if resume == "never" else Path(resume)
 
 
 def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
@@ -255,10 +263,9 @@ def check_paths(config: RunConfig) -> None:
 def _steps_text(config: RunConfig, loader: BatchLoader, steps: int) -> str:
     unit = "packs" if config.data.packing else "samples"
     few = "; few steps teach little: raise train.epochs or lower data.max_seq_len" if steps < FEW_STEPS else ""
-    return (
-        f"{steps} steps of {config.train.gradient_accumulation_steps} x {config.train.micro_batch_size} {unit}; "
-        f"one pass is {loader.batches_per_epoch()} batches{few}"
-    )
+    ranks = f" on each of {loader.world} ranks" if loader.world > 1 else ""
+    count, size = config.train.gradient_accumulation_steps, config.train.micro_batch_size
+    return f"{steps} steps of {count} x {size} {unit}{ranks}; one pass is {loader.batches_per_epoch()} batches{few}"
 
 
 def _report_data(observer: Observer, data: TokenizedData, eval_data: TokenizedData | None) -> None:
