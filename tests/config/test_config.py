@@ -14,6 +14,7 @@ import halfbyte
 from halfbyte.config import RunConfig, config_from_dict, field_help, load_config, to_dict
 from halfbyte.config.limits import LimitsConfig
 from halfbyte.config.load import SECTIONS
+from halfbyte.config.running import warmup_of
 from halfbyte.errors import ConfigError
 
 SOURCE = Path(halfbyte.__file__).parent
@@ -198,6 +199,25 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the output is a file"):
         load_config(train__output=str(tmp_path / "file"))
+
+
+def test_a_warm_up_is_steps_or_a_share_of_them() -> None:
+    for text, steps in {"5": 5, "0.1": 20, "0.001": 1, "0": 0}.items():
+        config = load_config(settings=[f"optim.warmup_steps={text}"])
+        assert warmup_of(config.optim.warmup_steps, 200) == steps
+        assert load_config(settings=["train.steps=200", f"optim.warmup_steps={text}"])
+    for text in ("1.5", "-1", "inf", "nan", "-0.5"):
+        with pytest.raises(ConfigError, match="a share of them below 1"):
+            load_config(settings=[f"optim.warmup_steps={text}"])
+    with pytest.raises(ConfigError, match="2 warm-up steps leave nothing of 2 steps"):
+        load_config(settings=["optim.warmup_steps=0.9", "train.steps=2", "optim.schedule=linear"])
+
+
+def test_other_names_are_checked() -> None:
+    assert load_config(settings=["data.fields=role=from,content=value"]).data.fields == ("role=from", "content=value")
+    for text, why in {"rôle=from": "choose one of messages", "role": "OURS=THEIRS", "role=": "OURS=THEIRS"}.items():
+        with pytest.raises(ConfigError, match=why):
+            load_config(data__fields=[text])
 
 
 def test_dict_round_trip() -> None:

@@ -35,6 +35,7 @@ def with_message(index: int, **changes) -> dict:
         ("prompt", {"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}),
         ("alpaca", {"instruction": "What?", "output": "four"}),
         ("alpaca", {"instruction": "What?", "input": "", "output": "four"}),
+        ("alpaca", {"instruction": "What?", "output": "four", "system": "", "history": []}),
     ],
 )
 def test_conversations_of_every_format_become_messages(write, format, row) -> None:
@@ -48,6 +49,16 @@ def test_conversations_of_every_format_become_messages(write, format, row) -> No
 def test_other_shapes(write) -> None:
     (record,) = RecordReader(write([{"instruction": "Add", "input": "2 2", "output": "four"}]))
     assert pairs(record)[0] == ("user", "Add\n\n2 2")
+    row = {"instruction": "and?", "output": "so", "system": "Be brief.", "history": [["What?", "four"]]}
+    (record,) = RecordReader(write([row]))
+    assert pairs(record) == [("system", "Be brief."), *EXCHANGE, ("user", "and?"), ("assistant", "so")]
+    (record,) = RecordReader(write([GOOD | {"system": "Be brief."}]))
+    assert pairs(record) == [("system", "Be brief."), *EXCHANGE]
+    own = {"messages": [{"role": "system", "content": "Mine."}, *GOOD["messages"]], "system": "Be brief."}
+    (record,) = RecordReader(write([own]))
+    assert pairs(record) == [("system", "Mine."), *EXCHANGE]
+    (record,) = RecordReader(write([{"segments": [{"text": " a", "label": False}, {"text": "b ", "label": True}]}]))
+    assert record.segments == ((" a", False), ("b ", True))
     (record,) = RecordReader(write([{"text": "running text"}]))
     assert (record.text, record.messages) == ("running text", ())
     (record,) = RecordReader(write([{"prompt": "What?", "completion": "four"}]))
@@ -59,6 +70,26 @@ def test_other_shapes(write) -> None:
     row = {"conversations": [system, {"from": "human", "value": "What?"}, {"from": "gpt", "value": "four"}]}
     (record,) = RecordReader(write([row]))
     assert pairs(record) == [("system", ""), *EXCHANGE]
+
+
+@pytest.mark.parametrize(
+    ("fields", "row"),
+    [
+        (
+            ["messages=dialog", "role=who", "content=says", "user=customer", "assistant=agent"],
+            {"dialog": [{"who": "customer", "says": "What?"}, {"who": "agent", "says": "four"}]},
+        ),
+        (
+            ["assistant=bot"],
+            {"conversations": [{"from": "human", "value": "What?"}, {"from": "bot", "value": "four"}]},
+        ),
+        (["instruction=question", "output=response"], {"question": "What?", "response": "four", "output": "not this"}),
+        (["prompt=question", "completion=answer"], {"question": "What?", "answer": "four"}),
+    ],
+)
+def test_other_names(write, fields, row) -> None:
+    (record,) = RecordReader(write([row]), fields=fields)
+    assert pairs(record) == EXCHANGE
 
 
 def test_byte_order_mark_crlf_and_blank_lines(tmp_path) -> None:

@@ -270,3 +270,14 @@ def test_ids_and_targets_on_real_text_with_a_real_tokenizer(smollm2, docstring_r
         # the ids before the first target are those of the prompt at inference: training and use agree
         prompt = smollm2.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=False)
         assert ids[: targets.argmax()].tolist() == prompt
+
+
+def test_segments_stand_as_they_are(chatml) -> None:
+    """No template, no BOS or EOS of ours; special tokens that the author wrote are those; labelled text is learned."""
+    segments = (("<|im_start|>What", False), (" is", True), (" the", False), (" answer<|im_end|>", True))
+    rendered = ChatTemplate(chatml).render(Record(line=1, segments=segments), "x")
+    assert rendered.text == "<|im_start|>What is the answer<|im_end|>"
+    assert rendered.spans == [("<|im_start|>What", False), (" is", True), (" the", False), (" answer<|im_end|>", True)]
+    ((ids, targets),) = encode(chatml, [rendered])
+    assert ids.tolist() == chatml(rendered.text, add_special_tokens=False)["input_ids"]
+    assert chatml.decode(ids[targets]) == " is answer<|im_end|>"

@@ -13,7 +13,12 @@ from halfbyte.errors import ConfigError
 Schedule = Literal["constant", "linear", "cosine"]
 Weights = Literal["resident", "mmap", "stream"]
 Activations = Literal["resident", "disk"]
-DataFormat = Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "segments", "text"]
+FIELD_NAMES = (
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "segments",
+    "text", "role", "content", "system", "user", "assistant", "tool",
+)  # fmt: skip
+"""What data.fields can say another name of: fields of a record, of a message, roles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,9 @@ class DataConfig:
     eval: str = ""
     """Held-out samples, JSON lines; evaluated before and after training."""
     format: DataFormat = "auto"
-    """messages, prompt (prompt/completion), alpaca, sharegpt or text; auto looks at the first record and says."""
+    """messages, prompt, alpaca, sharegpt, segments or text (docs/data.md); auto looks at the first record and says."""
+    fields: tuple[str, ...] = ()
+    """What the file calls things otherwise, OURS=THEIRS: messages=dialog, role=from, content=value, user=customer."""
     max_seq_len: int = 1024
     """Tokens of the longest sample, and of a pack."""
     packing: bool = True
@@ -39,6 +46,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choice("data.format", self.format, get_args(DataFormat))
+        for entry in self.fields:
+            ours, _, theirs = entry.partition("=")
+            require(bool(theirs), "data.fields", entry, "write OURS=THEIRS")
+            require_choice("data.fields", ours, FIELD_NAMES)
         require(self.max_seq_len >= 8, "data.max_seq_len", self.max_seq_len, "at least 8 tokens")
         require_choice("data.on_long", self.on_long, ("skip", "truncate", "error"))
         require_choice("data.on_bad_line", self.on_bad_line, ("error", "skip"))
@@ -64,8 +75,8 @@ class OptimConfig:
     """Keep the moments in pages, beyond memory.optimizer_budget on disk; the same result to the bit."""
     schedule: Schedule = "constant"
     """constant, linear or cosine (both fall towards 0, which the step after the last would have), after warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    warmup_steps: int | float = 0
+    """Steps over which the learning rate rises linearly from 0; below 1: that share of all steps, rounded up."""
     max_grad_norm: float = 0.3
     """Gradients of all adapters together are scaled down to this norm; 0 leaves them."""
 
@@ -80,8 +91,16 @@ class OptimConfig:
         require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "at least 0 and below 1")
         require_choice("optim.bits", self.bits, (32, 8))
         require_choice("optim.schedule", self.schedule, get_args(Schedule))
-        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),
+            "optim.warmup_steps", self.warmup_steps, "0 or more steps, or a share of them below 1",
+        )  # fmt: skip
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
+
+
+def warmup_of(warmup_steps: float, steps: int) -> int:
+    """Steps of the warm-up in a run of `steps`: below 1 it is a share of them."""
+    return math.ceil(warmup_steps * steps) if warmup_steps < 1 else int(warmup_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

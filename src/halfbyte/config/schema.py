@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.config.base import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.config.limits import LimitsConfig
-from halfbyte.config.running import DataConfig, MemoryConfig, OptimConfig, TrainConfig
+from halfbyte.config.running import DataConfig, MemoryConfig, OptimConfig, TrainConfig, warmup_of
 from halfbyte.errors import ConfigError
 
 
@@ -22,9 +22,10 @@ def check_warmup(optim: OptimConfig, steps: int) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if optim.warmup_steps >= steps + (optim.schedule == "constant"):
+    warmup = warmup_of(optim.warmup_steps, steps)
+    if warmup >= steps + (optim.schedule == "constant"):
         raise ConfigError(
-            f"{optim.warmup_steps} warm-up steps leave nothing of {steps} steps",
+            f"{warmup} warm-up steps leave nothing of {steps} steps",
             where="optim.warmup_steps", fix="Lower optim.warmup_steps or raise train.steps",
         )  # fmt: skip
 

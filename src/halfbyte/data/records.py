@@ -25,16 +25,20 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "segments": ("segments",),
     "text": ("text",),
 }
 """The fields by which each format is known, in the order in which they are looked for."""
+
+_MORE_FIELDS = {"messages": ("system",), "sharegpt": ("system",), "alpaca": ("system", "history", "input")}
+"""What a record may have besides."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One sample as text: either `messages` or `text`."""
+    """One sample as text: `messages`, `text` or `segments`."""
 
     line: int
     """1-based line in the file."""
@@ -42,6 +46,8 @@ class Record:
     """A checked conversation: at most one system turn, then a user turn; at least one assistant turn."""
     text: str = ""
     """Running text, when there are no messages."""
+    segments: tuple[tuple[str, bool], ...] = ()
+    """Pieces of text as they stand, and whether each is learned."""
     first_target: int = 0
     """Assistant turns before this message are context: they came in a `prompt` field."""
     needs_template: bool = True
@@ -60,18 +66,21 @@ class RecordReader:
         format: a key of `FIELDS`, or "auto": the first readable record decides, for the whole file.
         on_bad_line: "error" raises at the first unusable line, "skip" counts it.
         roles: the roles a conversation may have.
+        fields: what the file calls things otherwise: "OURS=THEIRS", as in data.fields.
 
     Raises:
         DataError: (while iterating) the file cannot be read, or a line is unusable and `on_bad_line` is "error".
     """
 
     def __init__(
-        self, path: str | Path, *, format: str = "auto", on_bad_line: str = "error", roles: Sequence[str] = ROLES
-    ) -> None:
+        self, path: str | Path, *, format: str = "auto", on_bad_line: str = "error", roles: Sequence[str] = ROLES,
+        fields: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.path = str(path)
         self.format = format
         self.on_bad_line = on_bad_line
         self.roles = roles
+        self._ours = {theirs: ours for ours, _, theirs in (entry.partition("=") for entry in fields)}
         self.read = self.line = 0
         self.dropped: Counter[str] = Counter()
         self.first_dropped: dict[str, str] = {}
@@ -80,8 +89,8 @@ class RecordReader:
 
     @classmethod
     def from_config(cls, path: str | Path, config: DataConfig, roles: Sequence[str] = ROLES) -> RecordReader:
-        """A reader with the format and the strictness of `config`."""
-        return cls(path, format=config.format, on_bad_line=config.on_bad_line, roles=roles)
+        """A reader with the format, the names and the strictness of `config`."""
+        return cls(path, format=config.format, on_bad_line=config.on_bad_line, roles=roles, fields=config.fields)
 
     def __iter__(self) -> Iterator[Record]:
         for line, raw in self._lines():
@@ -125,7 +134,7 @@ class RecordReader:
         self.sha256 = digest.hexdigest()
 
     def _parse(self, line: int, raw: bytes) -> Record:
-        record = self._object(line, raw)
+        record = self._named(self._object(line, raw))
         looks_like = next((name for name, fields in FIELDS.items() if all(f in record for f in fields)), None)
         if self.format == "auto":
             if looks_like is None:
@@ -143,8 +152,7 @@ class RecordReader:
                 why=f"the file is read as format {self.format} ({', '.join(fields)}) and {it_is}",
                 fix="Keep one format per file, or set data.format",
             )  # fmt: skip
-        used = {*fields, "input"} if self.format == "alpaca" else {*fields}
-        self.unused_fields.update(record.keys() - used)
+        self.unused_fields.update(record.keys() - {*fields, *_MORE_FIELDS.get(self.format, ())})
         return self._record(line, record)
 
     def _object(self, line: int, raw: bytes) -> dict[str, Any]:
@@ -173,16 +181,15 @@ class RecordReader:
     def _record(self, line: int, record: dict[str, Any]) -> Record:
         if self.format == "text":
             return Record(line=line, text=self._string(line, "text", record["text"]))
-        if self.format == "messages":
-            return self._chat(line, self._messages(line, "messages", record["messages"]))
-        if self.format == "sharegpt":
-            return self._chat(line, self._messages(line, "conversations", record["conversations"]))
+        if self.format in ("messages", "sharegpt"):
+            (field,) = FIELDS[self.format]
+            turns = self._messages(line, field, record[field])
+            before = () if turns and turns[0]["role"] == "system" else self._system(line, record)
+            return self._chat(line, before + turns)
         if self.format == "alpaca":
-            user = self._string(line, "instruction", record["instruction"])
-            if record.get("input") not in (None, ""):
-                user += "\n\n" + self._string(line, "input", record["input"])
-            answer = self._string(line, "output", record["output"])
-            return Record(line=line, messages=_exchange(user, answer))
+            return Record(line=line, messages=self._alpaca(line, record))
+        if self.format == "segments":
+            return Record(line=line, segments=self._segments(line, record["segments"]))
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             pair = self._string(line, "prompt", prompt), self._string(line, "completion", completion)
@@ -190,11 +197,50 @@ class RecordReader:
         before = self._messages(line, "prompt", prompt)
         return self._chat(line, before + self._messages(line, "completion", completion), first_target=len(before))
 
-    def _string(self, line: int, place: str, value: Any, *, may_be_empty: bool = False) -> str:
+    def _named(self, value: dict[str, Any]) -> dict[str, Any]:
+        """`value` with our names for its fields; one that has our name already gives way."""
+        return (
+            {**value, **{self._ours[key]: value[key] for key in value if key in self._ours}} if self._ours else value
+        )
+
+    def _system(self, line: int, record: dict[str, Any]) -> tuple[Message, ...]:
+        """The system turn that stands beside the conversation, if any."""
+        if record.get("system") in (None, ""):
+            return ()
+        return ({"role": "system", "content": self._string(line, "system", record["system"])},)
+
+    def _alpaca(self, line: int, record: dict[str, Any]) -> tuple[Message, ...]:
+        turns = self._system(line, record)
+        for i, pair in enumerate(record.get("history") or ()):
+            place = f"history[{i}]"
+            if not (isinstance(pair, list) and len(pair) == 2):
+                raise DataError(
+                    "not a question and an answer", where=self.where(line, place), why=f"it is {_kind(pair)}"
+                )
+            turns += _exchange(*(self._string(line, f"{place}[{j}]", text) for j, text in enumerate(pair)))
+        user = self._string(line, "instruction", record["instruction"])
+        if record.get("input") not in (None, ""):
+            user += "\n\n" + self._string(line, "input", record["input"])
+        return turns + _exchange(user, self._string(line, "output", record["output"]))
+
+    def _segments(self, line: int, value: Any) -> tuple[tuple[str, bool], ...]:
+        where = self.where(line, "segments")
+        if not isinstance(value, list) or not all(
+            isinstance(item, dict) and isinstance(item.get("label"), bool) for item in value
+        ):
+            raise DataError(
+                "not a list of text and label", where=where, fix='Write {"text": TEXT, "label": true or false}'
+            )
+        texts = [
+            self._string(line, f"segments[{i}].text", item.get("text"), any_text=True) for i, item in enumerate(value)
+        ]
+        return tuple(zip(texts, (item["label"] for item in value), strict=True))
+
+    def _string(self, line: int, place: str, value: Any, *, any_text: bool = False) -> str:
         where = self.where(line, place)
         if not isinstance(value, str):
             raise DataError("not a string", where=where, why=f"it is {_kind(value)}")
-        if not may_be_empty and not value.strip():
+        if not any_text and not value.strip():
             raise DataError("empty text", where=where)
         if "\0" in value:
             raise DataError("NUL character", where=where, why=f"character {value.index(chr(0)) + 1}")
@@ -214,6 +260,7 @@ class RecordReader:
         where = self.where(line, place)
         if not isinstance(value, dict):
             raise DataError("not a message", where=where, why=f"it is {_kind(value)}")
+        value = self._named(value)
         sharegpt = self.format == "sharegpt" and "from" in value
         role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
         for key in (role_key, text_key):
@@ -223,11 +270,11 @@ class RecordReader:
             raise DataError("tool calls are not supported", where=f"{where}.tool_calls")
         self.unused_fields.update(f"{place.partition('[')[0]}[].{key}" for key in value.keys() - {role_key, text_key})
         name = self._string(line, f"{place}.{role_key}", value[role_key])
-        role = _SHAREGPT_ROLES.get(name, name) if sharegpt else name
+        role = self._ours.get(name, _SHAREGPT_ROLES.get(name, name) if self.format == "sharegpt" else name)
         if role not in self.roles:
             why = f"{name!r} is none of those the template knows ({', '.join(self.roles)})"
             raise DataError("unknown role", where=f"{where}.{role_key}", why=why)
-        content = self._string(line, f"{place}.{text_key}", value[text_key], may_be_empty=role in ("system", "tool"))
+        content = self._string(line, f"{place}.{text_key}", value[text_key], any_text=role in ("system", "tool"))
         return {"role": role, "content": content}
 
     def _chat(self, line: int, messages: tuple[Message, ...], first_target: int = 0) -> Record:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -88,6 +89,12 @@ class ChatTemplate:
         if record.text:
             everything = (0, len(record.text))
             return self._untemplated(record.text, everything, where)
+        if record.segments:
+            ends = list(accumulate(len(text) for text, _ in record.segments))
+            learned = [
+                (end - len(text), end) for (text, label), end in zip(record.segments, ends, strict=True) if label
+            ]
+            return Rendered(text="".join(text for text, _ in record.segments), targets=tuple(learned), where=where)
         if self.exists:
             return self._chat(record, where)
         if record.needs_template:

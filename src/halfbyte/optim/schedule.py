@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from halfbyte.config.running import warmup_of
 
-def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: int, steps: int) -> float:
+
+def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: float, steps: int) -> float:
     """The learning rate of optimizer step `step`.
 
     Warm-up rises linearly from 0 and reaches `lr` at its last step. Then `linear` and `cosine` fall towards 0, which
@@ -23,13 +25,14 @@ def learning_rate(step: int, *, lr: float, schedule: str, warmup_steps: int, ste
         step: 1 is the first optimizer step, `steps` the last; beyond it linear and cosine stay at 0.
         lr: the peak.
         schedule: "constant", "linear" or "cosine".
-        warmup_steps: steps of the warm-up, counted in `steps`.
+        warmup_steps: steps of the warm-up, counted in `steps`; below 1: their share of `steps`.
         steps: optimizer steps of the whole run.
     """
     assert step >= 1, "steps count from 1"
-    if step <= warmup_steps:
-        return lr * (step / warmup_steps)
-    done = min(1.0, (step - 1 - warmup_steps) / max(1, steps - warmup_steps))
+    warmup = warmup_of(warmup_steps, steps)
+    if step <= warmup:
+        return lr * (step / warmup)
+    done = min(1.0, (step - 1 - warmup) / max(1, steps - warmup))
     match schedule:
         case "constant":
             return lr
