@@ -15,7 +15,7 @@ SOURCE = Path(halfbyte.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ROOMS = [
-    {"errors", "dtypes"}, {"config"}, {"quant"}, {"kernels"}, {"nn", "store", "checkpoint"},
+    {"errors", "dtypes"}, {"config"}, {"quant", "elsewhere"}, {"kernels"}, {"nn", "store", "checkpoint"},
     {"model", "data", "optim", "plan"}, {"train", "calibrate", "merge", "serve"}, {"compare"},
     {"cli"},
 ]  # fmt: skip

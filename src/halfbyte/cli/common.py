@@ -147,6 +147,21 @@ def emit(result: dict[str, Any], as_json: bool, text: str = "") -> None:
     sys.stdout.flush()
 
 
+def write_config(path: Path, text: str) -> None:
+    """Write a new file.
+
+    Raises:
+        ConfigError: there is one already.
+    """
+    from halfbyte.errors import ConfigError
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError("is there already", where=str(path), fix="Give another --output, or remove it") from None
+
+
 def with_base_of(run: RunConfig, saved: SavedAdapter | None) -> RunConfig:
     """`run` with its base quantized as the adapter `saved` records it, if it does.
 

@@ -18,6 +18,7 @@ from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
+from halfbyte.cli.import_config import import_config
 from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
@@ -48,6 +49,7 @@ app.command()(quantize)
 app.command()(merge)
 app.command()(compare)
 app.add_typer(data_app, name="data")
+app.command("import-config")(import_config)
 app.command()(doctor)
 app.command()(selftest)
 
