@@ -101,7 +101,7 @@ def stochastic(values: Tensor) -> Tensor:
     assert plain.nested_absmax is not None
     scales = expand_absmax(plain.absmax, plain.nested_absmax, plain.nested_offset)
     steps = scales.repeat_interleave(64)[: values.numel()].view(values.shape)
-    table = codebook("nf4").values
+    table = codebook("nf4", 64).values
     scaled = values / steps.where(steps != 0, 1.0)
     low = (torch.bucketize(scaled, table, right=True) - 1).clamp(0, 14)
     up = torch.rand(values.shape) < (scaled - table[low]) / (table[low + 1] - table[low])

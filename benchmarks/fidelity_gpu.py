@@ -44,7 +44,7 @@ ATTENTION, MLP = "self_attn.{}_proj", "mlp.{}_proj"
 KINDS = [ATTENTION.format(n) for n in "qkvo"] + [MLP.format(n) for n in ("gate", "up", "down")]
 RANK, SCALING, BLOCK, PANEL, TOKENS, VALIDATION = 16, 2.0, 64, 128, 16_384, 100
 FACTORS = [sign * f for sign in (1, -1) for f in (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)]
-LEVELS = codebook("nf4").values.sort().values.to(DEVICE)
+LEVELS = codebook("nf4", 64).values.sort().values.to(DEVICE)
 BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 MAP, MAP_BOUNDS = dynamic_map().to(DEVICE), dynamic_boundaries().to(DEVICE)
 

@@ -5,7 +5,7 @@
 // x is multiplied as if it were the only one.
 
 constexpr int64_t few_rows = 4;                  // of x at a time
-constexpr int table_one = 32767, x_one = 32767;  // of 1.0, and of a block's largest x: two products fit into 32 bits
+constexpr int table_one = 32767, x_one = 32767;  // of the largest: two products fit into 32 bits
 
 inline float max_of(__m256 v) {
     __m128 most = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -48,11 +48,17 @@ inline void order_one(const float* x, int64_t cols, float* out) {
 }
 
 struct Table16 {
-    __m256i low, high;  // bytes of the 16 values
+    __m256i low, high;     // bytes of the 16 values, as parts of the largest
+    float largest = 0.0f;  // magnitude: 1 in most codebooks
     explicit Table16(const float* codebook) {
         alignas(16) uint8_t bytes[2][16];
         for (int i = 0; i < 16; ++i) {
-            const int value = int(codebook[i] * float(table_one) + (codebook[i] < 0.0f ? -0.5f : 0.5f));
+            const float magnitude = codebook[i] < 0.0f ? -codebook[i] : codebook[i];
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        for (int i = 0; i < 16; ++i) {
+            const float part = codebook[i] / largest * float(table_one);
+            const int value = int(part + (part < 0.0f ? -0.5f : 0.5f));
             bytes[0][i] = uint8_t(value & 255);
             bytes[1][i] = uint8_t(value >> 8 & 255);
         }
@@ -97,6 +103,6 @@ HB_NOINLINE void dot_few_64(const hb_weight& w, const Decoder& d, int64_t first,
                 total[m] = _mm256_fmadd_ps(sum, scale, total[m]);
             }
         }
-        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[m]);
+        for (int m = 0; m < M; ++m) y[m * y_stride + row] = vsum(total[m]) * table.largest;
     }
 }

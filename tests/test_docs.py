@@ -133,13 +133,14 @@ def test_files_named_in_text_exist(page: Path) -> None:
 # -- format.md --------------------------------------------------------------------------------------------------------
 
 
-def test_examples_run() -> None:
+@pytest.mark.parametrize("page", ["format.md", "formats.md"])
+def test_examples_run(page: str) -> None:
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     names: dict[str, Any] = {}
-    examples = blocks(text_of("format.md"), "pycon")
+    examples = blocks(text_of(page), "pycon")
     assert len(examples) >= 2
     for number, code in enumerate(examples):
-        test = parser.get_doctest(code, names, f"format.md, example {number + 1}", None, None)
+        test = parser.get_doctest(code, names, f"{page}, example {number + 1}", None, None)
         runner.run(test, clear_globs=False)
         names = test.globs
     assert runner.summarize(verbose=False).failed == 0

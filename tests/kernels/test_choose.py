@@ -9,7 +9,7 @@ from torch import Tensor
 from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.codebook import codebook
 
-LEVELS = {"nf4": codebook("nf4").values.sort().values, "32 steps": torch.arange(32.0) - 16}
+LEVELS = {"nf4": codebook("nf4", 64).values.sort().values, "32 steps": torch.arange(32.0) - 16}
 
 
 def case(rows: int, cols: int, *, sweep: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

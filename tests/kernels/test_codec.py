@@ -42,7 +42,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tens
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "bof4"])
 def test_codec_equals_reference(isa: str, quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = weight_of(shape, dtype)
@@ -59,7 +59,7 @@ def test_codec_equals_reference(isa: str, quant_type: str, blocksize: int, dtype
                 assert same_bits(value, dequantize_reference(*args)), (shape, out_dtype)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 def test_all_codes_and_extreme_scales(isa: str, quant_type: str) -> None:
     """Every byte, under scales that overflow fp16, underflow bf16, and round in every way."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(64)
@@ -80,7 +80,7 @@ def test_any_table_of_sixteen_values(isa: str, zero: int, monkeypatch: pytest.Mo
     ascending = values[order]
     table = Codebook(values, (ascending[1:] + ascending[:-1]) / 2, order.to(torch.uint8), zero)
     for module in (reference, cpu):
-        monkeypatch.setattr(module, "codebook", lambda name: {"mine": table}[name])
+        monkeypatch.setattr(module, "codebook", lambda name, size: {"mine": table}[name])
     weight = weight_of((33, 128), torch.float32)
     codes, absmax = torch.ops.halfbyte.quantize_4bit(weight, "mine", 64)
     codes_ref, absmax_ref = quantize_reference(weight, "mine", 64)

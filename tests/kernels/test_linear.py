@@ -85,8 +85,9 @@ def test_products_equal_the_oracle(isa: str, shape: tuple[int, int, int], nested
             assert_product(dx, grad, exact, panels=panels)
 
 
-def test_fp4_and_leading_dimensions(isa: str) -> None:
-    weight = quantized(96, 128, 64, "fp4")
+@pytest.mark.parametrize("quant_type", ["fp4", "int4", "bof4-s"])
+def test_codebooks_and_leading_dimensions(isa: str, quant_type: str) -> None:
+    weight = quantized(96, 128, 64, quant_type)
     exact = decoded(weight, 96, 128)
     x = torch.randn(3, 128, 5).transpose(1, 2)  # (3, 5, 128), not contiguous
     y = torch.ops.halfbyte.linear_4bit(x, *weight, 96, None)

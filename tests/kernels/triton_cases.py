@@ -243,7 +243,7 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: None)
         interpreter_builder.grid_idx = (x, y, 0)
 
-    table, dynamic = linear.device_tables("nf4", torch.device("cpu"))
+    table, dynamic = linear.device_tables("nf4", 64, torch.device("cpu"))
     count = 2**32 + 1024
     codes = torch.empty(count // 2, dtype=torch.uint8)
     codes[-512:] = torch.randint(256, (512,)).to(torch.uint8)

@@ -14,6 +14,7 @@ from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError
 from halfbyte.merge.run import MergeResult
 from halfbyte.model import load_model
+from halfbyte.model.quantize import quantize_model
 
 MakeLlama = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
@@ -71,6 +72,19 @@ def test_transformers_with_bitsandbytes_reads_it(merged: tuple[Path, MergeResult
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     assert (logits_of(theirs) - logits_of(ours)).abs().max() < 1e-3
+
+
+def test_a_base_in_another_codebook_stays_in_it(
+    tmp_path: Path, make_llama: MakeLlama, make_adapter: MakeAdapter, chat_file: Path
+) -> None:
+    base = str(tmp_path / "base")
+    quantize_model(str(make_llama()), base, QuantConfig(quant_type="int4"))
+    config = hb.load_config(model__path=base, data__train=str(chat_file), data__eval=str(chat_file))
+    adapter = make_adapter(Path(base), size=0.1)
+    result = hb.merge(config, adapter, tmp_path / "out", format="4bit", base="quantized", max_drift=1.0)
+    assert result.form == "4bit int4"
+    assert load_model(str(tmp_path / "out"), QuantConfig(), compute_dtype=torch.float32).quant["quant_type"] == "int4"
+    assert "from halfbyte import HalfbyteConfig" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_it_wants_text(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     library.force(before)
 
 
-def make(name: str, *, quantized: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+def make(name: str, *, quantized: bool = True, quant_type: str = "nf4", dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]())
     with torch.no_grad():
@@ -83,7 +83,8 @@ def make(name: str, *, quantized: bool = True, dtype: torch.dtype = torch.float3
         for layer_name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and layer_name != "lm_head":
                 blocksize = 64 if layer.in_features % 64 == 0 else 32
-                model.set_submodule(layer_name, Linear4bit.from_weight(layer.weight, layer.bias, blocksize=blocksize))
+                four = Linear4bit.from_weight(layer.weight, layer.bias, quant_type=quant_type, blocksize=blocksize)
+                model.set_submodule(layer_name, four)
     return model.to(dtype).requires_grad_(False).eval()
 
 
@@ -120,6 +121,12 @@ def test_logits_are_those_of_transformers(name: str, adapter: bool, isa: str) ->
     decoder.try_out([1, 2, 3])
     for prompt in ([5], list(range(1, 39))):  # past the window, past a block of keys
         assert difference(model, decoder, prompt, 12) < bound()
+
+
+@pytest.mark.parametrize("quant_type", ["int4", "bof4-s"])
+def test_codebooks_beyond_one_and_signed_scales(quant_type: str, isa: str) -> None:
+    model = make("tame llama", quant_type=quant_type)
+    assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
 
 
 def test_integers_are_close_where_a_model_does_not_enlarge_what_they_round(isa: str) -> None:

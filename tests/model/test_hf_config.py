@@ -53,7 +53,7 @@ def test_compute_dtype_by_dtype_or_name(dtype: Any) -> None:
         ({"load_in_4bit": False}, "Leave quantization_config out"),
         ({"bnb_4bit_quant_typ": "nf4"}, "Did you mean bnb_4bit_quant_type"),
         ({"zzz": 1}, "It has load_in_4bit"),
-        ({"bnb_4bit_quant_type": "int4"}, "nf4, fp4"),
+        ({"bnb_4bit_quant_type": "int5"}, "nf4, fp4, int4"),
         ({"bnb_4bit_use_double_quant": "yes"}, "True, False"),
         ({"bnb_4bit_compute_dtype": "float64"}, "float32, bfloat16, float16"),
         ({"bnb_4bit_quant_storage": torch.bfloat16}, "uint8"),

@@ -36,23 +36,23 @@ def test_what_it_gains(double_quant: bool) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "bof4-s"])
 def test_no_scale_of_a_fine_grid_is_much_better(quant_type: str, weighted: bool) -> None:
-    """Measured over all blocks: at most 0.6 % more than the best of 400 scales for each, in sum."""
+    """Measured over all blocks: at most 0.6 % more than the best of 400 scales for each, in sum; of int4 4.2 %."""
     torch.manual_seed(1)
     weight, importance = torch.randn(64, 128), torch.rand(128) ** 4 if weighted else None
     blocks = weight.view(-1, 64)
     h = torch.ones_like(blocks) if importance is None else importance.expand(64, 128).reshape(-1, 64)
-    levels = codebook(quant_type).values
+    levels = codebook(quant_type, 64).values
 
     def errors(scales: Tensor) -> Tensor:
         nearest = (blocks[..., None] - scales[:, None, None] * levels).square().amin(-1)
         return (h * nearest).sum(1)
 
     found = errors(least_error_scales(weight, quant_type, 64, signed=True, importance=importance))
-    peak = blocks.abs().amax(1)
+    peak = blocks.abs().amax(1) / levels.max()
     best = torch.stack([errors(sign * f * peak) for f in torch.linspace(0.5, 1.2, 200) for sign in (1, -1)]).amin(0)
-    assert found.sum() < 1.02 * best.sum()
+    assert found.sum() < (1.05 if quant_type == "int4" else 1.02) * best.sum()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (3, 5), (127, 129), (1,), (0,), (33, 64), (2, 3, 67)])
@@ -66,7 +66,7 @@ def test_codes_are_the_nearest_to_what_is_decoded(shape: tuple[int, ...], double
     if made.nested_absmax is not None:
         scales = expand_absmax(made.absmax, made.nested_absmax, made.nested_offset)
     each = scales.repeat_interleave(64)[: weight.numel()].view(shape)
-    distances = (weight[..., None] - each[..., None] * codebook("nf4").values).abs()
+    distances = (weight[..., None] - each[..., None] * codebook("nf4", 64).values).abs()
     assert ((made.dequantize(torch.float32) - weight).abs() <= distances.amin(-1) + 1e-6).all()
     assert not made.dequantize().view(-1)[:40].any()
 

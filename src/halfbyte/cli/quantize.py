@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def quantize(
     model: Model = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write.")] = None,
-    quant_type: Annotated[str | None, typer.Option("--quant-type", metavar="nf4|fp4", help="The codebook.")] = None,
+    quant_type: Annotated[
+        str | None, typer.Option("--quant-type", metavar="TYPE", help="The codebook: nf4, fp4, int4, af4...")
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="PAGE.html", help="Error by layer, as a page and as JSON beside it."),
@@ -34,7 +36,7 @@ def quantize(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model in bitsandbytes' 4-bit format; transformers and halfbyte load the folder.
+    """Write a model in 4 bits; halfbyte loads the folder, and with nf4 or fp4 transformers with bitsandbytes.
 
     Reads tensor by tensor, large ones slice by slice: memory holds one tensor at a time. With quant.calibrate
     scales and codes are chosen on a text, layer by layer; lora.init adds an adapter to begin at.

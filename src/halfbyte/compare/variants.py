@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from halfbyte.config.formats import QUANT_TYPES
 from halfbyte.config.load import nearest
 from halfbyte.errors import ConfigError
 
@@ -52,7 +53,10 @@ BUILT_IN = {
             "nf4-start", "NF4, codes and the adapter's start chosen on the training data",
             (_CALIBRATED, "lora.init=cloq"),
         ),
-        Variant("fp4", "FP4, double quantization", ("quant.quant_type=fp4",)),
+        *(
+            Variant(name, f"{name.upper()}, double quantization", (f"quant.quant_type={name}",))
+            for name in QUANT_TYPES if name != "nf4"
+        ),
     )
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def weight_report(run: RunConfig, folder: Path) -> WeightReport:
         layer, squared, ratios, codes = _layer(name, original, weight)
         layers.append(layer)
         total, norm = total + squared, norm + float(original.float().square().sum())
-        values = codebook(weight.quant_type).values
+        values = codebook(weight.quant_type, weight.blocksize).values
         use += codes.bincount(minlength=16)
         histogram += ratios.histc(BINS, -LIMIT, LIMIT)
     if not layers:
@@ -128,7 +128,7 @@ def _layer(name: str, original: Tensor, weight: QuantizedWeight) -> tuple[LayerR
         scales = expand_absmax(scales, weight.nested_absmax, weight.nested_offset)
     each = scales.float().repeat_interleave(size)[: flat.numel()]
     ratios = torch.where(each != 0, flat / torch.where(each != 0, each, 1.0), 0.0)
-    ends = codebook(weight.quant_type).values
+    ends = codebook(weight.quant_type, weight.blocksize).values
     whole = flat.numel() // size * size
     norms = flat[:whole].square().view(-1, size).sum(1)
     blocks = errors[:whole].view(-1, size).sum(1)[norms > 0] / norms[norms > 0]

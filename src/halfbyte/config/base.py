@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from halfbyte.config.checks import require, require_choice
+from halfbyte.config.formats import QUANT_TYPES, QuantType
 from halfbyte.dtypes import COMPUTE_DTYPES
 
-QuantType = Literal["nf4", "fp4"]
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["auto", "absmax", "mse", "mse-signed"]
 Init = Literal["random", "cloq", "pissa", "loftq"]
@@ -35,7 +35,7 @@ class QuantConfig:
     """[quant]: how the base is held in 4 bits."""
 
     quant_type: QuantType = "nf4"
-    """The 4-bit codebook: nf4 (quantiles of a normal law, the paper's) or fp4."""
+    """The codebook: nf4 (the paper's) or fp4, which bitsandbytes reads; int4, af4, bof4, bof4-s: files of our own."""
     blocksize: int = 64
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
@@ -52,7 +52,7 @@ class QuantConfig:
     """Input embeddings and output head in memory: as_stored (16 bits), or int8 with a scale for 64 weights."""
 
     def __post_init__(self) -> None:
-        require_choice("quant.quant_type", self.quant_type, get_args(QuantType))
+        require_choice("quant.quant_type", self.quant_type, QUANT_TYPES)
         require_choice("quant.blocksize", self.blocksize, BLOCKSIZES)
         require_choice("quant.scale", self.scale, get_args(Scale))
         require_choice("quant.compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import BNB_TYPES
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE
@@ -33,17 +34,17 @@ def find() -> str | None:
     return None
 
 
-def knows(blocksize: int, dtype: torch.dtype, count: int) -> bool:
+def knows(quant_type: str, blocksize: int, dtype: torch.dtype, count: int) -> bool:
     """Is a weight of `count` elements, decoded to `dtype`, its case?"""
     floating = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return floating and blocksize in BLOCKSIZES and 0 < count <= MOST_ELEMENTS
+    return quant_type in BNB_TYPES and floating and blocksize in BLOCKSIZES and 0 < count <= MOST_ELEMENTS
 
 
 def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The decoded weight, in `out` if given; under double quantization its float32 scales are made first."""
     codes, absmax, nested_absmax, nested_offset, quant_type, blocksize = weight
     if nested_absmax is not None:
-        _, dynamic = device_tables(quant_type, codes.device)
+        _, dynamic = device_tables(quant_type, blocksize, codes.device)
         scales = torch.ops.bitsandbytes.dequantize_blockwise(
             absmax.contiguous(), nested_absmax.contiguous(), dynamic, NESTED_BLOCKSIZE, torch.float32
         )
@@ -65,7 +66,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) ->
         return torch.nn.functional.linear(x, dequantize(weight, (out_features, x.shape[1]), x.dtype), bias)
     scales: tuple[Tensor | None, ...] = (absmax.contiguous(), None, None, None)
     if nested_absmax is not None:
-        _, dynamic = device_tables(quant_type, codes.device)
+        _, dynamic = device_tables(quant_type, blocksize, codes.device)
         offset = torch.full((), nested_offset, dtype=torch.float32, device=codes.device)
         scales = (nested_absmax.contiguous(), absmax.contiguous(), dynamic, offset)
     result: Tensor = torch.ops.bitsandbytes.gemm_4bit(

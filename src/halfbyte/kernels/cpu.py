@@ -74,18 +74,18 @@ class Library:
 
     def quantize(self, weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
         """`quant.reference.quantize_reference`, bit for bit."""
-        table, flat = codebook(quant_type), weight.detach().contiguous()
+        table, flat = codebook(quant_type, blocksize), weight.detach().contiguous()
         count = flat.numel()
         nbytes = num_code_bytes(count)
         codes = lasting(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
         absmax = torch.empty(num_blocks(count, blocksize), dtype=torch.float32)
         status = self.call.hb_quantize(
-            flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.boundaries.data_ptr(), table.order.data_ptr(),
-            codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
+            flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.unit_boundaries.data_ptr(),
+            table.order.data_ptr(), codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if status != OK:
             raise RuntimeError(f"hb_quantize: status {status}")
-        return codes, absmax
+        return codes, table.scales(absmax)
 
     def count_nonfinite(self, tensor: Tensor) -> int:
         """NaN and Inf in a float32, bfloat16 or float16 CPU tensor."""
@@ -109,7 +109,7 @@ class WeightView:
         blocksize: int,
         shape: tuple[int, int],
     ) -> None:
-        values, dynamic = codebook(quant_type).values, dynamic_map()
+        values, dynamic = codebook(quant_type, blocksize).values, dynamic_map()
         codes, absmax = codes.contiguous(), absmax.contiguous()
         count = prod(shape)
         scale_dtype = torch.float32 if nested_absmax is None else torch.uint8

@@ -72,9 +72,9 @@ def _quantize_8bit(x: Tensor) -> tuple[Tensor, Tensor]:
 def _least_error_scales(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
-    flat, table = weight.detach().contiguous(), codebook(quant_type)
+    flat, table = weight.detach().contiguous(), codebook(quant_type, blocksize)
     scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
-    levels, factors = table.values[table.order.int()], torch.tensor(factors_of(signed))
+    levels, factors = table.levels, torch.tensor(factors_of(table, signed))
     weights = None if importance is None else importance.float().contiguous()
     columns = 1 if weights is None else weights.numel()
     if flat.dtype in DTYPES and run_native(

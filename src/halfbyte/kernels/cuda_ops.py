@@ -27,7 +27,7 @@ BITSANDBYTES_ROWS = 2
 
 
 def _kernels(
-    blocksize: int, dtype: torch.dtype, count: int, *, quantize: bool = False, few_rows: bool = False
+    quant_type: str, blocksize: int, dtype: torch.dtype, count: int, *, quantize: bool = False, few_rows: bool = False
 ) -> Any | None:
     """The module whose kernels serve this case: functions quantize, dequantize, linear, linear_dx; None: torch."""
     names = cuda_choice().kernels
@@ -35,7 +35,7 @@ def _kernels(
         if name == "bitsandbytes" and not quantize:
             from halfbyte.kernels import bnb_cuda
 
-            if bnb_cuda.knows(blocksize, dtype, count):
+            if bnb_cuda.knows(quant_type, blocksize, dtype, count):
                 return bnb_cuda
         elif name == "triton":
             from halfbyte.kernels.triton import kernels
@@ -55,7 +55,7 @@ def check_weight(weight: Weight, count: int, like: Tensor) -> None:
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(blocksize, weight.dtype, weight.numel(), quantize=True)
+    kernels = _kernels(quant_type, blocksize, weight.dtype, weight.numel(), quantize=True)
     if kernels is None:
         return quantize_reference(weight, quant_type, blocksize)
     result: tuple[Tensor, Tensor] = kernels.quantize(weight, quant_type, blocksize)
@@ -72,7 +72,7 @@ def dequantize_4bit(
 
 
 def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    kernels = _kernels(weight[5], dtype, prod(shape))
+    kernels = _kernels(*weight[4:], dtype, prod(shape))
     if kernels is None:
         return dequantize_reference(*weight, shape, dtype)
     result: Tensor = kernels.dequantize(weight, shape, dtype)
@@ -82,7 +82,7 @@ def _dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> T
 def dequantize_into(out: Tensor, weight: Weight) -> None:
     """Decode `weight` into `out`, contiguous, of its shape."""
     check_weight(weight, out.numel(), out)
-    kernels = _kernels(weight[5], out.dtype, out.numel())
+    kernels = _kernels(*weight[4:], out.dtype, out.numel())
     if kernels is None:
         out.copy_(dequantize_reference(*weight, tuple(out.shape), out.dtype))
     else:
@@ -101,7 +101,7 @@ def linear_4bit(
             raise ValueError(f"bias {tuple(bias.shape)} on {bias.device}, not ({out_features},) on {x.device}")
         bias = bias.to(x.dtype)
     few_rows = x.numel() <= BITSANDBYTES_ROWS * in_features
-    kernels = _kernels(blocksize, x.dtype, out_features * in_features, few_rows=few_rows)
+    kernels = _kernels(quant_type, blocksize, x.dtype, out_features * in_features, few_rows=few_rows)
     if kernels is None or not x.numel():
         return F.linear(x, _dequantize(weight, (out_features, in_features), x.dtype), bias)
     y: Tensor = kernels.linear(x.reshape(-1, in_features), weight, bias, out_features)
@@ -117,7 +117,7 @@ def linear_4bit_dx(
     out_features = grad.shape[-1]
     weight = (codes, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     check_weight(weight, out_features * in_features, grad)
-    kernels = _kernels(blocksize, grad.dtype, out_features * in_features)
+    kernels = _kernels(quant_type, blocksize, grad.dtype, out_features * in_features)
     if kernels is None or not grad.numel():
         return grad @ _dequantize(weight, (out_features, in_features), grad.dtype)
     dx: Tensor = kernels.linear_dx(grad.reshape(-1, out_features), weight, in_features)

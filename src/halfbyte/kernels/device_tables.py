@@ -19,9 +19,9 @@ from halfbyte.quant.codebook import (
 
 
 @cache
-def device_tables(quant_type: str, device: torch.device) -> tuple[Codebook, Tensor]:
+def device_tables(quant_type: str, blocksize: int, device: torch.device) -> tuple[Codebook, Tensor]:
     """The codebook and the dynamic map on `device`; kept, because each upload would wait for the GPU."""
-    table = codebook(quant_type)
+    table = codebook(quant_type, blocksize)
     moved = replace(
         table, values=table.values.to(device), boundaries=table.boundaries.to(device), order=table.order.to(device)
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
+from halfbyte.config.formats import BNB_TYPES
 from halfbyte.data import calibration_text
 from halfbyte.errors import ConfigError
 from halfbyte.merge import gguf_blocks
@@ -90,7 +91,8 @@ class FourBit:
         ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
         write_config(self._job, dtype, merged, folder, quantization_config=quantization.to_dict())
         there = Fold(open_base(str(folder), self._recipe), {})
-        return Written(shards.bytes, there.weight, transformers_use(self._job.output), tuple(writer.survived))
+        use = transformers_use(self._job.output, known=self._recipe.quant_type in BNB_TYPES)
+        return Written(shards.bytes, there.weight, use, tuple(writer.survived))
 
 
 class Gguf:
@@ -193,10 +195,11 @@ def write_config(job: Job, dtype: torch.dtype, merged: dict[str, Any], folder: P
             shutil.copyfile(source.path / file, folder / file)
 
 
-def transformers_use(output: Path) -> str:
-    """For the model card."""
+def transformers_use(output: Path, *, known: bool = True) -> str:
+    """For the model card; not `known`: transformers knows the format once halfbyte has told it."""
+    first = "" if known else "from halfbyte import HalfbyteConfig  # makes the format known\n"
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{output.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{output.name}")\n```\n'
     )

@@ -11,6 +11,7 @@ reads bitsandbytes reads it. transformers therefore opens such a folder with bit
     from_pretrained(folder, config=prequantized_config(folder))     our layers, over the bytes of the folder
 
 transformers compares the two configs' class names before any quantizer is asked; the config is the one public way in.
+A codebook that bitsandbytes does not have makes a folder of our own: from_pretrained opens it once this is imported.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import halfbyte.model.hf_quantizer  # noqa: F401  (registers it)
 from halfbyte.config.base import BLOCKSIZES
+from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES
 from halfbyte.dtypes import COMPUTE_DTYPES
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.model.hf_quantizer import METHOD
+from halfbyte.model.source import METHOD, is_four_bit
 
 _EIGHT_BIT = {
     "load_in_8bit": False,
@@ -43,12 +46,20 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
+_OURS = {
+    "quant_type": "bnb_4bit_quant_type", "blocksize": "blocksize", "double_quant": "bnb_4bit_use_double_quant",
+    "compute_dtype": "bnb_4bit_compute_dtype", "skip_modules": "llm_int8_skip_modules",
+}  # fmt: skip
+"""The keywords as a folder names them that is not bitsandbytes'."""
+
+
 class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How the linear layers of a transformers model are held in 4 bits.
 
     Args:
         load_in_4bit: True; here so that a BitsAndBytesConfig call needs no other change.
-        bnb_4bit_quant_type: "nf4" or "fp4" (bitsandbytes' own default is fp4).
+        bnb_4bit_quant_type: "nf4", "fp4" (bitsandbytes' own default), or a codebook that only halfbyte reads:
+            "int4", "af4", "bof4", "bof4-s".
         bnb_4bit_use_double_quant: quantize the scales themselves to 8 bits (bitsandbytes' own default: no).
         bnb_4bit_compute_dtype: what matrix products run in: float32, bfloat16 or float16, as torch's dtype or its
             name; None or "auto" takes the dtype of the layer's input (bitsandbytes' own default: float32).
@@ -79,7 +90,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{load_in_4bit!r} is not possible", where="load_in_4bit",
                 why="halfbyte holds weights in 4 bits", fix="Leave quantization_config out to load a model as it is",
             )  # fmt: skip
-        _require_choice("bnb_4bit_quant_type", bnb_4bit_quant_type, ("nf4", "fp4"))
+        _require_choice("bnb_4bit_quant_type", bnb_4bit_quant_type, QUANT_TYPES)
         _require_choice("bnb_4bit_use_double_quant", bnb_4bit_use_double_quant, (True, False))
         _require_choice("blocksize", blocksize, BLOCKSIZES)
         _require_choice("bnb_4bit_quant_storage", _dtype_name(bnb_4bit_quant_storage), ("uint8", None))
@@ -102,14 +113,17 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Returns:
             The config, or the pair (config, {}) with `return_unused_kwargs`.
         """
-        settings = {key: value for key, value in (config_dict | kwargs).items() if not key.startswith("_")}
-        settings.pop("quant_method", None)
+        given = {key: value for key, value in (config_dict | kwargs).items() if not key.startswith("_")}
+        settings = {_OURS.get(key, key): value for key, value in given.items() if key != "quant_method"}
         config = cls(**settings)
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """bitsandbytes' `quantization_config`, complete: its defaults differ from ours."""
+        """bitsandbytes' `quantization_config`, complete: its defaults differ from ours; or our own."""
         compute = self.bnb_4bit_compute_dtype or self._model_dtype or torch.float32
+        if self.bnb_4bit_quant_type not in BNB_TYPES:
+            values = {name: getattr(self, key) for name, key in _OURS.items()}
+            return {"quant_method": METHOD, **values, "compute_dtype": _dtype_name(compute)}
         settings = {
             "quant_method": "bitsandbytes",
             "_load_in_4bit": True,
@@ -148,22 +162,24 @@ def prequantized_config(
         The model's own config (a `transformers.PreTrainedConfig`).
 
     Raises:
-        ModelError: the model is not stored in bitsandbytes' 4-bit format.
+        ModelError: the model is not stored in bitsandbytes' 4-bit format or in ours.
     """
     config = AutoConfig.from_pretrained(path, **hub_kwargs)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         fix = "Pass quantization_config=HalfbyteConfig() to from_pretrained to quantize it"
         raise ModelError("is not quantized", where=str(path), fix=fix)
-    if not stored.get("load_in_4bit"):
+    if not is_four_bit(stored):
         what = f"is quantized as {stored.get('quant_method')}, not in bitsandbytes' 4 bits"
         raise ModelError(what, where=str(path), fix="Start from its 16-bit original")
     # Each tensor says for itself how it was quantized and stored; this is for layers' printing and for saving again.
-    known = {key: value for key, value in stored.items() if key in _KEYWORDS and key != "bnb_4bit_quant_storage"}
+    renamed = {_OURS.get(key, key): value for key, value in stored.items()}
+    known = {key: value for key, value in renamed.items() if key in _KEYWORDS and key != "bnb_4bit_quant_storage"}
     settings = HalfbyteConfig(**known).to_dict()
-    name = _dtype_name(compute_dtype) or settings["bnb_4bit_compute_dtype"]
+    dtype_key = next(key for key in ("bnb_4bit_compute_dtype", "compute_dtype") if key in settings)
+    name = _dtype_name(compute_dtype) or settings[dtype_key]
     # A product in the model's stored dtype is what "auto" gives; "auto" also holds when it is loaded in another.
-    settings["bnb_4bit_compute_dtype"] = None if name in ("auto", _dtype_name(config.dtype)) else name
+    settings[dtype_key] = None if name in ("auto", _dtype_name(config.dtype)) else name
     # transformers sends a dict that says load_in_4bit to bitsandbytes, whatever its quant_method.
     ours = {key: value for key, value in settings.items() if key not in ("load_in_4bit", "_load_in_4bit")}
     config.quantization_config = ours | {"quant_method": METHOD}

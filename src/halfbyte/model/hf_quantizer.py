@@ -24,13 +24,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from halfbyte.config.formats import STATE_KEYS
 from halfbyte.errors import HalfbyteError, ModelError, ResourceError
 from halfbyte.model.hf_load_ops import Deserialize, Quantize
 from halfbyte.model.inventory import EXPERTS, Inventory, expert_weights, inventory
+from halfbyte.model.source import METHOD
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedWeight
 
-METHOD = "halfbyte"
 logger = logging.getLogger("halfbyte")
 
 
@@ -46,7 +47,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     serialized_names = {  # noqa: RUF012  (transformers' name and type)
         "weight": [
             "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-            "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4",
+            *(f"weight.{key}" for key in STATE_KEYS),
         ]
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
+from halfbyte.config.formats import STATE_KEYS
 from halfbyte.errors import ModelError
 from halfbyte.kernels import count_nonfinite
 from halfbyte.model.source import TensorReader
@@ -51,9 +52,8 @@ def weight_slices(
 
 
 def state_names(reader: TensorReader, name: str) -> list[str]:
-    """What bitsandbytes stored beside tensor `name`; empty when that is not in 4 bits."""
-    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map",
-                "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")  # fmt: skip
+    """What is stored beside tensor `name`; empty when that is not in 4 bits."""
+    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *STATE_KEYS)
     available = getattr(reader, "tensors", {})
     return [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in available]
 

@@ -23,6 +23,8 @@ from halfbyte.model.gguf_source import GgufFile
 
 logger = logging.getLogger("halfbyte")
 
+METHOD = "halfbyte"
+"""`quant_method` of a folder that bitsandbytes cannot read."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -45,7 +47,7 @@ class Source:
         label: what the user called it.
         path: the local folder or .gguf file.
         config: transformers' config, without quantization fields.
-        stored_quantization: the config's own quantization fields: bitsandbytes 4-bit, or None.
+        stored_quantization: the config's own quantization fields: bitsandbytes 4-bit or ours, or None.
     """
 
     label: str
@@ -95,11 +97,11 @@ def open_source(path: str) -> Source:
     if stored is not None:
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         del config.quantization_config
-        if not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
+        if not is_four_bit(stored):
             method = stored.get("quant_method", "unknown")
             raise ModelError(
-                f"is already quantized by {method}", where=path, why="only bitsandbytes' 4-bit format is read",
-                fix="Give the 16-bit model",
+                f"is already quantized by {method}", where=path,
+                why="only bitsandbytes' 4-bit format and halfbyte's own are read", fix="Give the 16-bit model",
             )  # fmt: skip
     return Source(label=path, path=local, config=config, stored_quantization=stored)
 
@@ -173,8 +175,15 @@ def locate(path: str) -> Path:
         ) from error
 
 
+def is_four_bit(stored: dict[str, Any]) -> bool:
+    """Whether a quantization_config is of bitsandbytes' 4-bit format or of our own."""
+    return bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit") or stored.get("quant_method") == METHOD)
+
+
 def stored_quant_settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """A bitsandbytes quantization_config as `quant` settings (for comparing and recording)."""
+    """A folder's quantization_config as `quant` settings (for comparing and recording)."""
+    if stored.get("quant_method") == METHOD:
+        return {"quant_type": str(stored.get("quant_type")), "double_quant": bool(stored.get("double_quant"))}
     return {
         "quant_type": str(stored.get("bnb_4bit_quant_type", "fp4")),
         "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.config import QuantConfig
+from halfbyte.config.formats import STATE_KEYS
 from halfbyte.config.model_config import read_model_config
 from halfbyte.dtypes import ITEMSIZE
 from halfbyte.plan.architecture import FUSED, Architecture, architecture
@@ -16,7 +17,7 @@ SLICE_ELEMENTS = 8 * 2**20
 """As model/load.py reads a weight that is to be quantized."""
 TOKENIZER_FILE = "tokenizer.json"
 _SCALES = (".absmax", ".nested_absmax")
-_TABLES = (".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+_TABLES = (".quant_map", ".nested_quant_map", *(f".{key}" for key in STATE_KEYS))
 INT8_BLOCK = 64
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in")
 HEADS = ("lm_head", "embed_out", "output")

@@ -1,17 +1,22 @@
 """The codebooks: the only place in the repository where a table is typed.
 
-A codebook maps a code to a value in [-1, 1]; a weight is ``codebook[code] * scale of its block``.
+A codebook maps a code to a value; a weight is ``codebook[code] * scale of its block``.
 Sources: NF4 from arXiv 2305.14314 (appendix E), FP4 and the dynamic maps as bitsandbytes defines them. The digits
-are constants, not derivations: recomputing NF4 from normal quantiles differs by up to 1.1e-7.
+are constants, not derivations: recomputing NF4 from normal quantiles differs by up to 1.1e-7. AF4 and BOF4, which depend
+on the block size, are what tests/quant/derive_codebooks.py computes from the definitions in arXiv 2306.06965 and
+2505.06653 (its authors' digits, from samples, are up to 1.3e-4 away).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+
+from halfbyte.config.formats import QUANT_TYPES
 
 # fmt: off
 NF4 = (
@@ -23,6 +28,42 @@ NF4 = (
 
 FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of FP4 codes 0 to 7, times 12; codes 8 to 15 are their negatives. Not the order of MXFP4."""
+
+AF4 = {
+    32: (-1.0, -0.72380075, -0.54068711, -0.3963985, -0.2723577, -0.15956821, -0.052588021, 0.0, 0.045547466, 0.13780891, 0.23375854, 0.33656744, 0.4508456, 0.58437857, 0.75299116, 1.0),
+    64: (-1.0, -0.69441008, -0.5124374, -0.3736951, -0.25607552, -0.14982478, -0.049348124, 0.0, 0.04273164, 0.12934483, 0.21961274, 0.31675667, 0.42563882, 0.55496235, 0.72424863, 1.0),
+    128: (-1.0, -0.66495283, -0.48589589, -0.3529405, -0.24139225, -0.14109901, -0.046455261, 0.0, 0.04021689, 0.12176897, 0.2068883, 0.29877409, 0.40238481, 0.52697805, 0.69496103, 1.0),
+    256: (-1.0, -0.63630213, -0.4614163, -0.33419525, -0.22826385, -0.13333676, -0.043887394, 0.0, 0.037984586, 0.1150332, 0.19553394, 0.28262047, 0.38124113, 0.5009191, 0.66607302, 1.0),
+    512: (-1.0, -0.60903865, -0.43908945, -0.31736712, -0.21656571, -0.12644575, -0.04161132, 0.0, 0.036006248, 0.10905684, 0.18543324, 0.26818021, 0.36216937, 0.4769826, 0.63827231, 1.0),
+    1024: (-1.0, -0.58348587, -0.41884828, -0.30229144, -0.20614334, -0.12032289, -0.039591274, 0.0, 0.034250995, 0.10374994, 0.1764469, 0.25528723, 0.34502761, 0.45517148, 0.61198895, 1.0),
+    2048: (-1.0, -0.55977325, -0.40054345, -0.28877912, -0.19683974, -0.11486814, -0.037793159, 0.0, 0.032689241, 0.099025186, 0.16843522, 0.24376259, 0.32962971, 0.43537651, 0.58743977, 1.0),
+    4096: (-1.0, -0.53790031, -0.38399175, -0.27664257, -0.18850865, -0.10999076, -0.036186355, 0.0, 0.031294306, 0.094803235, 0.16126887, 0.23343416, 0.31577979, 0.41743354, 0.56468758, 1.0),
+}
+"""By block size: 4 bits of least mean |error| for normal weights divided by their block's largest magnitude."""
+
+BOF4 = {
+    32: (-1.0, -0.77115201, -0.59852241, -0.45546252, -0.32982321, -0.21480352, -0.10596932, 0.0, 0.092625116, 0.18715271, 0.28571187, 0.39095845, 0.50657121, 0.63822473, 0.79583841, 1.0),
+    64: (-1.0, -0.75356888, -0.57926811, -0.43867196, -0.31681906, -0.20602908, -0.10156407, 0.0, 0.088764177, 0.17945257, 0.27424845, 0.37594947, 0.4885909, 0.61877007, 0.7790818, 1.0),
+    128: (-1.0, -0.73472074, -0.55968354, -0.42202353, -0.30410028, -0.19751133, -0.097303824, 0.0, 0.085030946, 0.17198602, 0.2630727, 0.36118149, 0.47062094, 0.59878469, 0.76092495, 1.0),
+    256: (-1.0, -0.71507754, -0.5402658, -0.40588837, -0.29191891, -0.18940555, -0.093262624, 0.0, 0.081490208, 0.16488745, 0.25239881, 0.34696443, 0.45308347, 0.57878921, 0.74179755, 1.0),
+    512: (-1.0, -0.69505499, -0.52136205, -0.39048873, -0.28040944, -0.18178802, -0.089475021, 0.0, 0.078172173, 0.15822198, 0.24233752, 0.33347325, 0.4362455, 0.5591659, 0.72209824, 1.0),
+    1024: (-1.0, -0.67500684, -0.50319961, -0.37594197, -0.26962902, -0.17468491, -0.08595105, 0.0, 0.075085589, 0.15201114, 0.23293244, 0.32079129, 0.42026042, 0.54018062, 0.70218346, 1.0),
+    2048: (-1.0, -0.65522113, -0.48591437, -0.36229478, -0.25958613, -0.16809219, -0.08268629, 0.0, 0.072226494, 0.1462502, 0.22418567, 0.30894232, 0.40520167, 0.52200532, 0.68235816, 1.0),
+    4096: (-1.0, -0.63592072, -0.46957499, -0.34954803, -0.25026018, -0.1619887, -0.079668341, 0.0, 0.069584021, 0.14091975, 0.21607497, 0.29791317, 0.39108884, 0.50473967, 0.66287071, 1.0),
+}
+"""By block size: of least squared error after decoding, 0, -1 and 1 being fixed."""
+
+BOF4_S = {
+    32: (-0.8732956, -0.69076235, -0.54371381, -0.41735739, -0.30391439, -0.19862134, -0.098175446, 0.0, 0.092625116, 0.18715271, 0.28571187, 0.39095845, 0.50657121, 0.63822473, 0.79583841, 1.0),
+    64: (-0.8568214, -0.66917018, -0.52345932, -0.40044919, -0.29103445, -0.18999178, -0.093855767, 0.0, 0.088764177, 0.17945257, 0.27424845, 0.37594947, 0.4885909, 0.61877007, 0.7790818, 1.0),
+    128: (-0.83726324, -0.64612865, -0.50274547, -0.38353303, -0.2783063, -0.18152328, -0.089631958, 0.0, 0.085030946, 0.17198602, 0.2630727, 0.36118149, 0.47062094, 0.59878469, 0.76092495, 1.0),
+    256: (-0.81472877, -0.62220139, -0.48205813, -0.36696404, -0.26597253, -0.17336657, -0.085576274, 0.0, 0.081490208, 0.16488745, 0.25239881, 0.34696443, 0.45308347, 0.57878921, 0.74179755, 1.0),
+    512: (-0.78959662, -0.59792906, -0.46177369, -0.35098456, -0.25418462, -0.16561017, -0.08172962, 0.0, 0.078172173, 0.15822198, 0.24233752, 0.33347325, 0.4362455, 0.5591659, 0.72209824, 1.0),
+    1024: (-0.76257196, -0.5738464, -0.44220299, -0.335773, -0.24304457, -0.1583098, -0.07811668, 0.0, 0.075085589, 0.15201114, 0.23293244, 0.32079129, 0.42026042, 0.54018062, 0.70218346, 1.0),
+    2048: (-0.73461816, -0.55046468, -0.42360783, -0.32146725, -0.23262571, -0.15150302, -0.074753317, 0.0, 0.072226494, 0.1462502, 0.22418567, 0.30894232, 0.40520167, 0.52200532, 0.68235816, 1.0),
+    4096: (-0.70676199, -0.52821887, -0.40618918, -0.30816438, -0.22297517, -0.14521188, -0.071648201, 0.0, 0.069584021, 0.14091975, 0.21607497, 0.29791317, 0.39108884, 0.50473967, 0.66287071, 1.0),
+}
+"""The same where the scale is the largest weight with its sign: 1 always occurs, -1 never."""
 
 _SIGNED_MAGNITUDES = (
     5.5000004e-07, 3.2500002e-06, 7.75e-06, 2.1249998e-05, 4.375e-05, 6.625e-05, 8.875e-05, 0.00015625001, 0.00026875004, 0.00038125002,
@@ -78,6 +119,8 @@ class Codebook:
     Attributes:
         values: (16,) float32, by code.
         boundaries: (15,) float32, midpoints of neighbouring values in ascending order.
+        top: the value that a block's largest magnitude gets; its scale is that magnitude over this.
+        signed: the scale has the sign of the block's largest weight.
         order: (16,) uint8, the code of the k-th smallest value.
         zero_code: the code whose value is 0, used for padding and for all-zero blocks.
     """
@@ -87,25 +130,51 @@ class Codebook:
     order: Tensor
     zero_code: int
 
+    top: float = 1.0
+    signed: bool = False
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """(16,) float32, the values in ascending order."""
+        return self.values[self.order.int()]
+
+    @cached_property
+    def unit_boundaries(self) -> Tensor:
+        """(15,) float32, `boundaries` of a weight divided by its block's largest magnitude."""
+        return self.boundaries / self.top
+
+    def scales(self, absmax: Tensor) -> Tensor:
+        """The scales of blocks whose largest magnitudes are `absmax`."""
+        return absmax if self.top == 1 else absmax / self.top
+
 
 @cache
-def codebook(quant_type: str) -> Codebook:
-    """The codebook called `quant_type` ("nf4" or "fp4"), on the CPU."""
+def codebook(quant_type: str, blocksize: int) -> Codebook:
+    """The codebook called `quant_type` for blocks of `blocksize`, on the CPU."""
     if quant_type == "nf4":
-        values = torch.tensor(NF4, dtype=torch.float32)
-    elif quant_type == "fp4":
+        return _codebook(NF4)
+    if quant_type == "fp4":
         magnitudes = torch.tensor(FP4_TWELFTHS, dtype=torch.float32) / 12
-        values = torch.cat([magnitudes, -magnitudes])
-    else:
-        raise ValueError(f"unknown quant_type {quant_type!r}: choose nf4 or fp4")
+        return _codebook(torch.cat([magnitudes, -magnitudes]).tolist())
+    if quant_type == "int4":
+        return replace(_codebook(range(-8, 8)), top=7.0)
+    tables = {"af4": AF4, "bof4": BOF4, "bof4-s": BOF4_S}
+    if quant_type not in tables:
+        raise ValueError(f"unknown quant_type {quant_type!r}: choose from {', '.join(QUANT_TYPES)}")
+    if blocksize not in tables[quant_type]:
+        raise ValueError(f"no {quant_type} for blocks of {blocksize}")
+    return replace(_codebook(tables[quant_type][blocksize]), signed=quant_type == "bof4-s")
+
+
+def _codebook(values: Iterable[float]) -> Codebook:
+    table = torch.tensor(list(values), dtype=torch.float32)
     # A stable sort puts 0.0 before -0.0, so that a weight of 0 gets the code of 0.0.
-    order = torch.argsort(values, stable=True)
-    ascending = values[order]
+    order = torch.argsort(table, stable=True)
     return Codebook(
-        values=values,
-        boundaries=_midpoints(ascending),
+        values=table,
+        boundaries=_midpoints(table[order]),
         order=order.to(torch.uint8),
-        zero_code=int((values == 0).nonzero()[0]),
+        zero_code=int((table == 0).nonzero()[0]),
     )
 
 

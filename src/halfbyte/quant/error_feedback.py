@@ -124,8 +124,8 @@ def round_with_feedback(
     Args:
         refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
     """
-    table = codebook(plain.quant_type)
-    levels = table.values[table.order.int()]
+    table = codebook(plain.quant_type, plain.blocksize)
+    levels = table.levels
     grid = Grid(levels, _steps(plain))
     ranks = ranks_with_feedback(wanted, moments, grid, sweeps)
     if refit and wanted.shape[1] % plain.blocksize == 0:

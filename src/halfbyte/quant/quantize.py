@@ -13,8 +13,9 @@ from halfbyte.config.base import QuantConfig
 from halfbyte.errors import ModelError
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import num_code_bytes
+from halfbyte.quant.codebook import codebook
 from halfbyte.quant.memory import lasting
-from halfbyte.quant.scales import codes_for_scales, double_quantized, least_error_scales
+from halfbyte.quant.scales import codes_for_scales, double_quantized, least_error_scales, peak_scales
 from halfbyte.quant.weight import SOURCE_DTYPES, QuantizedWeight
 
 
@@ -71,7 +72,8 @@ def quantize_slices(
 class SliceQuantizer:
     """`quantize_slices` for a caller that takes the codes of each slice away before the next is read.
 
-    With a `config.scale` other than absmax the weight is held whole: its codes depend on scales that are known last.
+    The weight is held whole with a `config.scale` other than absmax and for a codebook with signed scales: its codes
+    depend on scales that are known last.
     """
 
     def __init__(
@@ -86,9 +88,9 @@ class SliceQuantizer:
         self._bad = 0
 
     def codes(self) -> Iterator[Tensor]:
-        """The codes of each slice, flat; in one piece with a `config.scale` other than absmax."""
-        if self._config.chosen_scale != "absmax":
-            yield self._least_error_codes()
+        """The codes of each slice, flat; in one piece where the weight is held whole."""
+        if self._config.chosen_scale != "absmax" or codebook(self._config.quant_type, self._config.blocksize).signed:
+            yield self._codes_for_scales()
             return
         for part in self._parts():
             codes, scales = torch.ops.halfbyte.quantize_4bit(part, self._config.quant_type, self._config.blocksize)
@@ -108,15 +110,18 @@ class SliceQuantizer:
             self._bad += int((~torch.isfinite(part)).sum())
         self._scales.append(scales)
 
-    def _least_error_codes(self) -> Tensor:
+    def _codes_for_scales(self) -> Tensor:
         """Codes for the scales as they are decoded, not as they were wished."""
         parts, config = [part.clone() for part in self._parts()], self._config  # the next overwrites the last
         weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
         del parts
-        scales = least_error_scales(
-            weight, config.quant_type, config.blocksize, signed=config.chosen_scale == "mse-signed",
-            importance=self._importance,
-        )  # fmt: skip
+        if config.chosen_scale == "absmax":
+            scales = peak_scales(weight, config.blocksize)
+        else:
+            scales = least_error_scales(
+                weight, config.quant_type, config.blocksize, signed=config.chosen_scale == "mse-signed",
+                importance=self._importance,
+            )  # fmt: skip
         self._keep(scales, weight)
         if config.double_quant and not self._bad:
             self._compressed, scales = double_quantized(scales)

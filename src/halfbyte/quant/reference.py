@@ -26,7 +26,7 @@ def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple
     Returns:
         codes (ceil(n/2),) uint8, absmax (ceil(n/blocksize),) float32.
     """
-    table = codebook(quant_type)
+    table = codebook(quant_type, blocksize)
     flat = weight.detach().reshape(-1).float()
     full = flat.numel() - flat.numel() % blocksize
     blocks, tail = flat[:full].view(-1, blocksize), flat[full:]
@@ -37,9 +37,9 @@ def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple
         tail_absmax = tail.abs().amax()
         absmax = torch.cat([absmax, tail_absmax.unsqueeze(0)])
         scaled = torch.cat([scaled, tail / tail_absmax.clamp(min=TINY)])
-    ranks = torch.bucketize(scaled, table.boundaries.to(flat.device), out_int32=True)
+    ranks = torch.bucketize(scaled, table.unit_boundaries.to(flat.device), out_int32=True)
     codes = table.order.to(flat.device)[ranks]
-    return pack_nibbles(codes, table.zero_code), absmax
+    return pack_nibbles(codes, table.zero_code), table.scales(absmax)
 
 
 def dequantize_reference(
@@ -61,6 +61,6 @@ def dequantize_reference(
     if nested_absmax is not None:
         absmax = expand_absmax(absmax, nested_absmax, nested_offset)
     count = prod(shape)
-    values = codebook(quant_type).values.to(codes.device)[unpack_nibbles(codes.reshape(-1), count).int()]
+    values = codebook(quant_type, blocksize).values.to(codes.device)[unpack_nibbles(codes.reshape(-1), count).int()]
     scales = absmax.repeat_interleave(blocksize)[:count] if num_blocks(count, blocksize) else absmax
     return (values * scales).view(shape).to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax
 from halfbyte.quant.blocks import num_blocks
-from halfbyte.quant.codebook import codebook
+from halfbyte.quant.codebook import Codebook, codebook
 from halfbyte.quant.nibbles import pack_nibbles
 
 FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
@@ -43,11 +43,17 @@ def least_error_scales(
     return scales
 
 
+def peak_scales(weight: Tensor, blocksize: int) -> Tensor:
+    """(ceil(n/blocksize),) float32: of each block the weight of largest magnitude, with its sign."""
+    blocks = _blocks(weight.reshape(-1).float(), blocksize)
+    return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).view(-1)
+
+
 def least_error_scales_reference(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     """The operator `least_error_scales` in plain torch: `least_error_scales`, `importance` above 0."""
-    flat = weight.reshape(-1)
+    flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
     scales = torch.empty(num_blocks(flat.numel(), blocksize))
     step = max(CHUNK // blocksize, 1)
     for first in range(0, len(scales), step):
@@ -56,13 +62,13 @@ def least_error_scales_reference(
         h = None
         if importance is not None:
             h = _blocks(importance[torch.arange(start, stop) % len(importance)], blocksize)
-        scales[first : first + step] = _best(w, h, quant_type, signed)
+        scales[first : first + step] = _best(w, h, table, signed)
     return scales
 
 
 def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
     """(ceil(n/2),) uint8: the nearest code of every weight to the (num_blocks,) `scales` it is decoded with."""
-    flat, table = weight.reshape(-1), codebook(quant_type)
+    flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
     codes = torch.empty(flat.numel(), dtype=torch.uint8)
     for start in range(0, flat.numel(), CHUNK):
         w = _blocks(flat[start : start + CHUNK].float(), blocksize)
@@ -107,18 +113,18 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
     return scales.view(-1)
 
 
-def factors_of(signed: bool) -> tuple[float, ...]:
+def factors_of(table: Codebook, signed: bool) -> tuple[float, ...]:
     """The candidates, of both signs with `signed`."""
-    return FACTORS + tuple(-factor for factor in FACTORS) if signed else FACTORS
+    factors = tuple(factor / table.top for factor in FACTORS)
+    return factors + tuple(-factor for factor in factors) if signed else factors
 
 
-def _best(w: Tensor, h: Tensor | None, quant_type: str, signed: bool) -> Tensor:
+def _best(w: Tensor, h: Tensor | None, table: Codebook, signed: bool) -> Tensor:
     """Of the blocks w (blocks, blocksize), their columns weighted by `h`."""
-    table = codebook(quant_type)
-    levels = table.values[table.order.int()]
+    levels = table.levels
     peak, weighted = w.abs().amax(1), w if h is None else w * h
     best, scales = torch.full_like(peak, -1.0), torch.zeros_like(peak)
-    for factor in factors_of(signed):
+    for factor in factors_of(table, signed):
         values = levels[torch.bucketize(w * _inverse(factor * peak)[:, None], table.boundaries)]
         along = (weighted * values).sum(1)
         norm = (values * values if h is None else values * values * h).sum(1).clamp(min=TINY)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.base import BLOCKSIZES
-from halfbyte.errors import ModelError
+from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, STATE_KEYS, state_key
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import ops
 from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes, slice_rows
@@ -35,7 +36,7 @@ class QuantizedWeight:
         absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization.
         nested_absmax: (ceil(len(absmax)/256),) float32 under double quantization, else None.
         nested_offset: mean of the scales under double quantization, else 0.
-        quant_type: "nf4" or "fp4".
+        quant_type: the codebook, of `config.formats`.
         blocksize: weights to a block.
         shape: of the weight, (out_features, in_features) for a linear layer.
         dtype: of the weight before quantization, and of what `dequantize` returns.
@@ -95,7 +96,10 @@ class QuantizedWeight:
     # -- bitsandbytes' representation ---------------------------------------------------------------------------
 
     def bnb_tensors(self) -> dict[str, Tensor]:
-        """What bitsandbytes stores beside the codes, by key suffix ("absmax", "quant_map", ...; docs/format.md)."""
+        """What is stored beside the codes, by key suffix ("absmax", "quant_map", ...; docs/format.md).
+
+        bitsandbytes' own keys for its codebooks; for others the quant_state has a name that it does not look for.
+        """
         numbers: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -103,7 +107,7 @@ class QuantizedWeight:
             "shape": list(self.shape),
         }
         # The tables are copies: safetensors refuses tensors that share memory, transformers takes them for tied ones.
-        tensors = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).values.clone()}
+        tensors = {"absmax": self.absmax, "quant_map": codebook(self.quant_type, self.blocksize).values.clone()}
         if self.nested_absmax is not None:
             tensors["nested_absmax"] = self.nested_absmax
             tensors["nested_quant_map"] = dynamic_map().clone()
@@ -113,7 +117,7 @@ class QuantizedWeight:
                 "nested_offset": self.nested_offset,
             }
         text = json.dumps(numbers).encode()
-        tensors[f"quant_state.bitsandbytes__{self.quant_type}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        tensors[state_key(self.quant_type)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return tensors
 
     @classmethod
@@ -123,11 +127,13 @@ class QuantizedWeight:
         Raises:
             ModelError: keys are missing or unknown, or the tables are not the ones the codes are decoded by.
         """
-        state_keys = [key for key in tensors if key.startswith("quant_state.bitsandbytes__")]
+        state_keys = [key for key in tensors if key in STATE_KEYS]
         if len(state_keys) != 1:
             raise ModelError("has no single quant_state", where=name, why=f"its keys are {sorted(tensors)}")
         numbers = _read_state(tensors[state_keys[0]], name)
-        expected = {"absmax": None, "quant_map": codebook(numbers["quant_type"]).values}
+        if state_keys[0] != state_key(numbers["quant_type"]):
+            raise ModelError(f"its {state_keys[0]} says {numbers['quant_type']}", where=name)
+        expected = {"absmax": None, "quant_map": codebook(numbers["quant_type"], numbers["blocksize"]).values}
         double_quant = numbers["nested_offset"] is not None
         if double_quant:
             expected |= {"nested_absmax": None, "nested_quant_map": dynamic_map()}
@@ -154,7 +160,15 @@ class QuantizedWeight:
         return weight
 
     def to_bnb(self) -> tuple[Tensor, QuantState]:
-        """bitsandbytes' pair: packed codes (ceil(n/2), 1) and a QuantState sharing this weight's tensors."""
+        """bitsandbytes' pair: packed codes (ceil(n/2), 1) and a QuantState sharing this weight's tensors.
+
+        Raises:
+            ConfigError: bitsandbytes has no such codebook.
+        """
+        if self.quant_type not in BNB_TYPES:
+            raise ConfigError(
+                f"bitsandbytes has no {self.quant_type}", where="to_bnb", fix=f"Quantize to {' or '.join(BNB_TYPES)}"
+            )
         from bitsandbytes.functional import QuantState
 
         tensors = {f"weight.{key}": value for key, value in self.bnb_tensors().items()}
@@ -177,7 +191,8 @@ def _read_state(packed: Tensor, name: str) -> dict[str, Any]:
             "dtype": getattr(torch, str(numbers["dtype"])),
             "nested_offset": float(numbers["nested_offset"]) if "nested_offset" in numbers else None,
         }
-        codebook(state["quant_type"])
+        if state["quant_type"] not in QUANT_TYPES:
+            raise ValueError(f"unknown quant_type {state['quant_type']!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError("has an unreadable quant_state", where=name, why=str(error)) from None
     if state["nested_offset"] is not None and numbers.get("nested_blocksize") != NESTED_BLOCKSIZE:

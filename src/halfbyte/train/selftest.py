@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import halfbyte.kernels  # noqa: F401  (registers the fast implementations of the operators)
 from halfbyte.checkpoint.shards import SINGLE_NAME, SafetensorsFolder
 from halfbyte.config import QuantConfig, RunConfig, load_config
+from halfbyte.config.formats import QUANT_TYPES
 from halfbyte.data import load_data, make_batch
 from halfbyte.model.adapt import attach_lora
 from halfbyte.model.load import load_model
@@ -87,7 +88,7 @@ class _Laboratory:
 
     def _decodes(self) -> str:
         generator = torch.Generator().manual_seed(0)
-        for quant_type in ("nf4", "fp4"):
+        for quant_type in QUANT_TYPES:
             for shape in ((7, 33), (64, 1024)):
                 weight = quantize(torch.randn(shape, generator=generator), quant_type=quant_type)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -82,7 +82,7 @@ def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: 
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     count = prod(shape)
     if count:
-        table, dynamic = device_tables(quant_type, codes.device)
+        table, dynamic = device_tables(quant_type, blocksize, codes.device)
         with on_device_of(codes):
             dequantize_kernel[(parts_of(count, RUNS_PER_PROGRAM * RUN.value),)](
                 codes.contiguous(), absmax.contiguous(),
@@ -101,11 +101,12 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
     codes = torch.empty(num_code_bytes(count), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(num_blocks(count, blocksize), dtype=torch.float32, device=flat.device)
     if count:
-        table, _ = device_tables(quant_type, flat.device)
+        table, _ = device_tables(quant_type, blocksize, flat.device)
         per_program = max(QUANTIZED_PER_PROGRAM // blocksize, 1)
         with on_device_of(flat):
             quantize_kernel[(parts_of(absmax.numel(), per_program),)](
-                flat, table.boundaries, table.order, codes, absmax, count, codes.numel(), table.zero_code,
+                flat, table.unit_boundaries, table.order, codes, absmax, count, codes.numel(), table.zero_code,
                 BLOCKSIZE=blocksize, BLOCKS=per_program, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
+        absmax = table.scales(absmax)
     return codes, absmax

@@ -91,7 +91,7 @@ def weights(members: Sequence[Member], columns: int, dtype: torch.dtype) -> Tens
     """(all out_features, columns): the members' weights decoded, below each other."""
     codes = members[0].weight[0]
     out = torch.empty(sum(m.out_features for m in members), columns, dtype=dtype, device=codes.device)
-    table, dynamic = device_tables(members[0].weight[4], codes.device)
+    table, dynamic = device_tables(*members[0].weight[4:], codes.device)
     arguments: list[Tensor | float] = []
     parts = 0
     for number in range(MOST_MEMBERS):

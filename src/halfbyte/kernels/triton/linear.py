@@ -197,8 +197,8 @@ def linear_dx(grad: Tensor, weight: Weight, in_features: int) -> Tensor:
 
 def _pointers(weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
     """What the kernels take for a weight; without double quantization the second scales are never read."""
-    codes, absmax, nested_absmax, nested_offset, quant_type, _ = weight
-    table, dynamic = device_tables(quant_type, codes.device)
+    codes, absmax, nested_absmax, nested_offset, quant_type, blocksize = weight
+    table, dynamic = device_tables(quant_type, blocksize, codes.device)
     second = absmax if nested_absmax is None else nested_absmax
     return codes.contiguous(), absmax.contiguous(), second.contiguous(), table.values, dynamic, nested_offset
 
