@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from halfbyte.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 DRIVER = Path(__file__).with_name("ranked.py")
+KILLS = Path(__file__).parents[1] / "faults" / "rank_kills.py"
 LOSS, ADAPTER = 1e-6, 1e-5
 """Measured: 5e-7 at losses of 6, 2e-6 at entries up to 0.15."""
 
@@ -64,26 +66,60 @@ def test_as_one_process(
     world: int, names: list[str], make_run: Callable[..., RunConfig], eval_file: Path, tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
-    """w ranks x batch n/w == 1 x n: unpacked, packed and accumulated, whatever is left over at an epoch's end."""
-    together, lines = {}, []
+    """w ranks x batch n/w == 1 x n: unpacked, packed and accumulated, whatever is left over at an epoch's end. One
+    process goes on from the ranks' checkpoint."""
+    alone: dict[str, RunConfig] = {}
+    together: dict[str, RunConfig] = {}
     for name in names:
-        settings = VARIANTS[name]
-        common = settings | {"data__eval": str(eval_file), "train__steps": 4}
-        alone = make_run(f"{name}-alone", **common)
-        train(alone)
-        part = {"train__micro_batch_size": settings["train__micro_batch_size"] // world}
+        common = VARIANTS[name] | {"data__eval": str(eval_file), "train__steps": 4, "train__save_every": 4}
+        alone[name] = make_run(f"{name}-alone", **common)
+        part = {"train__micro_batch_size": common["train__micro_batch_size"] // world}
         together[name] = make_run(f"{name}-{world}", **common | part)
-        lines.append(json.dumps(settings_of(together[name])))
     file = tmp_path / "runs.jsonl"
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(json.dumps(settings_of(config)) for config in together.values()))
     done = under_torchrun(world, [DRIVER, file])
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, config in together.items():
-        ours, theirs = Path(config.train.output), tmp_path / f"{name}-alone"
-        apart = [abs(a - b) for a, b in zip(losses(ours), losses(theirs), strict=True)]
-        assert len(apart) == 6
-        far = distance(ours, theirs)
-        record_property(f"{name}: losses", max(apart))
-        record_property(f"{name}: adapter", far)
-        assert max(apart) < LOSS, name
-        assert far < ADAPTER, name
+    for name in names:
+        train(alone[name])
+        check_alike(name, together[name], alone[name], record_property)
+        longer = replace(alone[name], train=replace(alone[name].train, steps=8))
+        train(longer)
+        output = together[name].train.output
+        train(replace(longer, train=replace(longer.train, output=output)))
+        check_alike(f"{name}, gone on alone", together[name], alone[name], record_property)
+
+
+def check_alike(name: str, one: RunConfig, other: RunConfig, record: Callable[[str, object], None]) -> None:
+    ours, theirs = Path(one.train.output), Path(other.train.output)
+    apart = max(abs(a - b) for a, b in zip(losses(ours), losses(theirs), strict=True))
+    far = distance(ours, theirs)
+    record(f"{name}: losses", apart)
+    record(f"{name}: adapter", far)
+    assert apart < LOSS, name
+    assert far < ADAPTER, name
+
+
+@pytest.mark.parametrize(("kills", "seed", "steps"), [(1, 3, 60), pytest.param(20, 0, 600, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+def test_killed_ranks_come_back_to_the_same_end(
+    kills: int, seed: int, steps: int, tiny_llama: Path, chat_file: Path, tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    """torchrun starts them anew: losses, adapter, moments and random numbers equal the undisturbed run's bytes."""
+    settings = {
+        "model__path": str(tiny_llama), "data__train": str(chat_file), "train__output": str(tmp_path / "runs"),
+        "quant__compute_dtype": "float32", "lora__r": 4, "lora__dropout": 0.1, "optim__lr": 5e-3,
+        "train__steps": steps, "train__micro_batch_size": 2, "data__max_seq_len": 160, "train__save_every": 15,
+        "train__keep": 2,
+    }  # fmt: skip
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, KILLS, file, str(kills), str(seed)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, figure in found.items():
+        record_property(name, figure)
+    assert found["kills"] >= kills
+    assert found["most_steps_repeated"] <= settings["train__save_every"]

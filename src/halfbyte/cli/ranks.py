@@ -23,10 +23,12 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
 
     if "WORLD_SIZE" not in environment:
         return Ranks()
+    kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return Ranks(
             rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]),
             local_rank=int(environment["LOCAL_RANK"]), local_world=int(environment["LOCAL_WORLD_SIZE"]),
+            attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) if kept else 0,
         )  # fmt: skip
     except (KeyError, ValueError) as error:
         raise ConfigError(

@@ -39,12 +39,15 @@ class Ranks:
         rank: of this process, 0 to world - 1; rank 0 writes, prints and decides.
         world: how many there are.
         local_rank, local_world: the same among those on this machine.
+        attempt: how often torchrun has started them anew, where it keeps their store: what an earlier attempt left
+            there is not of this one.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    attempt: int = 0
 
     @property
     def leads(self) -> bool:
@@ -119,11 +122,11 @@ def joined(ranks: Ranks) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
-    store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=PrefixStore("halfbyte", store), rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE
-    )
+    with _noticing_the_dead():
+        shared, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=PATIENCE))
+        store = PrefixStore(f"halfbyte-{ranks.attempt}", shared)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
     try:
         yield
     except KeyboardInterrupt:  # which all of them get
@@ -156,9 +159,10 @@ def _noticing_the_dead() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        silent = f"has not answered for {PATIENCE.total_seconds() / 60:.0f} minutes"
         raise LostRankError(
-            "another rank ended without a word, or has not answered for "
-            f"{PATIENCE.total_seconds() / 60:.0f} minutes", where="ranks", why=str(error).splitlines()[0][:120],
+            f"another rank {silent if 'imed out' in str(error) else 'ended without a word'}", where="ranks",
+            why=str(error).splitlines()[0].rpartition("] ")[2][:120],
             fix="Look for what killed it (memory?); the same command goes on from the newest checkpoint, as torchrun "
             "--max-restarts does by itself",
         ) from error  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -112,6 +113,7 @@ def _prepare(
     ranks: Ranks,
 ) -> Run:  # fmt: skip
     random.seed(config.train.seed)
+    np.random.seed(config.train.seed % 2**32)  # which takes no more
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
     data = load_data(config.data.train, tokenizer, config.data)
