@@ -195,7 +195,7 @@ def test_every_setting_stands_once_with_its_default_and_help() -> None:
 def test_settings_named_in_text_exist() -> None:
     known = {f"{section}.{key}" for section, part in to_dict(RunConfig()).items() for key in part}
     planned = {
-        "lora.use_dora", "lora.modules_to_save",
+        "lora.modules_to_save",
     }  # fmt: skip
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

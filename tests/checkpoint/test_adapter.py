@@ -132,7 +132,7 @@ FAULTS = [
     (unknown_key, "unknown tensor base_model.model.up.inner.weight"),
     (flat, r"is \(0,\) torch.float32, not a matrix"),
     (set_to("peft_type", "IA3"), "only LORA"),
-    (set_to("use_dora", True), "use_dora is not supported"),
+    (set_to("use_dora", True), "has no magnitude, use_dora is true"),
     (set_to("modules_to_save", ["lm_head"]), "modules_to_save is not supported"),
     (set_to("bias", "all"), "bias 'all'"),
     (set_to("init_lora_weights", "pissa_niter_4"), "needs a changed base"),

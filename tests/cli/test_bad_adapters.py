@@ -55,7 +55,7 @@ ADAPTERS: dict[str, Change] = {
         adapter_tensors(_grown)(p), (p / "adapter/manifest.json").touch(), adapter_config(r=600)(p)
     ],
     "no alpha": adapter_config(lora_alpha=...),
-    "DoRA": adapter_config(use_dora=True),
+    "DoRA without magnitudes": adapter_config(use_dora=True),
     "whole modules": adapter_config(modules_to_save=["lm_head"]),
     "biases": adapter_config(bias="all"),
     "another kind": adapter_config(peft_type="IA3"),

@@ -242,7 +242,7 @@ def test_what_does_not_belong_together_is_refused(
     for weights, said in (
         ({one: 1.0, stranger: 1.0}, r"base_sha256 .* there, .* here"),
         ({one: 1.0, vocabulary: 1.0}, r"tokenizer_sha256 0000.* there"),
-        ({one: 1.0, dora: 1.0}, "use_dora is not supported"),
+        ({one: 1.0, dora: 1.0}, "has no magnitude, use_dora is true"),
         ({one: 1.0, infinite: 1.0}, "is not finite"),
         ({one: 1.0, shutil.copytree(one, tmp_path / "twin"): 1.0}, "is the same as"),
     ):

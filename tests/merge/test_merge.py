@@ -174,7 +174,7 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         (lambda s: s[Q_PROJ.format("A")].fill_(torch.nan), {}, "is not finite"),
         (lambda s: s.update({Q_PROJ.format("A"): torch.zeros(4, 63)}), {}, r"has shape \(4, 63\)"),
         (lambda s: None, {"r": 8}, "has rank 4 in lora_A"),
-        (lambda s: None, {"use_dora": True}, "use_dora is not supported"),
+        (lambda s: None, {"use_dora": True}, "has no magnitude, use_dora is true"),
         (lambda s: None, {"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
         (lambda s: None, {"bias": "all"}, "bias 'all' is not supported"),
         (

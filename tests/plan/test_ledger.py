@@ -42,7 +42,9 @@ def config_of(family: str) -> Any:
     return FAMILIES[family](**SMALL, **({} if family == "phi3" else {"head_dim": 32}))
 
 
-def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool, panel_rows: int | None) -> int:
+def measured(
+    family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool, panel_rows: int | None, dora: bool = False
+) -> int:
     """Most bytes that the operators' results held at once in a forward and backward pass over the layers alone."""
     monkeypatch.setattr(buffers, "LEAST_BYTES", 1)
     monkeypatch.setattr(crossover, "_chosen", {})
@@ -52,7 +54,9 @@ def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool, 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             model.set_submodule(name, Linear4bit.from_weight(module.weight.data, None, compute_dtype=torch.float32))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
+    )
     base = model.train().get_base_model()
     if checkpoint:
         base.gradient_checkpointing_enable()
@@ -66,14 +70,14 @@ def measured(family: str, monkeypatch: pytest.MonkeyPatch, *, checkpoint: bool, 
         return pool.most
 
 
-def planned(family: str, *, checkpoint: bool, panel_rows: int | None) -> int:
+def planned(family: str, *, checkpoint: bool, panel_rows: int | None, dora: bool = False) -> int:
     """The same from the ledger: three layers up and down, gradients kept."""
     arch = architecture(config_of(family).to_dict(), family)
     assert arch.fused
     adapted = frozenset(arch.linears)
     sizes = Sizes(
         arch=arch, tokens=TOKENS, itemsize=4, rank=RANK, adapted=adapted, checkpoint=checkpoint, pairs=False,
-        panel_rows=panel_rows,
+        panel_rows=panel_rows, dora=dora,
     )  # fmt: skip
     led = Ledger()
     led.hold("outside", x0=0)  # the embedding's rows are torch's
@@ -96,6 +100,14 @@ def test_the_ledger_is_what_the_operators_hold(
     mine = planned(family, checkpoint=checkpoint, panel_rows=panel_rows)
     real = measured(family, monkeypatch, checkpoint=checkpoint, panel_rows=panel_rows)
     assert 0 <= mine / real - 1 < CLOSE[panel_rows], f"planned {mine:,}, measured {real:,}"
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["stored", "checkpointed"])
+def test_the_ledger_of_dora(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: 14 and 23 % above; the copy of the gradient is torch's, so not among the operators' buffers."""
+    mine = planned("llama", checkpoint=checkpoint, panel_rows=None, dora=True)
+    real = measured("llama", monkeypatch, checkpoint=checkpoint, panel_rows=None, dora=True)
+    assert 0 <= mine / real - 1 < 0.25, f"planned {mine:,}, measured {real:,}"
 
 
 def test_everything_is_let_go() -> None:

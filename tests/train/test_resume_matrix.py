@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "streamed, activations on disk, checkpointing": {
         "memory__weights": "stream", "memory__activations": "disk", "train__gradient_checkpointing": True,
     },
+    "DoRA, streamed": {"lora__use_dora": True, "memory__weights": "stream"},
     "bfloat16": {"quant__compute_dtype": "bfloat16", "lora__dropout": 0.2},
 }  # fmt: skip
 

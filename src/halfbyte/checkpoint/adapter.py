@@ -1,6 +1,7 @@
 """PEFT's adapter folder: what `PeftModel.from_pretrained` reads, with halfbyte's record of where it came from beside.
 
-adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), ....lora_B.weight (out, r)
+adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), ....lora_B.weight (out, r),
+                            of DoRA ....lora_magnitude_vector (out)
 adapter_config.json         PEFT's LoraConfig
 halfbyte.json               base_sha256, base, quant, chat_template, tokenizer_sha256, mask_policy, config, versions
 manifest.json               sizes and sha256 of the above
@@ -32,9 +33,11 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 INFO = "halfbyte.json"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+MAGNITUDE = ".lora_magnitude_vector"
+"""How the name of a magnitude ends, (out,): DoRA's."""
 _SHOWN = 5
 _UNSUPPORTED = (
-    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
+    "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config",
 )  # fmt: skip
@@ -206,10 +209,15 @@ def read_tensors(path: Path, *, error: type[FileError] = FileError) -> dict[str,
 def problems(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
     """What keeps `state` and `config` from being LoRA on linear layers, a phrase each; empty when nothing does."""
     found = _config_problems(config)
+    dora = bool(config.get("use_dora"))
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = _KEY.fullmatch(name)
-        if match is None:
+        if dora and name.endswith(MAGNITUDE):
+            other = state.get(name.removesuffix(MAGNITUDE) + ".lora_B.weight")
+            if other is None or tensor.shape != other.shape[:1] or not tensor.is_floating_point():
+                found.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not a float for each row of lora_B")
+        elif match is None:
             found.append(f"unknown tensor {name}")
         elif tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
             found.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not a matrix of floats")
@@ -222,6 +230,8 @@ def problems(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str
             found.append(f"{module} has lora_{next(iter(pair))} alone")
             continue
         shape, rank = (pair["A"].shape[0], pair["B"].shape[1]), _rank(config, module)
+        if dora and f"base_model.model.{module}{MAGNITUDE}" not in state:
+            found.append(f"{module} has no magnitude, use_dora is true in {CONFIG}")
         if shape != (rank, rank):
             found.append(f"{module} has rank {shape[0]} in lora_A, {shape[1]} in lora_B, {rank} in {CONFIG}")
     return found

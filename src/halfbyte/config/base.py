@@ -89,6 +89,8 @@ class LoraConfig:
     """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
+    use_dora: bool = False
+    """DoRA: train the length of each row of W + BA apart from its direction."""
     init: Init = "random"
     """random (A uniform, B zero); cloq, pissa, loftq: as `halfbyte quantize` with it left a start."""
     loftq_rounds: int = 1

@@ -94,7 +94,8 @@ class FeedbackWriter:
         update = self._fold.updates.get(name)
         if update is None:
             return
-        wanted, base = update.rows(), self._fold.base.quantized(name).dequantize(torch.float32)
+        base = self._fold.base.quantized(name).dequantize(torch.float32)
+        wanted = update.rows() if update.magnitude is None else update.add_to(base.clone()) - base
         change = decoded - base
         seen = wanted @ own
         size = float((seen * wanted).sum())

@@ -43,7 +43,7 @@ class Fold:
             parts = (part.float() for part in self.original.original_slices(name))
         for values in parts:
             if update is not None:
-                values += update.rows(start, start + len(values)).view_as(values)
+                update.add_to(values, start)
             start += len(values)
             yield values
 
@@ -53,7 +53,7 @@ class Fold:
             return torch.cat(list(self.slices(name, 0)))
         values = self.base.quantized(name).dequantize(torch.float32)
         update = self.updates.get(name)
-        return values if update is None else values.addmm_(update.b, update.a)
+        return values if update is None else update.add_to(values)
 
     def unquantized(self, name: str) -> Tensor:
         """Parameter `name`, none of the targets, as it is stored; in float32 with its update if it has one."""
@@ -61,7 +61,8 @@ class Fold:
         update = self.updates.get(name)
         if update is None:
             return stored
-        return stored.float() + (update.rows().T if self.base.is_transposed(name) else update.rows())
+        values = stored.to(torch.float32, copy=True)
+        return update.add_to(values.T.contiguous()).T if self.base.is_transposed(name) else update.add_to(values)
 
     def weight(self, name: str) -> Tensor:
         """Any parameter, as transformers has it: `Weights` for `LentModel`."""

@@ -73,6 +73,16 @@ def read_parts(weights: Mapping[str, float]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def refuse_dora(parts: tuple[Part, ...], *, alone: bool) -> None:
+    """AdapterError where DoRA, which adds no product of two factors, is to be part of a sum or written `alone`."""
+    for part in parts:
+        if part.adapter.config.get("use_dora") and (alone or len(parts) > 1 or part.weight != 1):
+            raise AdapterError(
+                "is DoRA, whose update has no factors to add or to write", where=part.label,
+                fix="Merge it alone, with weight 1, into 16bit, 4bit or gguf",
+            )  # fmt: skip
+
+
 def refuse_start(parts: tuple[Part, ...]) -> None:
     """AdapterError where an adapter holds what quantization took from its base: 16-bit weights have it already."""
     for part in parts:

@@ -20,7 +20,7 @@ from halfbyte.merge.fold import Fold, check_near, open_original
 from halfbyte.merge.formats import ADAPTERS, FORMATS
 from halfbyte.merge.job import Job, Written
 from halfbyte.merge.memory import check_budget, predicted_peak
-from halfbyte.merge.parts import read_parts, refuse_start, template_hash
+from halfbyte.merge.parts import Part, read_parts, refuse_dora, refuse_start, template_hash
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
 from halfbyte.merge.update import sum_of, updates_of
@@ -104,7 +104,8 @@ def merge(
     way = Combine(how=combine, rank=rank, density=density, seed=config.train.seed)
     _check_choices(format, base, way)
     check_output(Path(output), locate(config.model.path), *map(Path, weights))
-    job = _prepare(config, base, weights, any_template, say, on_progress)
+    parts = _parts(weights, base, format)
+    job = _prepare(config, parts, any_template, say, on_progress)
     job = replace(job, output=Path(output), gguf_type=gguf_type, combine=way)
     chosen = FORMATS[format](job)
     meter = DriftMeter(LentModel(job.fold.base.source), _probe(job), job.fold.weight)
@@ -138,18 +139,18 @@ def _check_choices(format: str, base: str, combine: Combine) -> None:
         )  # fmt: skip
 
 
-def _prepare(
-    config: RunConfig,
-    onto: str,
-    weights: Mapping[str, float],
-    any_template: bool,
-    say: Say,
-    on_progress: Progress | None,
-) -> Job:
-    """Read and check everything, the cheapest first; the base's hash, which reads it once, comes last."""
+def _parts(weights: Mapping[str, float], base: str, format: str) -> tuple[Part, ...]:
     parts = read_parts(weights)
-    if onto != "quantized":
+    refuse_dora(parts, alone=format in ADAPTERS)
+    if base != "quantized":
         refuse_start(parts)
+    return parts
+
+
+def _prepare(
+    config: RunConfig, parts: tuple[Part, ...], any_template: bool, say: Say, on_progress: Progress | None
+) -> Job:
+    """Check everything, the cheapest first; the base's hash, which reads it once, comes last."""
     recipe: dict[str, Any] = next((part.adapter.info["quant"] for part in parts if part.adapter.info.get("quant")), {})
     base = open_base(config.model.path, config.quant.with_recipe(recipe) if recipe else config.quant)
     parts = tuple(replace(part, updates=updates_of(part.adapter, base.model)) for part in parts)

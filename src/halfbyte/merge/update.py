@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint import Adapter
+from halfbyte.checkpoint.adapter import MAGNITUDE
 from halfbyte.errors import AdapterError
 
 
@@ -19,14 +20,25 @@ class Update:
 
     Attributes:
         scale: what b was multiplied by, PEFT's `scaling`.
+        magnitude: of DoRA, (out,): the length that each row has after the update.
     """
 
     a: Tensor
     b: Tensor
     scale: float = 1.0
+    magnitude: Tensor | None = None
+
+    def add_to(self, values: Tensor, start: int = 0) -> Tensor:
+        """Rows of the weight from `start` on, float32, updated in place."""
+        rows = values.view(len(values), -1)
+        rows.addmm_(self.b[start : start + len(values)], self.a)
+        if self.magnitude is not None:
+            lengths = torch.linalg.norm(rows, dim=1, keepdim=True)
+            rows *= self.magnitude[start : start + len(values), None] / lengths
+        return values
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` of the update, float32."""
+        """Rows `start` to `stop` of ``B A``, float32."""
         return self.b[start:stop] @ self.a
 
     @property
@@ -85,6 +97,7 @@ def updates_of(adapter: Adapter, model: PreTrainedModel) -> Updates:
             raise AdapterError(f"changes {name}, a {kind}", where=str(adapter.folder), why="only linear layers merge")
         a, b = (adapter.state[f"base_model.model.{name}.lora_{which}.weight"].float() for which in "AB")
         scale = float(layer.scaling["default"])
-        updates[f"{name}.weight"] = Update(a, b * scale, scale)
+        magnitude = adapter.state.get(f"base_model.model.{name}{MAGNITUDE}")
+        updates[f"{name}.weight"] = Update(a, b * scale, scale, None if magnitude is None else magnitude.float())
     adapted.base_model.unload()  # the skeleton as it was
     return updates

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint.adapter import Adapter, pairs
+from halfbyte.checkpoint.adapter import MAGNITUDE, Adapter, pairs
 from halfbyte.config import LoraConfig
 from halfbyte.errors import AdapterError
+from halfbyte.model.dora import reset_magnitudes, use_dora
 from halfbyte.model.targets import modules_to_adapt
 from halfbyte.nn.lora_linear import fuse_lora_layers
 
@@ -31,12 +32,14 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, config)
+    if lora.use_dora:
+        use_dora(adapted, "default")
     fuse_lora_layers(adapted)
     return adapted
 
 
 def peft_config(model: PreTrainedModel, lora: LoraConfig, names: list[str]) -> peft.LoraConfig:
-    """PEFT's config of an adapter on the layers `names` of `model`."""
+    """PEFT's config of an adapter on the layers `names` of `model`; DoRA's is set by `use_dora`."""
     return peft.LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
         target_modules=shortest_names(model, names), task_type="CAUSAL_LM",
@@ -50,10 +53,13 @@ def begin_at(model: peft.PeftModel, start: Adapter, scaling: float) -> None:
         AdapterError: it is of other layers or of another rank.
     """
     factors = {module: own / scaling for module, (_, _, own) in pairs(start).items()}
-    load_adapter_state(model, {
+    state = adapter_state(model)  # of magnitudes, which a start has none of
+    load_adapter_state(model, {name: state[name] for name in state if name.endswith(MAGNITUDE)} | {
         name: tensor * factors[name.removeprefix("base_model.model.").rpartition(".lora_")[0]] if ".lora_B." in name
         else tensor for name, tensor in start.state.items()
     })  # fmt: skip
+    if model.peft_config["default"].use_dora:
+        reset_magnitudes(model)
 
 
 def attach_saved(model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name: str = "default") -> peft.PeftModel:
@@ -79,16 +85,20 @@ def wrap(
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     config = peft.LoraConfig(**{key: value for key, value in adapter.config.items() if key in known})
     config.inference_mode = True
+    dora, config.use_dora = config.use_dora, False
     config.base_model_name_or_path = None  # the base is known by its hash; PEFT would warn of another path
     try:
-        if not isinstance(model, peft.PeftModel):
-            return peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=on_meta)
-        model.add_adapter(name, config, low_cpu_mem_usage=on_meta)
-        return model
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(name, config, low_cpu_mem_usage=on_meta)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise AdapterError(
             "does not fit this model", where=str(adapter.folder), why=str(error).splitlines()[0]
         ) from error
+    if dora:
+        use_dora(model, name)
+    return model
 
 
 def adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:

@@ -146,6 +146,8 @@ def _matrix(module: nn.Module, name: str) -> Matrix:
         raise NotCoveredError(
             f"{name} has a {type(module).__name__} that is not a plain linear layer with one adapter"
         )
+    if found.magnitude is not None:
+        raise NotCoveredError(f"{name} has a DoRA adapter")
     return _quantized(found)
 
 

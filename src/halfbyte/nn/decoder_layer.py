@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
+from halfbyte.nn.dora import row_factors, row_norms
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection
 from halfbyte.nn.streamed import StreamedLayer
 
@@ -29,8 +31,8 @@ class Group:
 
     @property
     def adapters(self) -> list[Tensor]:
-        """A and B of the adapted members, in order."""
-        return [t for p in self.members if p.lora_A is not None for t in (p.lora_A, p.lora_B) if t is not None]
+        """A and B, with DoRA the magnitude, of the adapted members, in order."""
+        return [t for p in self.members for t in (p.lora_A, p.lora_B, p.magnitude) if t is not None]
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -38,19 +40,46 @@ class Group:
         return (
             [b.codes for b in bases], [b.absmax for b in bases], [b.nested_absmax for b in bases],
             [b.nested_offset for b in bases], bases[0].quant_type, bases[0].blocksize,
-            [b.out_features for b in bases], [b.bias for b in bases],
+            [b.out_features for b in bases], [p.base.bias if p.magnitude is None else None for p in self.members],
             [p.lora_A for p in self.members], [p.lora_B for p in self.members], [p.scaling for p in self.members],
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, in) -> y (T, sum of out), u (T, sum of ranks)."""
         y, u = ops.lora_linear_4bit(x, *self.args)
+        for p, mine in self._stretched():
+            y[:, mine] *= row_factors(p)
+            if p.base.bias is not None:
+                y[:, mine] += p.base.bias
         return y, u
 
     def backward(self, g: Tensor, x: Tensor, u: Tensor, *, need_dx: bool = True) -> tuple[Tensor, list[Tensor]]:
         """-> dx, and dA and dB of the adapted members in the order of `adapters`."""
+        g, magnitudes = self._stretched_backward(g, x)
         dx, da, db = ops.lora_linear_4bit_backward(g, x, u, *self.args, need_dx)
-        return dx, [t for pair in zip(da, db, strict=True) for t in pair]
+        return dx, [t for grads in zip(da, db, magnitudes, strict=True) for t in grads if t is not None]
+
+    def _stretched(self) -> list[tuple[Projection, slice]]:
+        """The members whose rows DoRA stretches, and their columns of y."""
+        ends = list(accumulate(p.base.out_features for p in self.members))
+        columns = map(slice, [0, *ends], ends)
+        return [(p, mine) for p, mine in zip(self.members, columns, strict=True) if p.magnitude is not None]
+
+    def _stretched_backward(self, g: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradient before rows were stretched, and those of the adapted members' magnitudes.
+
+        What was stretched is computed again: kept, it would be the largest of all that a layer keeps.
+        """
+        found: dict[int, Tensor] = {}
+        stretched = self._stretched()
+        if stretched:
+            y, g = ops.lora_linear_4bit(x, *self.args)[0], g.clone()
+        for p, mine in stretched:
+            norms = row_norms(p)
+            found[id(p)] = y[:, mine].mul_(g[:, mine]).sum(0, dtype=torch.float32) / norms
+            assert p.magnitude is not None
+            g[:, mine] *= p.magnitude / norms
+        return g, [found.get(id(p)) for p in self.members if p.lora_A is not None]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from halfbyte.nn.linear4bit import Linear4bit
@@ -41,6 +42,8 @@ class Projection:
     lora_B: Tensor | None = None  # noqa: N815
     """(out_features, r) float32"""
     scaling: float = 1.0
+    magnitude: Tensor | None = None
+    """DoRA's length of each row, (out_features,) float32"""
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,15 @@ def projection(module: nn.Module, *, training: bool) -> Projection | None:
         return None if module.merged else Projection(module.base_layer)
     name = active[0]
     drops = training and not isinstance(module.lora_dropout[name], nn.Identity)
-    if len(active) > 1 or module.merged or drops or module.use_dora.get(name) or module.lora_bias.get(name):
+    if len(active) > 1 or module.merged or drops or module.lora_bias.get(name):
         return None
-    if name in module.lora_variant:
+    if not isinstance(module.lora_variant.get(name), DoraLinearVariant | None):
         return None
+    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
-    if lora_A.dtype != torch.float32 or lora_B.dtype != torch.float32:
+    if any(t is not None and t.dtype != torch.float32 for t in (lora_A, lora_B, magnitude)):
         return None
-    return Projection(module.base_layer, lora_A, lora_B, float(module.scaling[name]))
+    return Projection(module.base_layer, lora_A, lora_B, float(module.scaling[name]), magnitude)
 
 
 def describe(layer: nn.Module) -> LayerSpec | None:

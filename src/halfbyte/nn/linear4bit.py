@@ -59,6 +59,10 @@ class PackedCodes(nn.Parameter):
         return nn.Parameter(self.detach(), requires_grad=False).__reduce_ex__(proto)
 
 
+_SLICE_ELEMENTS = 2**21
+"""Of a weight that are decoded at a time."""
+
+
 class Linear4bit(nn.Linear):
     """``y = x @ dequantize(weight)^T + bias`` with a frozen 4-bit weight; gradients reach `x` (and `bias`) only.
 
@@ -83,6 +87,7 @@ class Linear4bit(nn.Linear):
         self.quant_type, self.blocksize = quant_type, blocksize
         self.compute_dtype, self.weight_dtype = compute_dtype, weight_dtype
         self.nested_offset = 0.0
+        self._row_squares: Tensor | None = None
         count = in_features * out_features
         blocks = num_blocks(count, blocksize)
         self._set_codes(torch.zeros(num_code_bytes(count), dtype=torch.uint8, device=device))
@@ -137,6 +142,7 @@ class Linear4bit(nn.Linear):
         self.absmax, self.nested_absmax = weight.absmax, weight.nested_absmax
         self.nested_offset, self.weight_dtype = weight.nested_offset, weight.dtype
         self.quant_type, self.blocksize = weight.quant_type, weight.blocksize
+        self._row_squares = None
 
     @property
     def codes(self) -> Tensor:
@@ -147,6 +153,14 @@ class Linear4bit(nn.Linear):
     def W_q(self) -> Tensor:  # noqa: N802
         """The codes, by the name at which PEFT knows another library's weight: DoRA calls `dequantize` then."""
         return self._codes
+
+    @property
+    def row_squares(self) -> Tensor:
+        """The sum of squares of each row, (out_features,) float32: decoded once, a slice at a time."""
+        if self._row_squares is None or self._row_squares.device != self.weight.device:
+            slices = self.quantized_weight.row_slices(_SLICE_ELEMENTS)
+            self._row_squares = torch.cat([part.dequantize(torch.float32).square_().sum(1) for part in slices])
+        return self._row_squares
 
     def place_bytes(self, codes: Tensor, absmax: Tensor) -> None:
         """Other tensors for the same codes and scales: a weight that comes and goes (see `nn.streamed`)."""

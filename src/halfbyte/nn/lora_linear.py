@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
+from halfbyte.nn.dora import row_factors
 from halfbyte.nn.layer_spec import Projection, projection
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +21,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: Projection) -> Tensor:
-        weight, bias = layer.base.quantized_weight, layer.base.bias
+        weight, bias = layer.base.quantized_weight, layer.base.bias if layer.magnitude is None else None
         y: Tensor
         y, u = torch.ops.halfbyte.lora_linear_4bit(
             x, *_group(weight.op_args, len(lora_B), bias, lora_A, lora_B, layer)
@@ -51,7 +52,7 @@ def _group(
 
 
 def lora_linear(x: Tensor, layer: Projection) -> Tensor:
-    """``x W^T + bias + scaling (x A^T) B^T``, differentiable in x, A and B.
+    """``x W^T + bias + scaling (x A^T) B^T``, differentiable in x, A and B; with DoRA its rows but the bias stretched.
 
     Args:
         x: (..., in_features) float32, bfloat16 or float16; computed in the base's `compute_dtype`, if it has one.
@@ -64,6 +65,9 @@ def lora_linear(x: Tensor, layer: Projection) -> Tensor:
     assert layer.lora_B is not None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(layer.base.compute_dtype or x.dtype)
     y: Tensor = _LoraLinear.apply(rows, layer.lora_A, layer.lora_B, layer)  # type: ignore[no-untyped-call]
+    if layer.magnitude is not None:
+        y = y * row_factors(layer).to(y.dtype)
+        y = y if layer.base.bias is None else y + layer.base.bias.to(y.dtype)
     return y.view(*x.shape[:-1], layer.base.out_features).to(x.dtype)
 
 
@@ -72,7 +76,7 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
 
     It is the wrapper it was made from, under the same parameter names: adapters are added, switched, saved and
     refused to merge as PEFT does it. Everything but one plain adapter (dropout in training, none or several active
-    adapters, merged ones, DoRA and other variants, a LoRA bias, mixed batches, autocast, hooks on the layers inside,
+    adapters, merged ones, variants but DoRA, a LoRA bias, mixed batches, autocast, hooks on the layers inside,
     adapters that are not float32) goes to PEFT's own forward.
     """
 

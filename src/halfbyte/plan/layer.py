@@ -37,6 +37,7 @@ class Sizes:
         together: micro-batches that pass a layer one after the other before the next layer's turn.
         offloaded: what is saved for the backward pass goes to disk.
         on_gpu: computed by CUDA's kernels.
+        dora: adapters have a magnitude of each row.
     """
 
     arch: Architecture
@@ -50,6 +51,7 @@ class Sizes:
     together: int = 1
     offloaded: bool = False
     on_gpu: bool = False
+    dora: bool = False
 
     def kept(self, features: float, itemsize: int | None = None) -> int:
         """Bytes of (tokens, features), in the compute dtype or of `itemsize`, that wait for the backward pass."""
@@ -72,11 +74,32 @@ class Sizes:
         return sum(self.rank for name, _, _ in self.members(group) if name in self.adapted)
 
     def adapter_bytes(self, group: str) -> int:
-        """A (r, in) and B (out, r) in float32."""
-        return sum(4 * self.rank * (out + into) for name, out, into in self.members(group) if name in self.adapted)
+        """A (r, in) and B (out, r) in float32, and DoRA's magnitudes (out)."""
+        return sum(
+            4 * (self.rank * (out + into) + (out if self.dora else 0))
+            for name, out, into in self.members(group)
+            if name in self.adapted
+        )
+
+    def stretched(self, group: str) -> int:
+        """Columns that DoRA stretches."""
+        return sum(out for name, out, _ in self.members(group) if self.dora and name in self.adapted)
 
 
 def _product(led: Ledger, s: Sizes, group: str, *, backward: bool = False) -> None:
+    """`_one_product`; DoRA's backward computes the outputs again, and stretches a copy of their gradient."""
+    again = {"again": s.rows(sum(out for _, out, _ in s.members(group)))} if backward and s.stretched(group) else {}
+    if again:
+        led.hold(TEMPORARY, **again, u_again=s.floats(s.ranks(group)))
+        _one_product(led, s, group)
+        led.drop("u_again")
+        led.hold(TEMPORARY, stretched=again["again"])
+        led.drop("again")
+    _one_product(led, s, group, backward=backward)
+    led.drop(*(["stretched"] if again else []))
+
+
+def _one_product(led: Ledger, s: Sizes, group: str, *, backward: bool = False) -> None:
     """What a group's product holds beside its results, gone when it returns: backward v, and in panels the decoded
     rows, forward u in the dtype of x, backward the float32 sum of dx where dx is not float32 (lora_panel.py). On a GPU
     the group's weights, decoded (cuda_lora.py)."""

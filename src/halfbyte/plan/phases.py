@@ -71,7 +71,7 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
         checkpoint=config.train.gradient_checkpointing,
         pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
-        offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine),
+        offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine), dora=config.lora.use_dora,
     )  # fmt: skip
 
 
@@ -96,8 +96,13 @@ def speed_key(config: RunConfig, machine: Machine) -> str:
 
 
 def adapter_parameters(s: Sizes) -> int:
-    """r (in + out) of every adapted layer."""
+    """r (in + out) of every adapted layer, and out with DoRA."""
     return s.arch.layers * sum(s.adapter_bytes(group) for group in GROUPS) // 4
+
+
+def _row_squares(s: Sizes) -> int:
+    """DoRA: of each adapted weight's rows, in float32."""
+    return 4 * s.arch.layers * sum(s.stretched(group) for group in GROUPS)
 
 
 def states_in_memory(config: RunConfig, s: Sizes) -> int:
@@ -129,7 +134,7 @@ def _adapter_sizes(s: Sizes) -> list[int]:
         count
         for group in GROUPS
         for name, out, into in s.members(group) if name in s.adapted
-        for count in (s.rank * into, out * s.rank)
+        for count in (s.rank * into, out * s.rank, *([out] if s.dora else []))
     ]  # fmt: skip
 
 
@@ -144,7 +149,7 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
         led = static(config, base, machine, work)
         own = replace(s, tokens=tokens)
         led.keep_history = keep_history
-        led.hold("adapters", adapters=4 * adapter_parameters(own))
+        led.hold("adapters", adapters=4 * adapter_parameters(own), row_squares=_row_squares(own))
         rows = min(step.chunk_rows(own), tokens)
         kept = workspace.largest(own, rows, machine.threads, backward=backward) if not own.on_gpu else gpu.WORKSPACE
         led.hold("workspace", workspace=kept)

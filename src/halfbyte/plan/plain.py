@@ -27,7 +27,8 @@ def saved_bytes(s: Sizes) -> int:
 def temporary_bytes(s: Sizes) -> int:
     """The largest moment of a layer's forward or backward, beside what is kept."""
     a = s.arch
-    return int(MARGIN * (s.rows(3 * a.intermediate + a.qkv) + s.floats(4 * a.hidden)))
+    decoded = max(out * into for out, into in a.linears.values()) if s.dora else 0  # PEFT's own DoRA, thrice and BA
+    return int(MARGIN * (s.rows(3 * a.intermediate + a.qkv) + s.floats(4 * a.hidden))) + 4 * 4 * decoded
 
 
 def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True) -> None:

@@ -87,6 +87,8 @@ class Adapters:
         with self._changing:
             size = self._check_room(name, folder)
             saved = load_adapter(folder)
+            if saved.config.get("use_dora"):
+                raise AdapterError("is DoRA, which is not served", where=name, fix="Merge it: halfbyte merge")
             notes = self._check(saved)
             served = ServedAdapter(name, content_hash(saved), self._lay_out(saved), int(time.time()))
             self._in_memory.append((weakref.ref(served), getattr(served.adapter, "nbytes", size)))

@@ -194,10 +194,11 @@ def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.
     if config.lora.init != "random":
         begin_at(model, _start(loaded, config), config.lora.scaling)
         observer.note(f"adapter: begins at {loaded.source.path / START}")
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layers = sum("lora_A" in name for name in trainable)
     observer.note(
-        f"adapter: {len(trainable) // 2} layers, {sum(p.numel() for p in trainable):,} parameters in float32, "
-        f"scaling {config.lora.scaling:g}"
+        f"adapter: {layers} layers, {sum(p.numel() for p in trainable.values()):,} parameters in float32, "
+        f"scaling {config.lora.scaling:g}{', DoRA' if config.lora.use_dora else ''}"
     )
     return model
 
