@@ -19,6 +19,7 @@ from halfbyte.cli.doctor import doctor
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
 from halfbyte.cli.import_config import import_config
+from halfbyte.cli.init import init
 from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
@@ -39,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command()(init)
 app.command()(train)
 app.command()(plan)
 app.command("eval")(evaluate)
