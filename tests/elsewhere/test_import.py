@@ -59,7 +59,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "data.mask_prompt": True, "data.on_long": "truncate",
     },
     "trl-command.txt": {"lora.r": 32, "lora.dropout": 0.05, "optim.betas": [0.9, 0.95], "quant.double_quant": False},
-    "trl-bnb.yaml": {"quant.quant_type": "fp4", "lora.lora_alpha": 8, "lora.target_modules": "all-linear"},
+    "trl-bnb.yaml": {"quant.quant_type": "fp4", "lora.use_dora": True, "lora.lora_alpha": 8},
 }  # fmt: skip
 
 

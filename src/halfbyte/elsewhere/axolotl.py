@@ -207,7 +207,7 @@ AXOLOTL = Source(
         "lora_modules_to_save": nothing("see docs/adapters.md"),
         "lora_model_dir": nothing("training begins at a new adapter; train.resume goes on from a checkpoint"),
         "peft_use_rslora": flag("lora.use_rslora"),
-        "peft_use_dora": nothing("DoRA runs through PEFT on the same base (docs/adapters.md)"),
+        "peft_use_dora": flag("lora.use_dora"),
         "peft_init_lora_weights": choice(
             LORA_INIT, lambda value: Outcome(missing=f"the start {value!r}: see lora.init")
         ),

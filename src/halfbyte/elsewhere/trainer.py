@@ -106,7 +106,10 @@ def strategy(key: str) -> Rule:
     )
 
 
+_START = "lora.init = {}: halfbyte quantize writes the base and the adapter to begin at"
 LORA_INIT: Mapping[Any, Outcome] = {
+    "pissa": Outcome(settings={"lora.init": "pissa"}, differs=_START.format("pissa")),
+    "loftq": Outcome(settings={"lora.init": "loftq"}, differs=_START.format("loftq")),
     True: Outcome(),
     "true": Outcome(),
     "default": Outcome(),
@@ -128,7 +131,7 @@ LORA: Mapping[str, Rule] = {
     "init_lora_weights": choice(LORA_INIT, lambda value: Outcome(missing=f"the start {value!r}: see lora.init")),
     "task_type": always("CAUSAL_LM", "halfbyte train trains causal language models; others through PEFT (README)"),
     "modules_to_save": nothing("see docs/adapters.md"),
-    "use_dora": nothing("DoRA runs through PEFT on the same base (docs/adapters.md)"),
+    "use_dora": flag("lora.use_dora"),
     "loftq_config": nothing("see lora.init, and docs/fidelity.md"),
     "layers_to_transform": nothing("name the layers in lora.target_modules"),
     "rank_pattern": nothing("one rank for all layers"),
