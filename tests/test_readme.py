@@ -77,7 +77,7 @@ def test_every_command_runs_in_order(
         }.get(line.split()[1], [])  # fmt: skip
         assert main([*shlex.split(line, comments=True)[1:], *more, "--json"]) == 0, (line, capsys.readouterr().err)
         json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/answers.md"):
+    for name in ("run/adapter/adapter_config.json", "run/metrics.jsonl", "run/curves.png", "run/report.html"):
         assert (workplace / name).stat().st_size > 0
     assert (workplace / "base-4bit" / "model.safetensors").exists()
 

@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     result = halfbyte("demo", "--output", str(folder / "demo"), "--steps", "4", *SETTINGS)
     assert float(str(result["eval_loss"])) < float(str(result["eval_loss_before"])) - 0.1
-    for name in ("curves.png", "metrics.jsonl", "answers.md", "result.json", "adapter/adapter_model.safetensors"):
+    for name in ("curves.png", "metrics.jsonl", "report.html", "result.json", "adapter/adapter_model.safetensors"):
         assert (folder / "demo" / name).stat().st_size > 100
     return folder
 

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 ROOMS = [
     {"errors", "dtypes"}, {"config"}, {"quant", "elsewhere"}, {"kernels"}, {"nn", "store", "checkpoint"},
-    {"model", "data", "optim", "plan"}, {"train", "calibrate", "merge", "serve"}, {"compare"},
+    {"model", "data", "optim", "plan"}, {"report"}, {"train", "calibrate", "merge", "serve"}, {"compare"},
     {"cli"},
 ]  # fmt: skip
 """A room imports only from rooms to its left; rooms in one brace do not import each other."""

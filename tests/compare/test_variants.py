@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli.compare import compare as command
-from halfbyte.compare.cells import settings_of, variant_run
+from halfbyte.compare.cells import variant_run
 from halfbyte.compare.variants import BUILT_IN, chosen
-from halfbyte.config import load_config
+from halfbyte.config import load_config, settings_of
 from halfbyte.errors import ConfigError
 
 

@@ -99,8 +99,10 @@ def _load(
 
 
 def _sample_json(tokenizer: Any, example: Example, line: int) -> dict[str, Any]:
+    from halfbyte.data import token_text
+
     targets = (example.labels >= 0).tolist()
-    tokens = [_token_text(tokenizer, token) for token in example.input_ids.tolist()]
+    tokens = [token_text(tokenizer, token) for token in example.input_ids.tolist()]
     return {"line": line, "num_tokens": len(tokens), "num_targets": sum(targets), "tokens": tokens, "targets": targets}
 
 
@@ -108,33 +110,17 @@ def _marked(tokenizer: Any, example: Example) -> Text:
     """The sample with a bar between tokens and brackets around what is learned: legible without colour, too."""
     from rich.text import Text
 
+    from halfbyte.data import tokens_of
+
     text, inside, at_line_start = Text(), False, True
-    special = set(tokenizer.all_special_ids)
-    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
-        is_target = label >= 0
-        if inside and not is_target:
+    for token in tokens_of(tokenizer, example):
+        if inside and not token.learned:
             text.append("⟧", "bold green")
         if not at_line_start:
             text.append("|", "dim")
-        if is_target and not inside:
+        if token.learned and not inside:
             text.append("⟦", "bold green")
-        style = "bold green" if is_target else "dim"
-        shown = _visible(_token_text(tokenizer, token))
-        text.append(shown, "magenta" + (" bold" if is_target else "") if token in special else style)
-        inside, at_line_start = is_target, shown.endswith("\n")
+        style = "bold green" if token.learned else "dim"
+        text.append(token.text, "magenta" + (" bold" if token.learned else "") if token.special else style)
+        inside, at_line_start = token.learned, token.text.endswith("\n")
     return text.append("⟧", "bold green") if inside else text
-
-
-def _token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token, with the leading space that decoding a single SentencePiece token drops."""
-    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    raw = str(tokenizer.convert_ids_to_tokens(token))
-    return " " + text if raw.startswith("▁") and not text.startswith(" ") else text
-
-
-def _visible(text: str) -> str:
-    """Newlines and tabs as glyphs, other control characters escaped (a data file must not drive the terminal)."""
-    glyphs = {"\n": "⏎\n", "\t": "⇥"}
-    return "".join(
-        glyphs.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii")) for c in text
-    )

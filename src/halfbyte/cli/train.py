@@ -30,8 +30,8 @@ from halfbyte.cli.ranks import one_voice, ranks_of, share_threads
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
+    from halfbyte.report import Answer
     from halfbyte.train import TrainResult
-    from halfbyte.train.answers import Answer
 
 
 def train(
@@ -104,7 +104,7 @@ def summary(result: TrainResult) -> str:
         change = result.eval_loss / result.eval_loss_before - 1
         lines.append(f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f} ({change:+.1%})")
     lines = [*map(_answer_text, result.answers), *lines]
-    return "\n".join([*lines, f"adapter  {result.adapter}", f"curves   {result.curves}"])
+    return "\n".join([*lines, f"adapter  {result.adapter}", f"report   {result.report}"])
 
 
 def _loss_text(result: TrainResult) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.compare.variants import Variant
-from halfbyte.config import RunConfig, load_config, to_dict
+from halfbyte.config import RunConfig, load_config, settings_of
 from halfbyte.errors import ConfigError
 
 BASE_TERMS = ("linears_4bit", "linears_16bit", "embeddings", "norms_and_other")
@@ -65,21 +65,6 @@ class Base:
     seconds: float = 0.0
     bits: float | None = None
     failure: Failure | None = None
-
-
-def settings_of(run: RunConfig) -> list[str]:
-    """`run` as the "section.key=value" of what differs from the defaults."""
-    plain = to_dict(RunConfig())
-    return [
-        f"{section}.{key}={json.dumps(list(value)) if isinstance(value, tuple | list) else _text(value)}"
-        for section, table in to_dict(run).items()
-        for key, value in table.items()
-        if value != plain[section][key]
-    ]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def variant_run(run: RunConfig, variant: Variant) -> RunConfig:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import versions, write_file
-from halfbyte.compare.cells import Base, Cell, Failure, kept_cell, prepare_base, run_cell, settings_of, variant_run
-from halfbyte.compare.page import page
+from halfbyte.compare.cells import Base, Cell, Failure, kept_cell, prepare_base, run_cell, variant_run
+from halfbyte.compare.page import comparison_page
 from halfbyte.compare.statistics import Mean, difference, mean
 from halfbyte.compare.variants import Variant
-from halfbyte.config import RunConfig, load_config
+from halfbyte.config import RunConfig, load_config, settings_of
 from halfbyte.errors import ConfigError, HalfbyteError
 from halfbyte.plan import check_run
 
@@ -117,7 +117,7 @@ def compare(
         "cells": {name: [asdict(cell) for cell in done] for name, done in cells.items()},
     }  # fmt: skip
     write_file(output / "compare.json", json.dumps(everything, indent=1).encode())
-    write_file(output / "report.html", page(result, cells, settings_of(run)).encode())
+    write_file(output / "report.html", comparison_page(result, cells, settings_of(run)).encode())
     return result
 
 

@@ -8,33 +8,15 @@ from typing import TYPE_CHECKING
 
 from halfbyte.compare.pictures import bytes_picture, cost_picture, curves_picture, loss_picture
 from halfbyte.dtypes import format_bytes
+from halfbyte.report import page
 
 if TYPE_CHECKING:
     from halfbyte.compare.cells import Cell
     from halfbyte.compare.job import Comparison, Row
     from halfbyte.compare.statistics import Mean
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2733; --soft: #5b6b7b; --line: #d7dee6; --paper: #fff; --card: #f5f8fb }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9fb0c0; --line: #34414e; --paper: #12181f; --card: #1a222b }
-  svg { background: #fff; border-radius: 6px }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 68rem; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-p.soft, td small, .soft { color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .88rem }
-th, td { text-align: right; padding: .45rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 13rem }
-tr.best td { font-weight: 600 } svg { max-width: 100%; height: auto }
-details { background: var(--card); border-radius: 8px; padding: .6rem 1rem; margin: .5rem 0 }
-blockquote { margin: .2rem 0 .8rem; padding-left: .8rem; border-left: 3px solid var(--line); white-space: pre-wrap }
-code { font-size: .9em; overflow-wrap: anywhere }
-"""
 
-
-def page(result: Comparison, cells: Mapping[str, Sequence[Cell]], settings: Sequence[str]) -> str:
+def comparison_page(result: Comparison, cells: Mapping[str, Sequence[Cell]], settings: Sequence[str]) -> str:
     """The whole page.
 
     Args:
@@ -53,10 +35,7 @@ def page(result: Comparison, cells: Mapping[str, Sequence[Cell]], settings: Sequ
         "<h2>Training</h2>", curves_picture(rows, cells),
         _samples(rows, cells), _how(rows, settings),
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>halfbyte compare</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    return page("halfbyte compare", parts)
 
 
 def _seeds(result: Comparison) -> str:
@@ -102,7 +81,8 @@ def _table(rows: Sequence[Row]) -> str:
         best = " class=best" if row.after.value == lowest else ""
         lines.append(f"<tr{best}><td>{_name(row)}" + "".join(f"<td>{value}" for value in values))
     head = ["", "seeds", "loss before", "after", "difference", "base", "peak memory", "tokens/s", "seconds"]
-    return f"<div class=wide><table><tr>{''.join(f'<th>{name}' for name in head)}{''.join(lines)}</table></div>"
+    top = "".join(f"<th>{name}" for name in head)
+    return f"<div class=wide><table class=long><tr>{top}{''.join(lines)}</table></div>"
 
 
 def _name(row: Row) -> str:

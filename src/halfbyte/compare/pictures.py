@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.report.chart import Line, chart, smoothed, thinned
+
 if TYPE_CHECKING:
     from halfbyte.compare.cells import Cell
     from halfbyte.compare.job import Row
@@ -48,15 +50,11 @@ def bytes_picture(rows: Sequence[Row]) -> str:
 
 def curves_picture(rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]]) -> str:
     """Training loss over the steps of each variant's first seed, smoothed."""
-    figure, axis = _axes(3.6)
+    lines = []
     for place, row in enumerate(rows):
-        done = [cell for cell in cells[row.name] if cell.curve]
-        if done:
-            steps, losses = zip(*done[0].curve, strict=True)
-            axis.plot(steps, _smoothed(losses), color=COLOURS[place % len(COLOURS)], label=row.name, linewidth=1.5)
-    axis.set(xlabel="step", ylabel="training loss, smoothed")
-    axis.legend(frameon=False)
-    return _svg(figure)
+        first = next((cell.curve for cell in cells[row.name] if cell.curve), [])
+        lines.append(Line(row.name, thinned(smoothed(first, 0.85)), place % len(COLOURS)))
+    return chart("Training loss, smoothed", lines, x="step")
 
 
 def cost_picture(rows: Sequence[Row]) -> str:
@@ -132,12 +130,4 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "halfbyte"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def _smoothed(values: Sequence[float], weight: float = 0.85) -> list[float]:
-    result, average, norm = [], 0.0, 0.0
-    for value in values:
-        average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
-        result.append(average / norm)
-    return result
+    return "<svg class=plot" + text.getvalue().partition("<svg")[2]

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.shards import SafetensorsFolder
-from halfbyte.compare.cells import run_command, settings_of
-from halfbyte.config import RunConfig, load_config
+from halfbyte.compare.cells import run_command
+from halfbyte.config import RunConfig, load_config, settings_of
 from halfbyte.errors import ModelError
 from halfbyte.model.load import match_names, skeleton
 from halfbyte.model.read import read_unquantized, state_names

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from halfbyte.compare.page import STYLE
 from halfbyte.compare.pictures import codes_picture, errors_picture
+from halfbyte.report import page, table
 
 if TYPE_CHECKING:
     from halfbyte.compare.weights import WeightReport
@@ -19,12 +19,12 @@ def weights_page(report: WeightReport) -> str:
         f"{len(report.layers)} layers in {first.quant_type.upper()}, blocks of {first.blocksize}: squared error "
         f"{report.error:.3e} of the weights' squared norm."
     )
-    rows = "".join(
-        f"<tr><td>{escape(layer.name)}<td>{' × '.join(map(str, layer.shape))}<td>{layer.error:.2e}"
-        f"<td>{layer.worst_block:.2e}<td>{layer.clipped:.2%}<td>{layer.negative:.0%}"
+    rows = [
+        [escape(layer.name), " × ".join(map(str, layer.shape)), f"{layer.error:.2e}", f"{layer.worst_block:.2e}",
+         f"{layer.clipped:.2%}", f"{layer.negative:.0%}"]
         for layer in sorted(report.layers, key=lambda layer: -layer.error)
-    )
-    head = "".join(f"<th>{name}" for name in ("layer", "shape", "error", "worst block", "clipped", "negative scales"))
+    ]  # fmt: skip
+    head = ("layer", "shape", "error", "worst block", "clipped", "negative scales")
     parts = [
         f"<h1>{escape(report.model)} in 4 bits</h1><p class=soft>{escape(report.folder)}</p><p>{lead}</p>",
         _text(report),
@@ -32,14 +32,11 @@ def weights_page(report: WeightReport) -> str:
         "<p class=soft>Weights divided by their block's scale; lines are the codebook's values, bars below are how "
         "often each code is used. A weight beyond the outer lines is clipped.</p>",
         "<h2>Error by layer</h2>", errors_picture(report.layers),
-        f"<h2>Layers, the worst first</h2><div class=wide><table><tr>{head}{rows}</table></div>",
+        "<h2>Layers, the worst first</h2>", table(head, rows, "long"),
         "<p class=soft>Error: squared error over the squared norm. A small error of the weights is not yet a small "
         "loss: what counts is the perplexity above.</p>",
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>halfbyte quantize</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    return page("halfbyte quantize", parts)
 
 
 def _text(report: WeightReport) -> str:

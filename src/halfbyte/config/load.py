@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 import tomllib
 import types
 import typing
@@ -13,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from halfbyte.config.schema import RunConfig
+from halfbyte.config.schema import RunConfig, to_dict
 from halfbyte.errors import ConfigError
 
 SECTIONS: dict[str, type] = {f.name: typing.get_type_hints(RunConfig)[f.name] for f in fields(RunConfig)}
@@ -57,6 +58,21 @@ def config_from_dict(values: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         for key, value in table.items():
             _put(known, section, key, value, where=f"{section}.{key}")
     return RunConfig(**{section: SECTIONS[section](**table) for section, table in known.items()})
+
+
+def settings_of(run: RunConfig) -> list[str]:
+    """`run` as the "section.key=value" of what differs from the defaults."""
+    plain = to_dict(RunConfig())
+    return [
+        f"{section}.{key}={json.dumps(list(value)) if isinstance(value, tuple | list) else _setting_text(value)}"
+        for section, table in to_dict(run).items()
+        for key, value in table.items()
+        if value != plain[section][key]
+    ]
+
+
+def _setting_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 SIZES = ("memory.budget", "memory.host_budget", "memory.optimizer_budget")

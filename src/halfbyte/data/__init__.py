@@ -14,6 +14,7 @@ from halfbyte.data.loader import (
     to_padded,
 )
 from halfbyte.data.pack import pack_sequences
+from halfbyte.data.preview import Token, token_text, tokens_of
 from halfbyte.data.records import Record, RecordReader
 from halfbyte.data.template import ChatTemplate, Rendered
 from halfbyte.data.tokenize import IGNORE_INDEX, DataReport, Example, TokenizedData, count_overlap, load_data
@@ -30,6 +31,7 @@ __all__ = [
     "Record",
     "RecordReader",
     "Rendered",
+    "Token",
     "TokenizedData",
     "Worst",
     "calibration_text",
@@ -41,4 +43,6 @@ __all__ = [
     "make_batch",
     "pack_sequences",
     "to_padded",
+    "token_text",
+    "tokens_of",
 ]  # fmt: skip

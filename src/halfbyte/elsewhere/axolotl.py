@@ -257,8 +257,8 @@ AXOLOTL = Source(
         "evals_per_epoch": nothing(COUNTED.format("train.eval_every")),
         "saves_per_epoch": nothing(COUNTED.format("train.save_every")),
         "early_stopping_patience": nothing("a run ends after its steps"),
-        "eval_table_size": nothing("answers before and after stand in answers.md"),
-        "eval_max_new_tokens": nothing("answers before and after stand in answers.md"),
+        "eval_table_size": nothing("answers before and after stand in report.html"),
+        "eval_max_new_tokens": nothing("answers before and after stand in report.html"),
         "gpu_memory_limit": lambda value, _: Outcome(
             settings={"memory.budget": f"{value}GB" if isinstance(value, int) else str(value)}
         ),

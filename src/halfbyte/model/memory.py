@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,10 @@ from transformers import PreTrainedModel
 
 
 def resident_memory() -> int:
-    """Bytes resident now."""
+    """Bytes resident now. Threads ask often: on Linux nothing is allocated for it that could split up the heap."""
+    if sys.platform == "linux":
+        with suppress(OSError), open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read(128).split()[1]) * mmap.PAGESIZE
     return int(psutil.Process().memory_info().rss)
 
 

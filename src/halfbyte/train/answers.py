@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from halfbyte.config import DataConfig
 from halfbyte.data import IGNORE_INDEX, Record, RecordReader, TokenizedData
 from halfbyte.model.generate import generate_ids
+from halfbyte.report import Answer
 
 NUM_ANSWERS = 3
 MAX_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prompt: what the data says, what the base says, what the tuned model says."""
-
-    prompt: str
-    expected: str
-    before: str
-    after: str
 
 
 def answer_samples(
@@ -67,13 +57,3 @@ def _asked(record: Record) -> str:
 def _run(target: npt.NDArray[np.bool_]) -> int:
     """Length of the run of True that `target` begins with."""
     return int((~target).argmax()) if not target.all() else len(target)
-
-
-def page(answers: list[Answer]) -> str:
-    """The answers as Markdown."""
-    parts = ["# Held-out prompts, before and after\n"]
-    for answer in answers:
-        parts.append(f"## {' '.join(answer.prompt.split())}\n")
-        rows = {"expected": answer.expected, "before": answer.before, "after": answer.after}
-        parts += [f"**{name}**\n\n> " + text.replace("\n", "\n> ") + "\n" for name, text in rows.items()]
-    return "\n".join(parts)

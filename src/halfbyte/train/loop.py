@@ -41,6 +41,8 @@ from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.result import TrainResult, finish
 from halfbyte.train.setup import Run, check_paths, prepare
 from halfbyte.train.signals import Signals
+from halfbyte.train.story import Story
+from halfbyte.train.trace import MemoryTrace
 from halfbyte.train.watchdog import Watchdog
 
 MIN_EVAL_TOKENS = 2048
@@ -67,41 +69,47 @@ def train(
         config, machine, device = where_to_compute(config, machine or this_machine(), observer)
         budget = parse_bytes(config.memory.budget) if config.memory.budget else None
         host = budget_of(config, beside_gpu=device.type == "cuda")
+        trace = MemoryTrace(device)
+        story = Story(config, observer, trace, device)
         with (
-            steady_memory() as buffers, Watchdog(host, buffers, observer) as watchdog,
-            Signals(observer, ranks) as signals,
+            trace, steady_memory() as buffers, Watchdog(host, buffers, story) as watchdog,
+            Signals(story, ranks) as signals,
             locked(Path(config.train.output)) if ranks.leads else nullcontext(), capped(device, budget),
         ):  # fmt: skip
-            return _train(config, observer, machine, device, watchdog, signals, ranks)
+            return _train(config, story, machine, device, watchdog, signals, ranks)
 
 
 def _train(
-    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, watchdog: Watchdog,
-    signals: Signals, ranks: Ranks,
+    config: RunConfig, story: Story, machine: Machine, device: torch.device, watchdog: Watchdog, signals: Signals,
+    ranks: Ranks,
 ) -> TrainResult:  # fmt: skip
     started = time.perf_counter()
-    run = prepare(config, observer, machine, device, watchdog.start, ranks)
+    story.on_phase("prepare")
+    run = story.run = prepare(config, story, machine, device, watchdog.start, ranks)
     config = run.config
     if run.loaded.store is not None and device.type == "cpu":
         watchdog.shrink = run.loaded.store.shrink
     output = Path(config.train.output)
-    step, cursor = _resume_or_start(run, output, observer)
-    metrics = Metrics(output / "metrics.jsonl", first_step=step + 1, write=ranks.leads)
+    step, cursor = _resume_or_start(run, output, story)
+    metrics = story.metrics = Metrics(output / "metrics.jsonl", first_step=step + 1, write=ranks.leads)
     max_eval_tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS)
 
     def evaluate_now(step: int) -> None:
         if run.eval_data is not None and step not in dict(metrics.evals):
+            story.on_phase("evaluate")
             result = evaluate(run.model, run.objective, run.eval_data, max_tokens=max_eval_tokens,
-                              on_progress=observer.eval_progress, ranks=ranks)  # fmt: skip
+                              on_progress=story.eval_progress, ranks=ranks)  # fmt: skip
             metrics.add_eval(step, result.loss)
-            observer.on_eval(step, result.loss)
+            story.on_eval(step, result.loss)
+            story.on_phase("train")
 
     with closing(metrics), run.objective.ready(), signals.finishing_steps():
+        story.on_phase("train")
         largest = rehearse(run)
         signals.cut_short(partial(evaluate_now, step))
         run.model.train()
         check: FirstStepCheck | None = None
-        guard = Guard(observer, output)
+        guard = Guard(story, output)
         while step < run.steps and signals.ending is None:
             step += 1
             step_started = time.perf_counter()
@@ -124,7 +132,7 @@ def _train(
                     seconds=time.perf_counter() - step_started, memory=in_use(device), epoch=epoch,
                 )  # fmt: skip
                 metrics.add_step(done)
-                observer.on_step(done)
+                story.on_step(done)
             watchdog.check()
             signals.agree()
             last = step == run.steps
@@ -135,12 +143,15 @@ def _train(
                 signals.saving = False
                 metrics.sync()
                 if ranks.leads:
-                    observer.on_save(_save_checkpoint(run, output, step, cursor))
+                    story.on_phase("save")
+                    story.on_save(_save_checkpoint(run, output, step, cursor))
+                    story.on_phase("train")
     release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
+    story.on_phase("save")
     if ranks.leads:
         save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
-        observer.on_save(output / "adapter")
-    return finish(run, output, metrics, started, largest, guard.skipped, observer)
+        story.on_save(output / "adapter")
+    return finish(run, output, metrics, started, largest, guard.skipped, story)
 
 
 def _due(step: int, every: int) -> bool:

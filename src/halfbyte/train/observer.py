@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte.config import RunConfig
+    from halfbyte.plan import Plan
+    from halfbyte.train.story import Story
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,15 @@ class StepMetrics:
 
 class Observer:
     """Does nothing; subclass what you want to see."""
+
+    def on_begin(self, story: Story) -> None:
+        """The run begins; `story` has at any time, for any thread, what there is to say of it."""
+
+    def on_phase(self, name: str) -> None:
+        """What it does from now on: prepare, load, train, evaluate, save or generate, as a plan's phases are named."""
+
+    def on_plan(self, config: RunConfig, plan: Plan) -> None:
+        """It fits: the plan, and the config with the plan's choices."""
 
     def note(self, text: str) -> None:
         """An automatic decision and its reason, or a fact worth knowing."""

@@ -208,6 +208,7 @@ def _plan(
     made = replace(made, choices=ranks.first(made.choices))  # other ranks may have had other memory in use
     chosen = apply_choices(config, made)
     loader = make_loader(chosen, data, ranks)
+    observer.on_plan(chosen, made)
     observer.note(plan_text(made, steps_of(chosen, loader)))
     if chosen.train.micro_batch_size != config.train.micro_batch_size:
         worst = worst_of(chosen, loader, shares=shares)

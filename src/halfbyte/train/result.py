@@ -1,4 +1,4 @@
-"""What a run came to: its figures, pictures and answers."""
+"""What a run came to: its figures, pictures and answers, and the page with all of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.dtypes import format_bytes
-from halfbyte.train.answers import Answer, answer_samples, page
+from halfbyte.report import Answer, run_page
+from halfbyte.train.answers import answer_samples
 from halfbyte.train.gpu import peaks
 from halfbyte.train.metrics import Metrics
-from halfbyte.train.observer import Observer
 from halfbyte.train.picture import draw_curves
 from halfbyte.train.setup import Run
+from halfbyte.train.story import Story
 
 TELLING_TOKENS, TELLING_OPERATIONS = 512, 1e11
 """Of a step, from which on its speed says something of larger ones and of larger models: in less work the products do
@@ -53,6 +54,8 @@ class TrainResult:
     """Floating-point operations of the first forward and backward pass, 1e9 a second: for later plans of time."""
     adapter: str
     curves: str
+    report: str
+    """The page with all of it."""
     answers: list[Answer]
     """A few held-out prompts before and after; empty without data.eval."""
 
@@ -62,27 +65,26 @@ class TrainResult:
 
 
 def finish(
-    run: Run, output: Path, metrics: Metrics, started: float, largest: int, skipped: int, observer: Observer
+    run: Run, output: Path, metrics: Metrics, started: float, largest: int, skipped: int, story: Story
 ) -> TrainResult:
-    """Answers, curves and result.json, when the adapter is on disk.
+    """Answers, curves, result.json and report.html, when the adapter is on disk.
 
     Args:
         started: `time.perf_counter()` at the beginning of the run.
         largest: tokens of the batch that was planned for.
         skipped: updates that were left out.
     """
+    story.on_phase("generate")
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
     if run.loaded.store is not None:
-        observer.note("answers: none are sampled, because each of their tokens would read the streamed base")
+        story.note("answers: none are sampled, because each of their tokens would read the streamed base")
     elif run.eval_data is not None and run.ranks.leads:
         answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
-    if answers:
-        write_file(output / "answers.md", page(answers).encode())
     if metrics.steps and run.ranks.leads:
         draw_curves(metrics, output / "curves.png", f"{Path(run.config.model.path).name}: {run.steps} steps")
     (peak, taken), planned = peaks(run.device), run.plan.peak_memory
-    observer.note(
+    story.note(
         f"memory: {format_bytes(peak)} at most{f' in use, {format_bytes(taken)} taken' if taken > peak else ''}; "
         f"planned were {format_bytes(planned)}, "
         f"{abs(planned / taken - 1):.1%} {'more' if planned >= taken else 'LESS than was needed'}"
@@ -105,10 +107,13 @@ def finish(
         gflops=_gflops(run, metrics, largest),
         adapter=str(output / "adapter"),
         curves=str(output / "curves.png"),
+        report=str(output / "report.html"),
         answers=answers,
     )
+    story.answers, story.state = answers, "finished"
     if run.ranks.leads:
         write_file(output / "result.json", json.dumps(result.to_dict(), indent=1).encode())
+        write_file(output / "report.html", run_page(story.report()).encode())
     return result
 
 

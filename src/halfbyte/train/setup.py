@@ -129,6 +129,7 @@ def _prepare(
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
     if device.type == "cpu":
         observer.note(panel_rule().explain(compute_dtype))
+    observer.on_phase("load")
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
         placement=Placement(
