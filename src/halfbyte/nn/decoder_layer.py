@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.nn.dora import row_factors, row_norms
+from halfbyte.nn.dora import row_norms, stretched
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection
 from halfbyte.nn.streamed import StreamedLayer
 
@@ -48,7 +48,8 @@ class Group:
         """x (T, in) -> y (T, sum of out), u (T, sum of ranks)."""
         y, u = ops.lora_linear_4bit(x, *self.args)
         for p, mine in self._stretched():
-            y[:, mine] *= row_factors(p)
+            assert p.magnitude is not None
+            stretched(y[:, mine], p.magnitude, row_norms(p), out=y[:, mine])
             if p.base.bias is not None:
                 y[:, mine] += p.base.bias
         return y, u
@@ -71,14 +72,14 @@ class Group:
         What was stretched is computed again: kept, it would be the largest of all that a layer keeps.
         """
         found: dict[int, Tensor] = {}
-        stretched = self._stretched()
-        if stretched:
+        members = self._stretched()
+        if members:
             y, g = ops.lora_linear_4bit(x, *self.args)[0], g.clone()
-        for p, mine in stretched:
+        for p, mine in members:
+            assert p.magnitude is not None
             norms = row_norms(p)
             found[id(p)] = y[:, mine].mul_(g[:, mine]).sum(0, dtype=torch.float32) / norms
-            assert p.magnitude is not None
-            g[:, mine] *= p.magnitude / norms
+            stretched(g[:, mine], p.magnitude, norms, out=g[:, mine])
         return g, [found.get(id(p)) for p in self.members if p.lora_A is not None]
 
 

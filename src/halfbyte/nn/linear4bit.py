@@ -59,7 +59,7 @@ class PackedCodes(nn.Parameter):
         return nn.Parameter(self.detach(), requires_grad=False).__reduce_ex__(proto)
 
 
-_SLICE_ELEMENTS = 2**21
+_SLICE_ELEMENTS = 2**18
 """Of a weight that are decoded at a time."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.nn.dora import row_factors
+from halfbyte.nn.dora import row_norms, stretched
 from halfbyte.nn.layer_spec import Projection, projection
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ def lora_linear(x: Tensor, layer: Projection) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(layer.base.compute_dtype or x.dtype)
     y: Tensor = _LoraLinear.apply(rows, layer.lora_A, layer.lora_B, layer)  # type: ignore[no-untyped-call]
     if layer.magnitude is not None:
-        y = y * row_factors(layer).to(y.dtype)
+        y = stretched(y, layer.magnitude, row_norms(layer))
         y = y if layer.base.bias is None else y + layer.base.bias.to(y.dtype)
     return y.view(*x.shape[:-1], layer.base.out_features).to(x.dtype)
 
