@@ -86,7 +86,9 @@ def merge(
             they were made of; "auto": whichever is closer to base + adapter.
         original: the model with these 16-bit weights, where `config.model.path` holds 4-bit ones.
         gguf_type: of "gguf": "F16", "Q8_0", "Q4_0", ...
-        combine, rank, density: of "adapter": how several become one (`Combine`).
+        combine: of "adapter": how several become one (`Combine`).
+        rank: its rank.
+        density: share of each update that `combine` keeps.
         any_template: merge adapters that were trained with another chat template than the model's, which is written.
         max_drift: most KL from base + adapters, nats per token; None: what the format allows for.
         say: told each choice and note, a sentence each.
