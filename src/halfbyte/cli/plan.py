@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,7 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Draw memory over a micro-batch, term by term, to this file.")
     ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes on one machine, under torchrun.")] = 1,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -57,7 +59,7 @@ def plan(
     })  # fmt: skip
     if not run.model.path:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
-    machine = known_machine()
+    machine = replace(known_machine(), ranks=ranks)
     made = make_plan(run, machine=machine)
     if picture is not None:
         from halfbyte.plan.picture import draw_plan
@@ -74,6 +76,8 @@ def describe(made: Plan, steps: int) -> str:
 
     lines = [f"{format_bytes(size):>10}  {name.replace('_', ' ')}" for name, size in _sorted(made.terms)]
     lines.append(f"{format_bytes(made.peak_memory):>10}  at most, in {made.fullest}")
+    if made.ranks > 1:
+        lines.append(f"{format_bytes(made.machine_peak):>10}  in all {made.ranks} ranks of the machine")
     lines.append("phases: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in made.phases.items()))
     lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in made.choices.items()))
     lines += [f"changed to fit: {change}" for change in made.changes]

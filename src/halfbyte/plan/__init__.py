@@ -12,13 +12,14 @@ from halfbyte.plan.first import SHORTEST, Samples, first_settings, sequence_leng
 from halfbyte.plan.machine import Machine, this_machine, write_calibration
 from halfbyte.plan.phases import Work, compute_dtype, runs_fused, speed_key, tokenizer_bytes, worst_case
 from halfbyte.plan.planner import Plan, apply_choices, plan
+from halfbyte.plan.ranks import of_rank
 from halfbyte.plan.serving import Serving, ServingPlan, plan_serving, serving_text
 from halfbyte.plan.time import time_text
 
 __all__ = [
     "SCRATCH", "SHORTEST", "Base", "Budget", "Machine", "Plan", "Samples", "Serving", "ServingPlan", "Work",
     "apply_choices", "budget_of", "check_run", "compute_dtype", "device_budget", "disk_text", "first_settings",
-    "on_gpu", "plan", "plan_serving", "read_base", "runs_fused", "sequence_length", "serving_text", "speed_key",
+    "of_rank", "on_gpu", "plan", "plan_serving", "read_base", "runs_fused", "sequence_length", "serving_text", "speed_key",
     "this_machine", "time_text", "to_fit", "tokenizer_bytes", "worst_case", "write_calibration",
 ]  # fmt: skip
 

@@ -39,6 +39,7 @@ class Machine:
         gflops: measured floating-point operations of a training step, 1e9/s, by compute dtype; on a GPU by its name
             before that.
         gpu: the CUDA device, if there is one.
+        ranks: processes of the run that share this machine's memory; each has a GPU of its own.
     """
 
     threads: int = 1
@@ -47,6 +48,7 @@ class Machine:
     runtime: int | None = None
     gflops: dict[str, float] = field(default_factory=dict)
     gpu: Gpu | None = None
+    ranks: int = 1
 
     @property
     def compute_dtype(self) -> str:

@@ -31,6 +31,7 @@ from halfbyte.plan.phases import (
     state_bytes,
     worst_case,
 )
+from halfbyte.plan.ranks import shared_bytes, together
 from halfbyte.plan.time import disk_bytes, operations, seconds_per_step
 
 CHOSEN = {
@@ -47,8 +48,11 @@ class Plan:
     """What a run will take; sizes in bytes.
 
     Attributes:
-        fits: whether `peak_memory` is within the budget; True where there is none.
-        peak_memory: at most resident at any time, from load to the last answer.
+        fits: whether `machine_peak` is within the budget; True where there is none.
+        peak_memory: at most resident at any time, from load to the last answer; of several ranks in each.
+        ranks: how many share the budget.
+        shared: bytes of the base that all ranks have the same pages of.
+        machine_peak: of all ranks together; `peak_memory` where there is one.
         terms: what is held at that moment, by what it is for; they sum to `peak_memory`.
         phases: the peak of each phase.
         fullest: the phase and the moment of the peak.
@@ -70,6 +74,9 @@ class Plan:
     budget: int | None
     budget_source: str
     peak_memory: int
+    ranks: int
+    shared: int
+    machine_peak: int
     terms: dict[str, int]
     phases: dict[str, int]
     fullest: str
@@ -115,21 +122,24 @@ def plan(
     budget = device_budget(config, machine)
 
     def peak(candidate: RunConfig, of: Base = base) -> int:
-        return fullest(phases(candidate, of, machine, _work(candidate, config, work)))[1].total
+        one = fullest(phases(candidate, of, machine, _work(candidate, config, work)))[1].total
+        return together(one, candidate, of, machine)
 
     candidates = list(_cheapest_first(config, base, machine))
     chosen = config
     if budget is not None:
         chosen = next((each for each in candidates if peak(each) <= budget.bytes), candidates[-1])
-        chosen = _keep_what_fits(chosen, base, budget.bytes - peak(chosen))
+        chosen = _keep_what_fits(chosen, base, (budget.bytes - peak(chosen)) // machine.ranks)
     own = _work(chosen, config, work)
     found = phases(chosen, base, machine, own)
     phase, moment = fullest(found)
-    fits = budget is None or moment.total <= budget.bytes
+    in_all = together(moment.total, chosen, base, machine)
+    fits = budget is None or in_all <= budget.bytes
     disk_speed = read_speed(locate(config.model.path)) if disk_bytes(chosen, base, machine, own) else None
     return Plan(
         fits=fits, budget=budget.bytes if budget else None, budget_source=budget.source if budget else "",
-        peak_memory=moment.total, terms={name: size for name, size in moment.terms.items() if size},
+        peak_memory=moment.total, ranks=machine.ranks, shared=shared_bytes(chosen, base, machine), machine_peak=in_all,
+        terms={name: size for name, size in moment.terms.items() if size},
         phases={name: led.peak.total for name, led in found.items()}, fullest=f"{phase}: {moment.where}",
         disk=on_disk(chosen, base, machine, own),
         choices=_choices(chosen), changes=_changes(config, chosen, budget), smallest_memory=peak(candidates[-1]),
@@ -137,7 +147,7 @@ def plan(
         merge_memory=merge_memory(base.architecture, runtime_bytes(base, machine)),
         seconds_per_step=seconds_per_step(chosen, base, machine, own, disk_speed),
         pass_operations=operations(chosen, base, machine, own),
-        notes=_notes(config, base, machine, work, budget, moment.total),
+        notes=_notes(config, base, machine, work, budget, in_all),
     )  # fmt: skip
 
 
@@ -249,6 +259,8 @@ def _notes(
         notes.append(f"{arch.experts} experts a layer are not held in 4 bits")
     if not base.exact:
         notes.append(f"sizes are from config.json alone, weights taken to be stored in {arch.dtype}")
+    if machine.ranks > 1 and not base.in_4_bits and not on_gpu(config, machine):
+        notes.append(f"each of {machine.ranks} ranks holds a copy of the base; stored in 4 bits, they would share one")
     longest = config.data.max_seq_len
     if arch.context and longest > arch.context:
         notes.append(f"data.max_seq_len {longest} is more than the {arch.context} positions the model was made for")

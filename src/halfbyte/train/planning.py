@@ -148,7 +148,7 @@ def plan_run(
         ResourceError: nothing fits; says the smallest budget that would, and what to change. Or a disk has less room
             than the run will take of it.
     """
-    machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows)
+    machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows, ranks=ranks.local_world)
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
     runtime = cuda_bytes(device) if device.type == "cuda" else resident_memory() + GROWTH
     planned = _plan(config, data, base, machine, runtime, observer, ranks)
@@ -234,7 +234,10 @@ def plan_text(made: Plan, steps: int) -> str:
     """The plan of a run of `steps` steps as a short table."""
     width = max(map(len, made.terms), default=0)
     budget = f" of {format_bytes(made.budget)} ({made.budget_source})" if made.budget else ""
-    lines = [f"plan: at most {format_bytes(made.peak_memory)}{budget}, in {made.fullest}"]
+    peak = format_bytes(made.machine_peak)
+    if made.machine_peak != made.peak_memory:
+        peak = f"{format_bytes(made.peak_memory)} in each of {made.ranks} ranks, {peak} together"
+    lines = [f"plan: at most {peak}{budget}, in {made.fullest}"]
     rows = sorted(made.terms.items(), key=lambda item: -item[1])
     lines += [f"  {name.replace('_', ' '):<{width}} {format_bytes(size):>9}" for name, size in rows]
     lines += [f"  to fit: {change}" for change in made.changes]

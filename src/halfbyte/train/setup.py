@@ -19,6 +19,7 @@ from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.config.schema import check_warmup
 from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load_data
+from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import CONFIG_KEY, START, attach_lora, begin_at
@@ -92,7 +93,7 @@ class Run:
 
 def prepare(
     config: RunConfig, observer: Observer, machine: Machine | None = None, device: torch.device | None = None,
-    on_planned: Callable[[], None] = lambda: None, ranks: Ranks = ALONE,
+    on_planned: Callable[[Plan], None] = lambda made: None, ranks: Ranks = ALONE,
 ) -> Run:  # fmt: skip
     """Read data, plan, load the base in 4 bits, attach the adapter. What `check_paths` finds is not looked for again.
 
@@ -109,7 +110,7 @@ def prepare(
 
 
 def _prepare(
-    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, on_planned: Callable[[], None],
+    config: RunConfig, observer: Observer, machine: Machine, device: torch.device, on_planned: Callable[[Plan], None],
     ranks: Ranks,
 ) -> Run:  # fmt: skip
     random.seed(config.train.seed)
@@ -124,24 +125,8 @@ def _prepare(
     config = in_the_same_parts(config, checkpoint, observer, ranks)
     planned = plan_run(config, data, machine, observer, device, ranks)
     config = planned.config
-    on_planned()
-    compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
-    observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
-    if device.type == "cpu":
-        observer.note(panel_rule().explain(compute_dtype))
-    observer.on_phase("load")
-    loaded = load_model(
-        config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
-        placement=Placement(
-            weights=config.memory.weights, resident_layers=config.memory.resident_layers, memory=memory_of(device),
-            host_budget=host_share(config, device),
-        ),
-        on_progress=observer.load_progress,
-    )  # fmt: skip
-    observer.note(loaded.origin)
-    if loaded.store is not None:
-        observer.note(loaded.stream_text)
-    observer.note(str(loaded.inventory))
+    on_planned(planned.plan)
+    loaded = _load(config, planned.plan, device, observer)
     model = _attach(loaded, config, observer)
     objective = Objective(loaded.model, _activations(config, device))
     if loaded.store is not None:
@@ -167,6 +152,30 @@ def _prepare(
         },
         checkpoint=checkpoint, ranks=ranks,
     )  # fmt: skip
+
+
+def _load(config: RunConfig, made: Plan, device: torch.device, observer: Observer) -> LoadedModel:
+    """The base as planned, and what is worth knowing of it."""
+    compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
+    observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
+    if device.type == "cpu":
+        observer.note(panel_rule().explain(compute_dtype))
+    observer.on_phase("load")
+    loaded = load_model(
+        config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
+        placement=Placement(
+            weights="mmap" if made.shared else config.memory.weights, resident_layers=config.memory.resident_layers,
+            memory=memory_of(device), host_budget=host_share(config, device),
+        ),
+        on_progress=observer.load_progress,
+    )  # fmt: skip
+    observer.note(loaded.origin)
+    if made.shared:
+        observer.note(f"base: the machine's {made.ranks} ranks share one copy of {format_bytes(made.shared)}")
+    if loaded.store is not None:
+        observer.note(loaded.stream_text)
+    observer.note(str(loaded.inventory))
+    return loaded
 
 
 def _check_steps(config: RunConfig, data: TokenizedData, ranks: Ranks) -> None:

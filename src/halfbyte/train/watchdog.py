@@ -12,7 +12,7 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.kernels.buffers import Buffers, trim_heap
 from halfbyte.model.memory import resident_memory
-from halfbyte.plan import Budget
+from halfbyte.plan import Budget, Plan, of_rank
 from halfbyte.train.observer import Observer
 
 INTERVAL = 0.02
@@ -48,9 +48,15 @@ class Watchdog:
         self._owner = threading.get_ident()
         return self
 
-    def start(self) -> None:
-        """Begin to look: once there is a plan, which has the better words for a budget that is too small."""
+    def start(self, made: Plan | None = None) -> None:
+        """Begin to look: once there is a plan, which has the better words for a budget that is too small.
+
+        Args:
+            made: says how many ranks share the budget, and what of their memory is the same.
+        """
         if self._budget is not None:
+            if made is not None:
+                self._budget = of_rank(self._budget, made.ranks, made.shared)
             self._thread.start()
 
     def __exit__(
