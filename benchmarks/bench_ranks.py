@@ -1,7 +1,10 @@
-"""Memory of ranks that share a base: the proportional set size (PSS) of all processes, shared pages counted once.
+"""Ranks of one machine: the memory they take together, and whether killing them changes anything.
 
-    python benchmarks/bench_ranks.py [SHAPE]        default: llama-3b; ranks 1 and 2
+    python benchmarks/bench_ranks.py memory [SHAPE]     proportional set size (PSS: a page that n share counts 1/n) of
+                                                        one process and of two ranks; default: llama-8b
+    python benchmarks/bench_ranks.py kills [COUNT]      tests/faults/rank_kills.py on a tiny model; default: 20
 
+Each leaves its part of results/ranks.json. One process maps the base too: its PSS is that of a base it has read.
 Weights are random, made on the spot in bitsandbytes' format and removed afterwards (--keep leaves them).
 """
 
@@ -18,13 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import docstring_data, write_result
-from random_model import SHAPES, model_folder
+import torch
+from common import docstring_data, last_json, provenance
+from random_model import SHAPES, model_folder, write_model
+from transformers import AutoConfig
 
 WORK = Path("bench-work")
 OUTPUT = Path(__file__).parent / "results" / "ranks.json"
 SETTINGS = ["train.resume=never", "train.gradient_checkpointing=true", "data.max_seq_len=64", "data.mask_prompt=false"]
 EVERY = 0.25
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+KILLED = {
+    "quant__compute_dtype": "float32", "lora__r": 4, "lora__dropout": 0.1, "optim__lr": 5e-3, "train__steps": 400,
+    "train__micro_batch_size": 2, "data__max_seq_len": 96, "train__save_every": 15, "train__keep": 2,
+}  # fmt: skip
 
 
 def pss(process: psutil.Process) -> dict[str, int]:
@@ -45,9 +58,11 @@ def run(model: Path, ranks: int, steps: int) -> dict[str, Any]:
     output = WORK / "ranks-run"
     shutil.rmtree(output, ignore_errors=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launch, "-m", "halfbyte", "train", "--model", str(model), "--data", str(train), "--json",
-               "--output", str(output), "--steps", str(steps)]  # fmt: skip
-    for setting in SETTINGS:
+    command = [
+        sys.executable, *launch, "-m", "halfbyte", "train", "--model", str(model), "--data", str(train), "--json",
+        "--output", str(output), "--steps", str(steps),
+    ]  # fmt: skip
+    for setting in (*SETTINGS, *(["memory.weights=mmap"] if ranks == 1 else [])):
         command += ["--set", setting]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     most: dict[str, int] = {"Pss": 0}
@@ -68,19 +83,41 @@ def run(model: Path, ranks: int, steps: int) -> dict[str, Any]:
             "planned_of_each": result["predicted_peak_memory"]}  # fmt: skip
 
 
+def memory(shape: str, keep: bool) -> dict[str, Any]:
+    """One process, then two ranks."""
+    model = model_folder(WORK / shape, shape)
+    runs = [run(model, ranks, steps=1) for ranks in (1, 2)]
+    if not keep:
+        shutil.rmtree(model)
+    return {"shape": shape, "ratio": runs[1]["Pss"] / runs[0]["Pss"], "runs": runs}
+
+
+def kills(count: int) -> dict[str, Any]:
+    """What rank_kills.py found; it ends with an error if a byte differs."""
+    model = WORK / "tiny"
+    shutil.rmtree(model, ignore_errors=True)
+    write_model(model, AutoConfig.for_model(**TINY, dtype=torch.bfloat16), in_4_bits=False)
+    train, _ = docstring_data(WORK, num_train=200)
+    shutil.rmtree(WORK / "kills", ignore_errors=True)
+    settings = KILLED | {"model__path": str(model), "data__train": str(train), "train__output": str(WORK / "kills")}
+    file = WORK / "kills.json"
+    file.write_text(json.dumps(settings))
+    script = Path(__file__).parents[1] / "tests" / "faults" / "rank_kills.py"
+    return last_json([sys.executable, str(script), str(file), str(count), "0"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", nargs="?", choices=SHAPES, default="llama-3b")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--keep", action="store_true")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    sizes = tasks.add_parser("memory")
+    sizes.add_argument("shape", nargs="?", choices=SHAPES, default="llama-8b")
+    sizes.add_argument("--keep", action="store_true", help="leave the model's 6 GB in bench-work/")
+    tasks.add_parser("kills").add_argument("count", nargs="?", type=int, default=20)
     options = parser.parse_args()
-    model = model_folder(WORK / options.shape, options.shape)
-    runs = [run(model, ranks, options.steps) for ranks in (1, 2)]
-    ratio = runs[1]["Pss"] / runs[0]["Pss"]
-    write_result(OUTPUT, {"memory": {"shape": options.shape, "ratio": ratio, "runs": runs}})
-    print(json.dumps({"ratio": ratio, "runs": runs}, indent=1))
-    if not options.keep:
-        shutil.rmtree(model)
+    found = memory(options.shape, options.keep) if options.task == "memory" else kills(options.count)
+    known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+    OUTPUT.write_text(json.dumps({**known, options.task: {**provenance(), **found}}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from halfbyte.config import RunConfig, to_dict
+from halfbyte.config import QuantConfig, RunConfig, to_dict
+from halfbyte.model.quantize import quantize_model
 from halfbyte.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -30,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optim__schedule": "cosine",
     },
     "packed": {"train__micro_batch_size": 4},  # one pass is nine packs: of the ninth, three of four ranks have nothing
+    "one base for all": {"train__micro_batch_size": 2},
 }  # fmt: skip
 
 
@@ -58,13 +60,13 @@ def distance(one: Path, other: Path) -> float:
 @pytest.mark.parametrize(
     ("world", "names"),
     [
-        (2, ["uneven"]), (4, ["packed"]), pytest.param(2, [*VARIANTS], marks=pytest.mark.slow),
+        (2, ["uneven", "one base for all"]), (4, ["packed"]), pytest.param(2, [*VARIANTS], marks=pytest.mark.slow),
         pytest.param(4, [*VARIANTS], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_as_one_process(
-    world: int, names: list[str], make_run: Callable[..., RunConfig], eval_file: Path, tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    world: int, names: list[str], make_run: Callable[..., RunConfig], tiny_llama: Path, eval_file: Path,
+    tmp_path: Path, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     """w ranks x batch n/w == 1 x n: unpacked, packed and accumulated, whatever is left over at an epoch's end. One
     process goes on from the ranks' checkpoint."""
@@ -72,6 +74,9 @@ def test_as_one_process(
     together: dict[str, RunConfig] = {}
     for name in names:
         common = VARIANTS[name] | {"data__eval": str(eval_file), "train__steps": 4, "train__save_every": 4}
+        if name == "one base for all":
+            quantize_model(str(tiny_llama), tmp_path / "base", QuantConfig())
+            common["model__path"] = str(tmp_path / "base")
         alone[name] = make_run(f"{name}-alone", **common)
         part = {"train__micro_batch_size": common["train__micro_batch_size"] // world}
         together[name] = make_run(f"{name}-{world}", **common | part)

@@ -19,8 +19,8 @@ from halfbyte.plan.time import time_text
 __all__ = [
     "SCRATCH", "SHORTEST", "Base", "Budget", "Machine", "Plan", "Samples", "Serving", "ServingPlan", "Work",
     "apply_choices", "budget_of", "check_run", "compute_dtype", "device_budget", "disk_text", "first_settings",
-    "of_rank", "on_gpu", "plan", "plan_serving", "read_base", "runs_fused", "sequence_length", "serving_text", "speed_key",
-    "this_machine", "time_text", "to_fit", "tokenizer_bytes", "worst_case", "write_calibration",
+    "of_rank", "on_gpu", "plan", "plan_serving", "read_base", "runs_fused", "sequence_length", "serving_text",
+    "speed_key", "this_machine", "time_text", "to_fit", "tokenizer_bytes", "worst_case", "write_calibration",
 ]  # fmt: skip
 
 
