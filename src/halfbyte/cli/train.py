@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def train(
     model: Model = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Training samples, JSON lines.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Training samples, JSON lines or .parquet.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the adapter, log and plots.")] = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval-data", help="Held-out samples; evaluated before and after.")

@@ -26,9 +26,9 @@ class DataConfig:
     """[data]: what it is trained and evaluated on."""
 
     train: str = ""
-    """Training samples, JSON lines."""
+    """Training samples, JSON lines or .parquet."""
     eval: str = ""
-    """Held-out samples, JSON lines; evaluated before and after training."""
+    """Held-out samples, JSON lines or .parquet; evaluated before and after training."""
     format: DataFormat = "auto"
     """messages, prompt, alpaca, sharegpt, segments or text (docs/data.md); auto looks at the first record and says."""
     fields: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""JSON lines -> records: every complaint names the file, the line and the place inside the record."""
+"""JSON lines or Parquet -> records: every complaint names the file, the line and the place inside the record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from halfbyte.config import DataConfig
 from halfbyte.config.limits import limit
-from halfbyte.errors import DataError, read_error
+from halfbyte.data.rows import json_rows
+from halfbyte.errors import DataError
 
 Message = dict[str, str]
 """One turn: {"role": ..., "content": ...}."""
@@ -41,7 +42,7 @@ class Record:
     """One sample as text: `messages`, `text` or `segments`."""
 
     line: int
-    """1-based line in the file."""
+    """1-based line in the file, or row."""
     messages: tuple[Message, ...] = ()
     """A checked conversation: at most one system turn, then a user turn; at least one assistant turn."""
     text: str = ""
@@ -55,9 +56,9 @@ class Record:
 
 
 class RecordReader:
-    """Iterates over the records of a JSONL file, holding one line at a time.
+    """Iterates over the records of a file of JSON lines, or of a .parquet file, holding one at a time.
 
-    UTF-8 with or without a byte order mark, LF or CRLF; blank lines are ignored. After the iteration `format`,
+    Lines are UTF-8 with or without a byte order mark, LF or CRLF; blank ones are ignored. Afterwards `format`,
     `read` (records seen), `dropped` (reason -> count), `first_dropped` (reason -> message), `unused_fields` and
     `sha256` (of the file's bytes) are complete; during it `line` is the one that was read last.
 
@@ -93,7 +94,8 @@ class RecordReader:
         return cls(path, format=config.format, on_bad_line=config.on_bad_line, roles=roles, fields=config.fields)
 
     def __iter__(self) -> Iterator[Record]:
-        for line, raw in self._lines():
+        digest = hashlib.sha256()
+        for line, raw in json_rows(self.path, digest):
             self.read, self.line = self.read + 1, line
             try:
                 record = self._parse(line, raw)
@@ -101,6 +103,7 @@ class RecordReader:
                 self.reject(error)
                 continue
             yield record
+        self.sha256 = digest.hexdigest()
 
     def where(self, line: int, place: str = "") -> str:
         """`file:line`, or `file:line place` with the path inside the record."""
@@ -112,26 +115,6 @@ class RecordReader:
             raise error
         self.dropped[error.what] += 1
         self.first_dropped.setdefault(error.what, str(error))
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number, bytes) of every line that is not blank; an over-long line comes cut off, over the cap."""
-        digest = hashlib.sha256()
-        try:
-            with Path(self.path).open("rb") as file:
-                number, start, most = 0, True, limit("line_bytes")
-                while chunk := file.readline(most + 1):
-                    digest.update(chunk)
-                    if start:
-                        number += 1
-                        if number == 1:
-                            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
-                        if chunk.strip():
-                            yield number, chunk
-                    start = chunk.endswith(b"\n")
-        except OSError as error:
-            fix = "Give a file of JSON lines (docs/data.md has an example)"
-            raise read_error(DataError, self.path, error, fix) from None
-        self.sha256 = digest.hexdigest()
 
     def _parse(self, line: int, raw: bytes) -> Record:
         record = self._named(self._object(line, raw))

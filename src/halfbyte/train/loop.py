@@ -31,6 +31,7 @@ from halfbyte.optim import learning_rate
 from halfbyte.plan import Machine, budget_of, this_machine
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.first_step import FirstStepCheck
+from halfbyte.train.given import Samples, with_samples
 from halfbyte.train.gpu import capped, in_use, where_to_compute
 from halfbyte.train.guard import Guard
 from halfbyte.train.metrics import Metrics
@@ -49,11 +50,15 @@ MIN_EVAL_TOKENS = 2048
 
 
 def train(
-    config: RunConfig, *, observer: Observer | None = None, machine: Machine | None = None, ranks: Ranks = ALONE
-) -> TrainResult:
+    config: RunConfig, *, data: Samples | None = None, eval_data: Samples | None = None,
+    observer: Observer | None = None, machine: Machine | None = None, ranks: Ranks = ALONE,
+) -> TrainResult:  # fmt: skip
     """Fine-tune as `config` says; leaves an adapter folder that PEFT loads under ``train.output``.
 
     Args:
+        data: samples in place of the file data.train, as a list of dicts or a `datasets.Dataset`; written into
+            train.output as JSON lines first.
+        eval_data: the same in place of data.eval.
         machine: what was measured of this machine, for the plan's time; default: nothing.
         ranks: this process among those that torchrun started; only rank 0 tells `observer`, and writes.
 
@@ -63,6 +68,7 @@ def train(
     """
     require_config(config)
     hold_to(config.limits)
+    config = with_samples(config, data, eval_data, ranks)
     observer = observer if observer and ranks.leads else Observer()
     with joined(ranks):
         check_paths(config)
