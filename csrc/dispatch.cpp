@@ -42,7 +42,8 @@ int best_isa() {
 bool power_of_two(int64_t x, int64_t least) { return x >= least && (x & (x - 1)) == 0; }
 
 bool decodable(const hb_weight* w) {
-    return power_of_two(w->blocksize, 32) && (!w->nested_absmax || power_of_two(w->nested_blocksize, 1));
+    const bool known = w->bits == 4 || ((w->bits == 8 || w->bits == 3 || w->bits == 2) && w->blocksize <= 4096);
+    return known && power_of_two(w->blocksize, 32) && (!w->nested_absmax || power_of_two(w->nested_blocksize, 1));
 }
 
 int current_isa = -1;  // -1: not chosen yet. Choosing twice from two threads gives the same answer.
@@ -134,7 +135,7 @@ static bool multiplies(const hb_member* members, int count) {
     if (count < 1 || count > HB_MAX_MEMBERS) return false;
     for (const hb_member* member = members; member < members + count; ++member) {
         const hb_weight* w = &member->weight;
-        if (!decodable(w) || w->cols % w->blocksize || w->cols != members->weight.cols) return false;
+        if (!decodable(w) || w->bits != 4 || w->cols % w->blocksize || w->cols != members->weight.cols) return false;
     }
     return true;
 }
@@ -244,7 +245,8 @@ int hb_attention_backward(const hb_packed* p, const void* g, const void* out, co
 namespace {
 
 bool usable(const hb_matrix& m) {
-    const bool fits = !m.w4 || (m.w4->cols % m.w4->blocksize == 0 && m.w4->rows == m.rows && m.w4->cols == m.cols);
+    const bool fits =
+        !m.w4 || (m.w4->bits == 4 && m.w4->cols % m.w4->blocksize == 0 && m.w4->rows == m.rows && m.w4->cols == m.cols);
     return fits && m.cols % 16 == 0 && (!m.w4 || decodable(m.w4));
 }
 

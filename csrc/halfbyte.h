@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 7, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 8, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -24,12 +24,13 @@ struct hb_weight {
     const void* absmax;          // float[blocks], or uint8_t[blocks] when nested_absmax is set
     const float* nested_absmax;  // NULL: absmax holds the scales themselves
     const float* dynamic_map;    // [256]; read only with nested_absmax
-    const float* codebook;       // [16]
+    const float* codebook;       // [16]; not read with 8 bits
     int64_t blocksize;           // a power of two from 32 on
     int64_t nested_blocksize;    // a power of two
     int64_t rows;                // out_features; the linear functions need cols % blocksize == 0
     int64_t cols;                // in_features
     float nested_offset;
+    int32_t bits;  // of a code: 4, which all functions read; 8 (two's complement), 3 or 2, which hb_dequantize reads
 };
 
 // A map of 256 ascending values for 8-bit states, and how to find the nearest one: bounds[i] lies between values i and

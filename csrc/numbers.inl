@@ -73,8 +73,10 @@ inline float scale_of(const hb_weight& w, int64_t b) {
 }
 
 inline float decode_one(const hb_weight& w, int64_t i, float scale) {
-    const uint8_t byte = w.codes[i >> 1];
-    return w.codebook[i & 1 ? byte & 15 : byte >> 4] * scale;
+    if (w.bits == 8) return float(int8_t(w.codes[i])) * scale;
+    const int64_t bit = i * w.bits, byte = bit / 8, end = bit % 8 + w.bits;
+    const unsigned two = unsigned(w.codes[byte]) << 8 | (end > 8 ? w.codes[byte + 1] : 0u);
+    return w.codebook[two >> (16 - end) & ((1u << w.bits) - 1u)] * scale;
 }
 
 // Columns of W are a few bytes of each of its rows, too far apart for the CPU to foresee: whoever reads row r of them

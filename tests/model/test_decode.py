@@ -39,7 +39,9 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**SIZES),
-    "tame llama": lambda: hf.LlamaConfig(**SIZES | {"hidden_size": 512, "initializer_range": 0.02}),
+    "tame llama": lambda: hf.LlamaConfig(
+        **SIZES | {"hidden_size": 512, "intermediate_size": 128, "initializer_range": 0.02}
+    ),
     "llama, heads of 80, 3 to a group": lambda: hf.LlamaConfig(
         **SIZES | {"hidden_size": 192, "num_attention_heads": 6, "head_dim": 80, "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -123,10 +125,15 @@ def test_logits_are_those_of_transformers(name: str, adapter: bool, isa: str) ->
         assert difference(model, decoder, prompt, 12) < bound()
 
 
-@pytest.mark.parametrize("quant_type", ["int4", "bof4-s"])
+@pytest.mark.parametrize("quant_type", ["int4", "bof4-s", "int8"])
 def test_codebooks_beyond_one_and_signed_scales(quant_type: str, isa: str) -> None:
     model = make("tame llama", quant_type=quant_type)
     assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
+
+
+def test_two_bits_are_left_to_transformers(isa: str) -> None:
+    with pytest.raises(NotCoveredError, match="layer 0 is in nf2"):
+        Decoder(make("llama", quant_type="nf2"))
 
 
 def test_integers_are_close_where_a_model_does_not_enlarge_what_they_round(isa: str) -> None:

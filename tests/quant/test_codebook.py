@@ -13,7 +13,9 @@ from halfbyte.config.base import BLOCKSIZES
 from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, state_key
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import QuantizedWeight
+from halfbyte.quant.blocks import num_code_bytes
 from halfbyte.quant.codebook import codebook
+from halfbyte.quant.nibbles import pack_codes, unpack_codes
 
 OURS = [name for name in QUANT_TYPES if name not in BNB_TYPES]
 
@@ -31,6 +33,24 @@ def test_tables_are_those_of_their_definitions(blocksize: int) -> None:
         torch.testing.assert_close(derived["bof4"][[1, 6, 8, 14]].float(), published, rtol=0, atol=1.3e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_lie_one_after_the_other(bits: int) -> None:
+    """As a number in base 2**bits, the first code its highest digit; ragged ends hold the code of padding."""
+    for count in (1, 7, 8, 9, 64, 101):
+        codes = torch.randint(2**bits, (count,), dtype=torch.uint8)
+        packed = pack_codes(codes, bits, pad_code=1)
+        assert packed.numel() == num_code_bytes(count, bits)
+        assert torch.equal(unpack_codes(packed, bits, count), codes)
+    assert pack_codes(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 3, 0).tolist() == [0x29, 0xCB, 0xB8]
+    assert pack_codes(torch.tensor([1, 2, 3], dtype=torch.uint8), 2, 1).tolist() == [0b01101101]
+
+
+def test_int8_by_hand(backend: str) -> None:
+    weight = hb.quantize(torch.tensor([0.1, 2.5, -1.5]), quant_type="int8", double_quant=False)
+    assert weight.codes.view(torch.int8).tolist() == [5, 127, -76]
+    assert weight.absmax.tolist() == pytest.approx([2.5 / 127])
+
+
 def test_int4_by_hand(backend: str) -> None:
     weight = hb.quantize(torch.tensor([0.1, 2.5, -1.5]), quant_type="int4", double_quant=False)
     assert weight.codes.tolist() == [(0 + 8) << 4 | (7 + 8), (-4 + 8) << 4 | 8]
@@ -38,21 +58,31 @@ def test_int4_by_hand(backend: str) -> None:
     assert weight.dequantize().tolist() == pytest.approx([0.0, 2.5, -4 * 2.5 / 7])
 
 
-ERRORS = {"nf4": 8.45e-3, "fp4": 1.49e-2, "int4": 1.16e-2, "af4": 9.16e-3, "bof4": 8.02e-3, "bof4-s": 7.36e-3}
+ERRORS = {
+    "nf4": 8.45e-3,
+    "fp4": 1.49e-2,
+    "int4": 1.16e-2,
+    "af4": 9.16e-3,
+    "bof4": 8.02e-3,
+    "bof4-s": 7.36e-3,
+    "int8": 3.5e-5,
+    "nf3": 4.06e-2,
+    "nf2": 3.17e-1,
+}
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_error_of_normal_weights(backend: str, quant_type: str) -> None:
-    """Measured on 2e6 of them, blocks of 64; double quantization adds 0.1 % (of BOF4-S's signed scales, 0.6 %)."""
+    """Measured on 2e6 of them, blocks of 64; double quantization adds 0.1 %, of BOF4-S's scales 0.6, of INT8 12."""
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
 
     def error(**how: object) -> float:
         wrong = hb.quantize(weight, quant_type=quant_type, **how).dequantize() - weight  # type: ignore[arg-type]
         return float(wrong.square().sum() / weight.square().sum())
 
-    assert error(double_quant=False) == pytest.approx(ERRORS[quant_type], rel=0.01)
-    assert error() < 1.01 * ERRORS[quant_type]
-    assert error(scale="mse-signed") < 0.95 * ERRORS[quant_type]
+    assert error(double_quant=False, scale="absmax") == pytest.approx(ERRORS[quant_type], rel=0.01)
+    assert error(scale="absmax") < (1.13 if quant_type == "int8" else 1.01) * ERRORS[quant_type]
+    assert error(scale="mse-signed") < (1.04 if quant_type == "int8" else 0.95) * ERRORS[quant_type]
 
 
 @pytest.mark.parametrize("quant_type", OURS)
@@ -60,9 +90,10 @@ def test_error_of_normal_weights(backend: str, quant_type: str) -> None:
 def test_odd_sizes_and_zeros(backend: str, quant_type: str, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     weight.view(-1)[64:160] = 0.0
+    most = 0.55 if quant_type == "nf2" else 0.35
     for blocksize in BLOCKSIZES[::3]:
         made = hb.quantize(weight, quant_type=quant_type, blocksize=blocksize)
-        assert ((made.dequantize() - weight).abs() <= 0.35 * weight.abs().max()).all() if weight.numel() else True
+        assert ((made.dequantize() - weight).abs() <= most * weight.abs().max()).all() if weight.numel() else True
         assert not made.dequantize().view(-1)[64:160].any()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class FourBitWriter:
         """Write a weight."""
         self.done[name] = None
         self._bits += 8 * weight.nbytes
-        self._weights += weight.codes.numel() * 2
+        self._weights += prod(weight.shape)
         if self._on_progress:
             self._on_progress(len(self.done), len(self._job.targets), name)
         self._base.add(name, weight.codes, weight.absmax, weight.nested_absmax)

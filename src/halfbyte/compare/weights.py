@@ -21,7 +21,7 @@ from halfbyte.model.source import open_source
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.nibbles import unpack_nibbles
+from halfbyte.quant.nibbles import unpack_codes
 
 BINS, LIMIT = 240, 1.5
 """Of the histogram of weight / scale, from -LIMIT to LIMIT."""
@@ -141,7 +141,7 @@ def _layer(name: str, original: Tensor, weight: QuantizedWeight) -> tuple[LayerR
         clipped=float(((ratios > float(ends.max()) * 1.005) | (ratios < float(ends.min()) * 1.005)).float().mean()),
         negative=float((scales < 0).float().mean()),
     )  # fmt: skip
-    return layer, squared, ratios, unpack_nibbles(weight.codes, flat.numel()).long()
+    return layer, squared, ratios, unpack_codes(weight.codes, weight.bits, flat.numel()).long()
 
 
 def _losses(run: RunConfig, folder: Path, layers: list[LayerReport]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from halfbyte.config.checks import require, require_choice
-from halfbyte.config.formats import QUANT_TYPES, QuantType
+from halfbyte.config.formats import QUANT_TYPES, QuantType, bits_of
 from halfbyte.dtypes import COMPUTE_DTYPES
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,13 +35,13 @@ class QuantConfig:
     """[quant]: how the base is held in 4 bits."""
 
     quant_type: QuantType = "nf4"
-    """The codebook: nf4 (the paper's) or fp4, which bitsandbytes reads; int4, af4, bof4, bof4-s: files of our own."""
+    """nf4 (the paper's), fp4; files of our own: int4, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
     blocksize: int = 64
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
     """Quantize the scales themselves to 8 bits: 4.127 instead of 4.5 bits per weight."""
     scale: Scale = "auto"
-    """absmax (largest magnitude), mse (least error), mse-signed (either sign); auto: absmax, calibrated mse-signed."""
+    """absmax (largest magnitude), mse (least error), mse-signed (either sign: auto if calibrated or below 4 bits)."""
     calibrate: str = ""
     """`halfbyte quantize`: samples, JSON lines, whose text decides scales and codes; empty: the weights alone do."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -61,7 +61,9 @@ class QuantConfig:
     @property
     def chosen_scale(self) -> str:
         """`scale`, auto decided."""
-        return self.scale if self.scale != "auto" else "mse-signed" if self.calibrate else "absmax"
+        if self.scale != "auto":
+            return self.scale
+        return "mse-signed" if self.calibrate or bits_of(self.quant_type) < 4 else "absmax"
 
     @property
     def recipe(self) -> dict[str, Any]:

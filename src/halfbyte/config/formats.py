@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-QuantType = Literal["nf4", "fp4", "int4", "af4", "bof4", "bof4-s"]
+QuantType = Literal["nf4", "fp4", "int4", "af4", "bof4", "bof4-s", "int8", "nf3", "nf2"]
 QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
 BNB_TYPES = ("nf4", "fp4")
 """Those that bitsandbytes has; its kernels know tables by these names and ignore the stored ones."""
+
+NOT_FOUR = {"int8": 8, "nf3": 3, "nf2": 2}
+"""Bits of those that have more or fewer than four."""
+
+
+def bits_of(quant_type: str) -> int:
+    """Bits of a code."""
+    return NOT_FOUR.get(quant_type, 4)
 
 
 def state_key(quant_type: str) -> str:

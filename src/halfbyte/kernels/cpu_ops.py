@@ -12,18 +12,21 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.kernels import panel
 from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.adamw import state_maps
 from halfbyte.kernels.buffers import empty
 from halfbyte.kernels.cpu import LEAST_BLOCKSIZE, Library, WeightView
 from halfbyte.kernels.crossover import panels_serve
+from halfbyte.kernels.frozen_linear import dx_into, linear_into
 from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
 from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.codebook import codebook
+from halfbyte.quant.int8 import int8_rows
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import factors_of, least_error_scales_reference
 
@@ -34,24 +37,29 @@ def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
     return cpu_choice().library if dtype in DTYPES and power_of_two else None
 
 
-def fused_library(x: Tensor, blocksize: int, in_features: int) -> Library | None:
+def fused_library(x: Tensor, quant_type: str, blocksize: int, in_features: int) -> Library | None:
     """The native library, when its fused products know this case and are the fastest way."""
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
+    if bits_of(quant_type) != 4:
+        return None
     return None if panels_serve(x, library) else library
 
 
-def panel_library(x: Tensor, blocksize: int) -> Library | None:
-    """The native library, when products with x are fastest in the panels that it decodes."""
+def panel_library(x: Tensor, quant_type: str, blocksize: int) -> Library | None:
+    """The native library, when products with x are fastest in the panels that it decodes, or there is no other way."""
     library = _library(x.dtype, blocksize)
-    return library if library is not None and library.fused_linear and panels_serve(x, library) else None
+    if library is None or not library.fused_linear:
+        return None
+    only = bits_of(quant_type) != 4 and panel.native(x.dtype, library)
+    return library if only or panels_serve(x, library) else None
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")
 def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     library = _library(weight.dtype, blocksize)
-    if library is None:
+    if library is None or bits_of(quant_type) != 4:
         return quantize_reference(weight, quant_type, blocksize)
     return library.quantize(weight, quant_type, blocksize)
 
@@ -74,13 +82,16 @@ def _least_error_scales(
 ) -> Tensor:
     flat, table = weight.detach().contiguous(), codebook(quant_type, blocksize)
     scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
-    levels, factors = table.levels, torch.tensor(factors_of(table, signed))
+    factors, short = torch.tensor(factors_of(table, signed)), 16 - table.values.numel()
+    # A table of fewer values repeats the last one, behind boundaries that nothing passes.
+    levels = torch.cat([table.levels, table.levels[-1:].expand(max(short, 0))])
+    bounds = torch.nn.functional.pad(table.boundaries, (0, max(short, 0)), value=torch.inf)
     weights = None if importance is None else importance.float().contiguous()
     columns = 1 if weights is None else weights.numel()
-    if flat.dtype in DTYPES and run_native(
+    if short >= 0 and flat.dtype in DTYPES and run_native(
         "hb_least_error_scales", flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize,
         None if weights is None else weights.data_ptr(), columns, levels.data_ptr(),
-        table.boundaries.data_ptr(), factors.data_ptr(), len(factors), scales.data_ptr(),
+        bounds.data_ptr(), factors.data_ptr(), len(factors), scales.data_ptr(),
     ):  # fmt: skip
         return scales
     return least_error_scales_reference(weight, quant_type, blocksize, signed, importance)
@@ -128,8 +139,11 @@ def _linear_4bit(
     rows = rows.contiguous()
     result = empty((*x.shape[:-1], out_features), x.dtype)  # not a view itself: PEFT's methods add to it in place
     out = result.view(rows.shape[0], out_features)
-    if out.numel():
-        library = fused_library(rows, blocksize, in_features)
+    if out.numel() and (whole := int8_rows(*weight, in_features)) is not None:
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        linear_into(out, rows, whole[0], bias, whole[1])
+    elif out.numel():
+        library = fused_library(rows, quant_type, blocksize, in_features)
         view = GroupView([Member(weight, out_features, bias)], in_features, x.dtype)
         if library is None or view.linear(library, rows, out, None) == NO_MEMORY:
             bias = None if bias is None else bias.to(x.dtype)
@@ -147,8 +161,10 @@ def _linear_4bit_dx(
     rows = grad.reshape(-1, out_features) if out_features else grad.new_empty(prod(grad.shape[:-1]), 0)
     rows = rows.contiguous()
     out = empty((rows.shape[0], in_features), grad.dtype)
-    if out.numel():
-        library = fused_library(rows, blocksize, in_features)
+    if out.numel() and (whole := int8_rows(*weight, in_features)) is not None:
+        dx_into(out, rows, *whole)
+    elif out.numel():
+        library = fused_library(rows, quant_type, blocksize, in_features)
         view = GroupView([Member(weight, out_features)], in_features, grad.dtype)
         if library is None or view.linear_backward(library, rows, None, None, out) == NO_MEMORY:
             panel.linear_dx(rows, weight, out, _library(grad.dtype, blocksize))

@@ -40,15 +40,15 @@ def _kernels(
         elif name == "triton":
             from halfbyte.kernels.triton import kernels
 
-            if kernels.knows(blocksize, dtype):
+            if kernels.knows(quant_type, blocksize, dtype):
                 return kernels
     return None
 
 
 def check_weight(weight: Weight, count: int, like: Tensor) -> None:
     """Kernels read by these numbers and from these addresses: a wrong one must not reach them."""
-    codes, absmax, nested_absmax, _, _, blocksize = weight
-    ops._check_weight(codes, absmax, nested_absmax, blocksize, count)
+    codes, absmax, nested_absmax, _, quant_type, blocksize = weight
+    ops._check_weight(codes, absmax, nested_absmax, quant_type, blocksize, count)
     for name, tensor in (("codes", codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
         if tensor is not None and tensor.device != like.device:
             raise ValueError(f"{name} on {tensor.device}, the others on {like.device}")

@@ -160,7 +160,7 @@ def _lora_linear_4bit_cpu(x: Tensor, *group: object) -> tuple[Tensor, Tensor]:
         u = empty((x.shape[0], sum(member.rank for member in members)), torch.float32)
         if GroupView(members, x.shape[1], x.dtype).linear(library, x, y, u) != NO_MEMORY:
             return y, u
-    by_panels = panel_library(x, members[0].weight[5])
+    by_panels = panel_library(x, *members[0].weight[4:])
     if by_panels is not None:
         return lora_panel.forward(x.contiguous(), members, by_panels)
     return _plain_forward(x, members)
@@ -181,7 +181,7 @@ def _lora_linear_4bit_backward_cpu(
         view = GroupView(members, x.shape[1], x.dtype, list(zip(dA, dB, strict=True)))
         if view.linear_backward(library, g, x, u, dx) != NO_MEMORY:
             return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
-    by_panels = panel_library(x, members[0].weight[5])
+    by_panels = panel_library(x, *members[0].weight[4:])
     if by_panels is not None:
         dx, dA, dB = lora_panel.backward(g.contiguous(), x.contiguous(), u, members, by_panels, need_dx=bool(need_dx))
         return x.new_empty(0, x.shape[1]) if dx is None else dx, dA, dB
@@ -192,4 +192,4 @@ def _library(x: Tensor, members: list[Member]) -> Library | None:
     """The native library, when its group products know this case and are the fastest way."""
     if len(members) > MAX_MEMBERS or not any(member.out_features for member in members):
         return None
-    return fused_library(x, members[0].weight[5], x.shape[1])
+    return fused_library(x, *members[0].weight[4:], x.shape[1])

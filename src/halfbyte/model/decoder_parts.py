@@ -15,6 +15,7 @@ from halfbyte.kernels.decoder_structures import Norm as StepNorm
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.nn import Linear4bit
 from halfbyte.nn.layer_spec import LayerSpec, Norm, Projection, describe, projection, rms_norm
+from halfbyte.quant.int8 import int8_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits between the two ways, as a part of the largest logit. transformers computes in the
@@ -148,14 +149,15 @@ def _matrix(module: nn.Module, name: str) -> Matrix:
         )
     if found.magnitude is not None:
         raise NotCoveredError(f"{name} has a DoRA adapter")
-    return _quantized(found)
+    return _quantized(found, name)
 
 
-def _quantized(found: Projection) -> Matrix:
+def _quantized(found: Projection, name: str) -> Matrix:
     weight = found.base.quantized_weight
     rows, cols = weight.shape
-    view = WeightView(
-        weight.codes, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.quant_type, weight.blocksize,
-        (rows, cols),
-    )  # fmt: skip
-    return Matrix(view, (rows, cols), found.base.bias, found.lora_A, found.lora_B, found.scaling)
+    adapter = (found.base.bias, found.lora_A, found.lora_B, found.scaling)
+    if (whole := int8_rows(*weight.op_args, cols)) is not None:
+        return Matrix(whole[0], (rows, cols), *adapter, scales=whole[1])
+    if weight.bits != 4:
+        raise NotCoveredError(f"{name} is in {weight.quant_type}")
+    return Matrix(WeightView(*weight.op_args, (rows, cols)), (rows, cols), *adapter)

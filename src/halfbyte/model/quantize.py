@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from halfbyte.checkpoint import check_target, write_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_shards
 from halfbyte.config import QuantConfig
+from halfbyte.config.formats import bits_of
 from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.load import Progress, match_names, skeleton
@@ -125,7 +126,9 @@ def quantize_model(
             parts, shape = weight_slices(reader, stored_name, module, quant, path)
             where = f"{path}: {stored_name}"
             quantizer = SliceQuantizer(parts, shape, reader.dtype(stored_name), quant, name=where)
-            written = torch.empty(num_code_bytes(prod(shape)), dtype=torch.uint8, device="meta")
+            written = torch.empty(
+                num_code_bytes(prod(shape), bits_of(quant.quant_type)), dtype=torch.uint8, device="meta"
+            )
             yield name, Pieces(torch.uint8, (written.numel(), 1), quantizer.codes())
             weight = quantizer.finish(written)
             counts["weights"] += prod(weight.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte.kernels  # noqa: F401  (registers the fast implementations of the operators)
+from halfbyte.config.formats import bits_of
 from halfbyte.errors import ConfigError
 from halfbyte.quant import QuantizedWeight, quantize
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
@@ -90,7 +91,7 @@ class Linear4bit(nn.Linear):
         self._row_squares: Tensor | None = None
         count = in_features * out_features
         blocks = num_blocks(count, blocksize)
-        self._set_codes(torch.zeros(num_code_bytes(count), dtype=torch.uint8, device=device))
+        self._set_codes(torch.zeros(num_code_bytes(count, bits_of(quant_type)), dtype=torch.uint8, device=device))
         scale_dtype = torch.uint8 if double_quant else torch.float32
         nested = torch.zeros(num_blocks(blocks, NESTED_BLOCKSIZE), device=device) if double_quant else None
         # Not persistent: state dicts hold them under bitsandbytes' names, "weight.absmax" and so on.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.config import QuantConfig
-from halfbyte.config.formats import STATE_KEYS
+from halfbyte.config.formats import STATE_KEYS, bits_of
 from halfbyte.config.model_config import read_model_config
 from halfbyte.dtypes import ITEMSIZE
 from halfbyte.plan.architecture import FUSED, Architecture, architecture
@@ -60,11 +60,16 @@ class Base:
         return self.linears + self.embeddings + self.head + self.other
 
 
-def four_bit_bytes(weights: int, blocksize: int, double_quant: bool) -> int:
-    """codes ceil(n/2); scales: a byte a block and 4 bytes for 256 of them, or 4 bytes a block."""
-    blocks = -(-weights // blocksize)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if double_quant else 4 * blocks
-    return -(-weights // 2) + scales
+def quantized_bytes(weights: int, quant: QuantConfig) -> int:
+    """codes ceil(n bits/8); scales: a byte a block and 4 bytes for 256 of them, or 4 bytes a block."""
+    blocks = -(-weights // quant.blocksize)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if quant.double_quant else 4 * blocks
+    return -(-weights * bits_of(quant.quant_type) // 8) + scales
+
+
+def stored_bits(tensors: dict[str, StoredTensor], name: str) -> int:
+    """Of a code of the stored weight `name`, by the key of its JSON."""
+    return next((bits_of(key.rpartition("__")[2]) for key in STATE_KEYS if f"{name}.{key}" in tensors), 4)
 
 
 def int8_bytes(shape: tuple[int, ...]) -> int:
@@ -77,10 +82,10 @@ def slice_bytes(tensor: StoredTensor) -> int:
     return min(tensor.elements, SLICE_ELEMENTS) * ITEMSIZE[tensor.dtype]
 
 
-def load_extra(weights: int, itemsize: int, blocksize: int) -> int:
-    """A slice as it is stored, and the codes (n/2) and float32 scales (4 n/b) in parts, before they are joined."""
-    in_parts = -(-weights // 2) if weights > SLICE_ELEMENTS else 0
-    return min(weights, SLICE_ELEMENTS) * itemsize + in_parts + 3 * 4 * -(-weights // blocksize)
+def load_extra(weights: int, itemsize: int, quant: QuantConfig) -> int:
+    """A slice as it is stored, and the codes (n bits/8) and float32 scales (4 n/b) in parts, before they are one."""
+    in_parts = -(-weights * bits_of(quant.quant_type) // 8) if weights > SLICE_ELEMENTS else 0
+    return min(weights, SLICE_ELEMENTS) * itemsize + in_parts + 3 * 4 * -(-weights // quant.blocksize)
 
 
 def read_base(path: str, quant: QuantConfig, compute_dtype: str) -> Base:
@@ -167,13 +172,13 @@ def _base(
             head += 0 if arch.tied else _table_bytes(tensor, last, int8)
             extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif tensor.dtype == "uint8":  # bitsandbytes' codes
-            linears, weights = linears + tensor.nbytes, weights + 2 * tensor.nbytes
+            linears, weights = linears + tensor.nbytes, weights + 8 * tensor.nbytes // stored_bits(tensors, name)
         elif leaf != "weight" or len(tensor.shape) > 2 or _skipped(module, quant):
             other += tensor.nbytes
         else:
-            linears += four_bit_bytes(tensor.elements, quant.blocksize, quant.double_quant)
+            linears += quantized_bytes(tensor.elements, quant)
             weights += tensor.elements
-            extra = max(extra, load_extra(tensor.elements, ITEMSIZE[tensor.dtype], quant.blocksize))
+            extra = max(extra, load_extra(tensor.elements, ITEMSIZE[tensor.dtype], quant))
     return Base(
         architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
         other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,

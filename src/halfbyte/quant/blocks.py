@@ -16,21 +16,21 @@ def num_blocks(num_weights: int, blocksize: int) -> int:
     return -(-num_weights // blocksize)
 
 
-def num_code_bytes(num_weights: int) -> int:
-    """Bytes of packed codes: two to a byte, an odd last one padded."""
-    return -(-num_weights // 2)
+def num_code_bytes(num_weights: int, bits: int = 4) -> int:
+    """Bytes of packed codes, one code after the other, the last byte padded."""
+    return -(-num_weights * bits // 8)
 
 
-def quantized_bytes(shape: tuple[int, ...], blocksize: int, double_quant: bool) -> int:
-    """Bytes of the codes and scales of a weight of `shape` (16-entry and 256-entry tables are shared, not counted)."""
+def quantized_bytes(shape: tuple[int, ...], blocksize: int, double_quant: bool, bits: int = 4) -> int:
+    """Bytes of the codes and scales of a weight of `shape` (tables of codes and scales are shared, not counted)."""
     blocks = num_blocks(prod(shape), blocksize)
     scales = blocks + 4 * num_blocks(blocks, NESTED_BLOCKSIZE) if double_quant else 4 * blocks
-    return num_code_bytes(prod(shape)) + scales
+    return num_code_bytes(prod(shape), bits) + scales
 
 
-def bits_per_weight(blocksize: int, double_quant: bool) -> float:
+def bits_per_weight(blocksize: int, double_quant: bool, bits: int = 4) -> float:
     """Bits of a weight in a large layer: 4.127 for blocks of 64 with double quantization, 4.5 without."""
-    return 4 + (8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double_quant else 32 / blocksize)
+    return bits + (8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double_quant else 32 / blocksize)
 
 
 def slice_rows(shape: tuple[int, ...], blocksize: int, max_elements: int) -> int:

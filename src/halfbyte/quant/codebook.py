@@ -26,6 +26,10 @@ NF4 = (
 )
 """4-bit NormalFloat: quantiles of N(0, 1), 7 negative, 0 and 8 positive."""
 
+NF3 = (-1.0, -0.47862916, -0.21714054, 0.0, 0.1609302, 0.33791524, 0.562617, 1.0)
+NF2 = (-1.0, 0.0, 0.33791524, 1.0)
+"""The rule of NF4 for 3 and 2 bits."""
+
 FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of FP4 codes 0 to 7, times 12; codes 8 to 15 are their negatives. Not the order of MXFP4."""
 
@@ -114,15 +118,15 @@ _UNSIGNED_MAGNITUDES = (
 
 @dataclass(frozen=True)
 class Codebook:
-    """Sixteen values and what it takes to find the nearest one.
+    """2**bits values and what it takes to find the nearest one.
 
     Attributes:
-        values: (16,) float32, by code.
-        boundaries: (15,) float32, midpoints of neighbouring values in ascending order.
+        values: (2**bits,) float32, by code.
+        boundaries: one fewer, float32, midpoints of neighbouring values in ascending order.
+        order: (2**bits,) uint8, the code of the k-th smallest value.
+        zero_code: the code whose value is 0, used for padding and for all-zero blocks.
         top: the value that a block's largest magnitude gets; its scale is that magnitude over this.
         signed: the scale has the sign of the block's largest weight.
-        order: (16,) uint8, the code of the k-th smallest value.
-        zero_code: the code whose value is 0, used for padding and for all-zero blocks.
     """
 
     values: Tensor
@@ -135,12 +139,17 @@ class Codebook:
 
     @cached_property
     def levels(self) -> Tensor:
-        """(16,) float32, the values in ascending order."""
+        """`values` in ascending order."""
         return self.values[self.order.int()]
 
     @cached_property
+    def sixteen(self) -> Tensor:
+        """(16,) float32: `values` and zeros, a table as kernels read it."""
+        return torch.nn.functional.pad(self.values, (0, max(16 - self.values.numel(), 0)))
+
+    @cached_property
     def unit_boundaries(self) -> Tensor:
-        """(15,) float32, `boundaries` of a weight divided by its block's largest magnitude."""
+        """`boundaries` of a weight divided by its block's largest magnitude."""
         return self.boundaries / self.top
 
     def scales(self, absmax: Tensor) -> Tensor:
@@ -156,8 +165,14 @@ def codebook(quant_type: str, blocksize: int) -> Codebook:
     if quant_type == "fp4":
         magnitudes = torch.tensor(FP4_TWELFTHS, dtype=torch.float32) / 12
         return _codebook(torch.cat([magnitudes, -magnitudes]).tolist())
+    if quant_type == "nf3":
+        return _codebook(NF3)
+    if quant_type == "nf2":
+        return _codebook(NF2)
     if quant_type == "int4":
         return replace(_codebook(range(-8, 8)), top=7.0)
+    if quant_type == "int8":  # two's complement, as the products with a frozen matrix in int8 read it
+        return replace(_codebook([*range(128), *range(-128, 0)]), top=127.0)
     tables = {"af4": AF4, "bof4": BOF4, "bof4-s": BOF4_S}
     if quant_type not in tables:
         raise ValueError(f"unknown quant_type {quant_type!r}: choose from {', '.join(QUANT_TYPES)}")

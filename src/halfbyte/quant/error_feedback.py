@@ -14,10 +14,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import compress_absmax, expand_absmax
 from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.nibbles import pack_nibbles
+from halfbyte.quant.nibbles import pack_codes
 from halfbyte.quant.scales import fitted_scales
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -119,7 +120,7 @@ def ranks_with_feedback(
 def round_with_feedback(
     wanted: Tensor, moments: Moments, plain: QuantizedWeight, sweeps: int = 0, *, refit: bool = False
 ) -> QuantizedWeight:
-    """`plain`, a 4-bit form of `wanted` (out, in), with other codes: W such that x W^T is close to x wanted^T.
+    """`plain`, a quantized form of `wanted` (out, in), with other codes: W such that x W^T is close to x wanted^T.
 
     Args:
         refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
@@ -135,7 +136,8 @@ def round_with_feedback(
         other_ranks = ranks_with_feedback(wanted, moments, other_grid, sweeps, ranks)
         if _error(wanted, other_ranks, other_grid, moments) < _error(wanted, ranks, grid, moments):
             plain, ranks = other, other_ranks
-    return replace(plain, codes=pack_nibbles(table.order[ranks.reshape(-1).int()], table.zero_code))
+    codes = table.order[ranks.reshape(-1).int()]
+    return replace(plain, codes=pack_codes(codes, bits_of(plain.quant_type), table.zero_code))
 
 
 def _with_scales(plain: QuantizedWeight, scales: Tensor) -> QuantizedWeight:

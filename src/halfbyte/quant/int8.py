@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.blocks import INT8_BLOCK, num_blocks
 
 TINY = torch.finfo(torch.float32).tiny
@@ -42,6 +43,18 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     wide[..., : whole * INT8_BLOCK].unflatten(-1, (whole, INT8_BLOCK)).mul_(scales[..., :whole, None])
     wide[..., whole * INT8_BLOCK :].mul_(scales[..., whole:])
     return wide.to(dtype)
+
+
+def int8_rows(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
+    cols: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """A weight of the format "int8" as `quantize_int8` lays it out, over the same codes; None where it is not so."""
+    if quant_type != "int8" or blocksize < INT8_BLOCK or not cols or cols % blocksize:
+        return None
+    scales = absmax if nested_absmax is None else expand_absmax(absmax, nested_absmax, nested_offset)
+    each = scales.repeat_interleave(blocksize // INT8_BLOCK) if blocksize > INT8_BLOCK else scales.contiguous()
+    return codes.contiguous().view(torch.int8).view(-1, cols), each.view(-1, cols // INT8_BLOCK)
 
 
 def check_int8(codes: Tensor, scales: Tensor) -> None:

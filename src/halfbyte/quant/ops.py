@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
 from halfbyte.quant.choose import choose_codes_reference
@@ -46,9 +47,14 @@ def require(condition: bool, message: Callable[[], str]) -> None:
         torch._check(False, message)
 
 
-def _check_weight(codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, blocksize: int, count: int) -> None:
+def _check_weight(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, quant_type: str, blocksize: int, count: int
+) -> None:
     require(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
-    require(codes.numel() == num_code_bytes(count), lambda: f"{codes.numel()} code bytes for {count} weights")
+    require(
+        codes.numel() == num_code_bytes(count, bits_of(quant_type)),
+        lambda: f"{codes.numel()} code bytes for {count} weights",
+    )
     scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
     require(absmax.dtype == scale_dtype, lambda: f"absmax must be {scale_dtype}, not {absmax.dtype}")
     require(absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights")
@@ -67,7 +73,7 @@ def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Ten
 @torch.library.register_fake("halfbyte::quantize_4bit")
 def _quantize_4bit_fake(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     torch._check(weight.is_floating_point(), lambda: f"cannot quantize {weight.dtype}")
-    codes = weight.new_empty(num_code_bytes(weight.numel()), dtype=torch.uint8)
+    codes = weight.new_empty(num_code_bytes(weight.numel(), bits_of(quant_type)), dtype=torch.uint8)
     return codes, weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
 
 
@@ -104,7 +110,7 @@ def _dequantize_4bit(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
     shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _check_weight(codes, absmax, nested_absmax, blocksize, prod(shape))
+    _check_weight(codes, absmax, nested_absmax, quant_type, blocksize, prod(shape))
     return dequantize_reference(
         codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, tuple(shape), dtype
     )
@@ -115,7 +121,7 @@ def _dequantize_4bit_fake(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,
     shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _check_weight(codes, absmax, nested_absmax, blocksize, prod(shape))
+    _check_weight(codes, absmax, nested_absmax, quant_type, blocksize, prod(shape))
     return codes.new_empty(shape, dtype=dtype)
 
 
@@ -135,7 +141,7 @@ def _linear_4bit_fake(
     x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
     blocksize: int, out_features: int, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    _check_weight(codes, absmax, nested_absmax, blocksize, out_features * x.shape[-1])
+    _check_weight(codes, absmax, nested_absmax, quant_type, blocksize, out_features * x.shape[-1])
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -156,7 +162,7 @@ def _linear_4bit_dx_fake(
     grad: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str,
     blocksize: int, in_features: int,
 ) -> Tensor:  # fmt: skip
-    _check_weight(codes, absmax, nested_absmax, blocksize, in_features * grad.shape[-1])
+    _check_weight(codes, absmax, nested_absmax, quant_type, blocksize, in_features * grad.shape[-1])
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 

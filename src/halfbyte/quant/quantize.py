@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.base import QuantConfig
+from halfbyte.config.formats import bits_of
 from halfbyte.errors import ModelError
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import num_code_bytes
@@ -59,7 +60,7 @@ def quantize_slices(
     """
     quantizer = SliceQuantizer(slices, shape, dtype, config, name=name, importance=importance)
     parts = quantizer.codes()
-    codes, count = next(parts), num_code_bytes(prod(shape))
+    codes, count = next(parts), num_code_bytes(prod(shape), bits_of(config.quant_type))
     if codes.numel() < count:
         whole, filled = lasting(count) if codes.device.type == "cpu" else codes.new_empty(count), 0
         for part in chain([codes], parts):

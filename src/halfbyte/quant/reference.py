@@ -7,10 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import TINY, expand_absmax
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.nibbles import pack_nibbles, unpack_nibbles
+from halfbyte.quant.nibbles import pack_codes, unpack_codes
 
 
 def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple
         weight: any shape, float32, bfloat16 or float16, finite.
 
     Returns:
-        codes (ceil(n/2),) uint8, absmax (ceil(n/blocksize),) float32.
+        codes (num_code_bytes(n, bits),) uint8, absmax (ceil(n/blocksize),) float32.
     """
     table = codebook(quant_type, blocksize)
     flat = weight.detach().reshape(-1).float()
@@ -39,7 +40,7 @@ def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple
         scaled = torch.cat([scaled, tail / tail_absmax.clamp(min=TINY)])
     ranks = torch.bucketize(scaled, table.unit_boundaries.to(flat.device), out_int32=True)
     codes = table.order.to(flat.device)[ranks]
-    return pack_nibbles(codes, table.zero_code), table.scales(absmax)
+    return pack_codes(codes, bits_of(quant_type), table.zero_code), table.scales(absmax)
 
 
 def dequantize_reference(
@@ -55,12 +56,13 @@ def dequantize_reference(
     """``codebook[code] * scale`` in float32, then one rounding to `dtype`; shape `shape`.
 
     Args:
-        codes: (ceil(n/2),) uint8, any view of it.
+        codes: (num_code_bytes(n, bits),) uint8, any view of it.
         absmax: (ceil(n/blocksize),) float32; uint8 under double quantization, when `nested_absmax` is given.
     """
     if nested_absmax is not None:
         absmax = expand_absmax(absmax, nested_absmax, nested_offset)
     count = prod(shape)
-    values = codebook(quant_type, blocksize).values.to(codes.device)[unpack_nibbles(codes.reshape(-1), count).int()]
+    ranks = unpack_codes(codes.reshape(-1), bits_of(quant_type), count).int()
+    values = codebook(quant_type, blocksize).values.to(codes.device)[ranks]
     scales = absmax.repeat_interleave(blocksize)[:count] if num_blocks(count, blocksize) else absmax
     return (values * scales).view(shape).to(dtype)

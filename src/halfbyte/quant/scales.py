@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import Codebook, codebook
-from halfbyte.quant.nibbles import pack_nibbles
+from halfbyte.quant.nibbles import pack_codes
 
 FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
 """Candidates, as parts of the largest magnitude; what is between them is found in closed form."""
+NARROW_FACTORS = (0.36, 0.42, 0.48, 0.54, 0.60, *FACTORS)
+"""With up to eight values, where it pays to cut more off."""
 FLOOR = 1e-3
 """Least importance of a column, as a part of their mean: a column that never fired in calibration may fire later."""
 RIDGE = 1e-4
@@ -67,7 +70,7 @@ def least_error_scales_reference(
 
 
 def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
-    """(ceil(n/2),) uint8: the nearest code of every weight to the (num_blocks,) `scales` it is decoded with."""
+    """Packed: the nearest code of every weight to the (num_blocks,) `scales` it is decoded with."""
     flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
     codes = torch.empty(flat.numel(), dtype=torch.uint8)
     for start in range(0, flat.numel(), CHUNK):
@@ -75,7 +78,7 @@ def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize:
         ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], table.boundaries)
         part = codes[start : start + CHUNK]
         part.copy_(table.order[ranks.view(-1)[: len(part)]])
-    return pack_nibbles(codes, table.zero_code)
+    return pack_codes(codes, bits_of(quant_type), table.zero_code)
 
 
 def double_quantized(scales: Tensor) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
@@ -115,7 +118,7 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
 
 def factors_of(table: Codebook, signed: bool) -> tuple[float, ...]:
     """The candidates, of both signs with `signed`."""
-    factors = tuple(factor / table.top for factor in FACTORS)
+    factors = tuple(factor / table.top for factor in (FACTORS if table.values.numel() > 8 else NARROW_FACTORS))
     return factors + tuple(-factor for factor in factors) if signed else factors
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.base import BLOCKSIZES
-from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, STATE_KEYS, state_key
+from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, STATE_KEYS, bits_of, state_key
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import ops
 from halfbyte.quant.absmax import expand_absmax
@@ -29,10 +29,10 @@ SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight matrix in 4 bits.
+    """A weight matrix in 4 bits, or in as many as its format has.
 
     Attributes:
-        codes: (ceil(n/2),) uint8, two codes to a byte, the first in the high nibble.
+        codes: (num_code_bytes(n, bits),) uint8, one after the other, the first in the high bits of the first byte.
         absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization.
         nested_absmax: (ceil(len(absmax)/256),) float32 under double quantization, else None.
         nested_offset: mean of the scales under double quantization, else 0.
@@ -55,6 +55,11 @@ class QuantizedWeight:
     def double_quant(self) -> bool:
         """Whether the scales are themselves quantized."""
         return self.nested_absmax is not None
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return bits_of(self.quant_type)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +89,8 @@ class QuantizedWeight:
             count = min(rows, self.shape[0] - start)
             first, last = start * row, (start + count) * row
             yield replace(
-                self, codes=self.codes[first // 2 : num_code_bytes(last)], nested_absmax=None, nested_offset=0.0,
+                self, codes=self.codes[first * self.bits // 8 : num_code_bytes(last, self.bits)],
+                nested_absmax=None, nested_offset=0.0,
                 absmax=scales[first // self.blocksize : -(-last // self.blocksize)], shape=(count, *self.shape[1:]),
             )  # fmt: skip
 
@@ -150,7 +156,7 @@ class QuantizedWeight:
             **numbers | {"nested_offset": numbers["nested_offset"] or 0.0},
         )
         try:
-            ops._check_weight(weight.codes, weight.absmax, weight.nested_absmax, weight.blocksize, prod(weight.shape))
+            ops._check_weight(*weight.op_args[:3], *weight.op_args[4:], prod(weight.shape))
         except RuntimeError as error:
             raise ModelError("does not hold what its quant_state says", where=name, why=str(error)) from None
         scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.config.formats import bits_of
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.group import Member
 from halfbyte.kernels.triton.codec import RUN, RUNS_PER_PROGRAM, decode_part
@@ -72,9 +73,9 @@ def adapters_kernel(
 
 def knows(members: Sequence[Member], columns: int) -> bool:
     """Is this group a case for these kernels: few members, all double-quantized or none, blocks of a power of two?"""
-    blocksize = members[0].weight[5]
+    quant_type, blocksize = members[0].weight[4:]
     nested = {member.weight[2] is None for member in members}
-    return len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
+    return bits_of(quant_type) == 4 and len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
         blocksize >= LEAST_BLOCKSIZE and blocksize & (blocksize - 1) == 0
     )  # fmt: skip
 

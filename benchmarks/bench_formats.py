@@ -1,0 +1,92 @@
+"""What each format of a base loses: bits, squared error, perplexity with and without calibration, speed of a product.
+
+usage: bench_formats.py [--formats nf4,int4,...] [--work DIR]
+
+SmolLM2-135M and the demo's questions: perplexity of 120 held-out answers and of prose that calibration did not see;
+the error of its weights and of normal ones; a layer's product with 1 and 256 rows of x. Results are added to those
+stored before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_fidelity import EXACT, prose_file
+from common import docstring_data, halfbyte, smollm2_folder, write_result
+
+import halfbyte as hb
+from halfbyte.compare.weights import weight_report
+from halfbyte.config import load_config
+from halfbyte.config.formats import QUANT_TYPES
+
+RESULT = Path(__file__).parent / "results" / "formats.json"
+EVAL = ["--set", "quant.compute_dtype=float32"]
+ROWS = (1, 256)
+
+
+def perplexities(base: str, texts: dict[str, str], *more: str) -> dict[str, float]:
+    """Of each text."""
+    return {
+        name: math.exp(halfbyte("eval", "--model", base, "--data", text, *EVAL, *more)["loss"])
+        for name, text in texts.items()
+    }
+
+
+def normal_error(quant_type: str, *, scale: str) -> float:
+    """Squared error over squares, of normal weights."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    wrong = hb.quantize(weight, quant_type=quant_type, scale=scale).dequantize() - weight
+    return float(wrong.square().sum() / weight.square().sum())
+
+
+def product_seconds(quant_type: str, rows: int, least: int = 9) -> float:
+    """The least of some, of a 4096 x 4096 weight, x in float32."""
+    torch.manual_seed(0)
+    layer = hb.Linear4bit.from_weight(torch.randn(4096, 4096) * 0.02, quant_type=quant_type)
+    x, found = torch.randn(rows, 4096), []
+    for _ in range(least):
+        started = time.perf_counter()
+        layer(x)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path) -> dict[str, Any]:
+    """One format's row."""
+    row: dict[str, Any] = {"seconds": {str(rows): product_seconds(name, rows) for rows in ROWS}}
+    row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
+    base = work / "base"
+    for key, more in (("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])):
+        made = halfbyte("quantize", "--model", model, "--output", str(base), "--quant-type", name, *more)
+        row["bits"] = made["bits_per_weight"]
+        error = weight_report(load_config(None, [f"model.path={model}"]), base).error
+        row[key] = {"error": error, "quantize_seconds": made["seconds"], **perplexities(str(base), texts)}
+    return row
+
+
+def main() -> None:
+    """Run, print, write results/formats.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(QUANT_TYPES))
+    parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    options = parser.parse_args()
+    model = str(smollm2_folder(options.work / "model"))
+    train, held_out = map(str, docstring_data(options.work))
+    texts = {"answers": held_out, "prose": str(prose_file(options.work))}
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    if "16 bits" not in rows:
+        rows["16 bits"] = {"bits": 16, "plain": perplexities(model, texts, *EXACT[:2])}
+    for name in options.formats.split(","):
+        rows[name] = measure(name, model, train, texts, options.work)
+        print(name, json.dumps(rows[name]), flush=True)
+        write_result(RESULT, {"rows": rows})  # after each, for they are minutes
+
+
+if __name__ == "__main__":
+    main()
