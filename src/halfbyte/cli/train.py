@@ -52,6 +52,10 @@ def train(
     device: Device = None,
     memory: Memory = None,
     host_memory: HostMemory = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="A page of the run while it goes on, on this machine alone.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the dashboard; 0: a free one.")] = 0,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -73,16 +77,16 @@ def train(
             "--host-memory": ("memory.host_budget", host_memory),
         })  # fmt: skip
         check_run(run)
-    from halfbyte.cli.progress import TrainProgress  # after the settings are known to be good: this loads torch
+    from halfbyte.cli.watching import watched  # after the settings are known to be good: this loads torch
     from halfbyte.kernels import panel_rule
     from halfbyte.plan import speed_key, write_calibration
     from halfbyte.train import train as run_training
 
     ranks = ranks_of(os.environ)
-    progress = TrainProgress(console()) if ranks.leads else None
-    with one_voice(os.environ, InterruptedRunError), saying_what_is_kept(run), progress or nullcontext():
+    watching = watched(run, console(), port=port if dashboard else None) if ranks.leads else nullcontext()
+    with one_voice(os.environ, InterruptedRunError), saying_what_is_kept(run), watching as observer:
         machine = known_machine()
-        result = run_training(run, observer=progress, machine=machine, ranks=ranks)
+        result = run_training(run, observer=observer, machine=machine, ranks=ranks)
     if not ranks.leads:
         return
     gflops = {speed_key(run, machine): result.gflops} if result.gflops else {}

@@ -139,6 +139,17 @@ class TrainConfig:
         require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """[log]: who hears of the run while it goes on."""
+
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """live (a view that draws itself anew), plain (lines), none; auto: live on a terminal, plain elsewhere."""
+
+    def __post_init__(self) -> None:
+        require_choice("log.progress", self.progress, ("auto", "live", "plain", "none"))
+
+
 LEAST_PAGES = 8192
 """Bytes of two pages (store/page_pool.py)."""
 

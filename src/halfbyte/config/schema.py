@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.config.base import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.config.limits import LimitsConfig
-from halfbyte.config.running import DataConfig, MemoryConfig, OptimConfig, TrainConfig, warmup_of
+from halfbyte.config.running import DataConfig, LogConfig, MemoryConfig, OptimConfig, TrainConfig, warmup_of
 from halfbyte.errors import ConfigError
 
 
@@ -54,6 +54,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:

@@ -152,7 +152,7 @@ def _labelled(marks: Points, names: Sequence[str], plane: _Plane) -> list[tuple[
 
 
 def _mark(plane: _Plane, at: float, name: str, end: float) -> str:
-    x = plane.x(at)
+    x = max(plane.x(at), LEFT)
     line = f'<path class=mark d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
     return line + (f"<text x={x + 3:.1f} y={HEIGHT - BOTTOM - 5}>{escape(name)}</text>" if name else "")
 

@@ -53,9 +53,14 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 """Control characters, those that turn the direction of what follows, and halves of characters."""
 
 
+def legible(said: object) -> str:
+    """`said` with what cannot be seen spelled out: data must drive neither a page nor a terminal."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(said))
+
+
 def text(said: object) -> str:
     """`said` as HTML that shows it, whatever it is."""
-    return escape(_UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(said)))
+    return escape(legible(said))
 
 
 def page(title: str, parts: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ def run_page(run: RunReport) -> str:
     """The whole page."""
     parts = [
         heading(run), cards(run), curves(run), exchanges(run.answers), planned(run), masks(run.samples),
-        _settings(run), _facts(run),
+        _settings(run), _facts(run), notes(run),
     ]  # fmt: skip
     return page(f"{run.title}: halfbyte", parts)
 
@@ -150,9 +150,13 @@ def _facts(run: RunReport) -> str:
         parts.append(f"<h2>{text(title)}</h2>{table([], rows, 'names')}")
     if run.command:
         parts.append(f"<h2>Again</h2><pre>{text(run.command)}</pre>")
-    told = "\n".join(run.notes[:MOST_NOTES])
-    parts.append(f"<details><summary>decisions, as they were told</summary><pre>{text(told)}</pre></details>")
     return "".join(parts)
+
+
+def notes(run: RunReport) -> str:
+    """What was decided, as it was told."""
+    told = "\n".join(run.notes[:MOST_NOTES])
+    return f"<details><summary>decisions, as they were told</summary><pre>{text(told)}</pre></details>"
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from halfbyte.report import LOOPBACK
 from halfbyte.serve.errors import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -31,7 +32,6 @@ OPEN = frozenset({b"/"})
 FOR_USERS = frozenset({b"/health", b"/metrics", b"/openapi.json"})
 _FOR_USERS_BELOW = re.compile(rb"/v1/[A-Za-z0-9._/-]+")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Guard:
 
     def _judge(self, scope: Scope, headers: dict[bytes, str]) -> None:
         """Raises ApiError where the request may not go on."""
-        if self._local_only and not _LOOPBACK.match(headers.get(b"host", "")):
+        if self._local_only and not LOOPBACK.match(headers.get(b"host", "")):
             raise ApiError(421, "this server answers on loopback: no such host here")
         path = scope.get("raw_path") or scope["path"].encode()
         if path in OPEN:

@@ -5,10 +5,10 @@ from types import ModuleType
 from typing import Any
 
 from halfbyte.train.loop import train
-from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.observer import Observer, Observers, StepMetrics
 from halfbyte.train.result import TrainResult
 
-__all__ = ["Observer", "StepMetrics", "TrainResult", "train"]
+__all__ = ["Observer", "Observers", "StepMetrics", "TrainResult", "train"]
 
 
 class _Room(ModuleType):

@@ -60,3 +60,46 @@ class Observer:
 
     def on_save(self, path: Path) -> None:
         """A checkpoint or the adapter is complete on disk."""
+
+
+class Observers(Observer):
+    """Tells several what it is told."""
+
+    def __init__(self, *listeners: Observer) -> None:
+        self.listeners = listeners
+
+    def on_begin(self, story: Story) -> None:
+        for listener in self.listeners:
+            listener.on_begin(story)
+
+    def on_phase(self, name: str) -> None:
+        for listener in self.listeners:
+            listener.on_phase(name)
+
+    def on_plan(self, config: RunConfig, plan: Plan) -> None:
+        for listener in self.listeners:
+            listener.on_plan(config, plan)
+
+    def note(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.note(text)
+
+    def load_progress(self, done: int, total: int, name: str) -> None:
+        for listener in self.listeners:
+            listener.load_progress(done, total, name)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        for listener in self.listeners:
+            listener.on_step(metrics)
+
+    def eval_progress(self, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener.eval_progress(done, total)
+
+    def on_eval(self, step: int, loss: float) -> None:
+        for listener in self.listeners:
+            listener.on_eval(step, loss)
+
+    def on_save(self, path: Path) -> None:
+        for listener in self.listeners:
+            listener.on_save(path)

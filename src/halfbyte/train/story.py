@@ -22,7 +22,7 @@ from halfbyte.plan import Plan
 from halfbyte.report import Answer, RunReport, Shown
 from halfbyte.train.gpu import peaks
 from halfbyte.train.metrics import Metrics
-from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.observer import Observer, Observers
 from halfbyte.train.setup import Run
 from halfbyte.train.trace import MemoryTrace
 
@@ -39,7 +39,7 @@ _TERMS = {
 """A loaded model's groups by the plan's names."""
 
 
-class Story(Observer):
+class Story(Observers):
     """An observer between the run and `listener`, which hears all of it and is given this story first.
 
     Attributes:
@@ -50,6 +50,7 @@ class Story(Observer):
     """
 
     def __init__(self, config: RunConfig, listener: Observer, trace: MemoryTrace, device: torch.device) -> None:
+        super().__init__(listener)
         self.config, self.trace = config, trace
         self.plan: Plan | None = None
         self.run: Run | None = None
@@ -57,41 +58,32 @@ class Story(Observer):
         self.answers: Sequence[Answer] = ()
         self.state = "prepare"
         self.notes: list[str] = []
-        self._listener, self._device = listener, device
+        self._device = device
         self._began = time.time()
-        listener.on_begin(self)
+        self._samples: Sequence[Shown] = ()
+        self.on_begin(self)
 
     def on_phase(self, name: str) -> None:
         self.state = name
         self.trace.enter(name)
-        self._listener.on_phase(name)
+        super().on_phase(name)
 
     def on_plan(self, config: RunConfig, plan: Plan) -> None:
         self.config, self.plan = config, plan
-        self._listener.on_plan(config, plan)
+        super().on_plan(config, plan)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-        self._listener.note(text)
+        super().note(text)
 
-    def load_progress(self, done: int, total: int, name: str) -> None:
-        self._listener.load_progress(done, total, name)
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self._listener.on_step(metrics)
-
-    def eval_progress(self, done: int, total: int) -> None:
-        self._listener.eval_progress(done, total)
-
-    def on_eval(self, step: int, loss: float) -> None:
-        self._listener.on_eval(step, loss)
-
-    def on_save(self, path: Path) -> None:
-        self._listener.on_save(path)
+    def _shown(self) -> Sequence[Shown]:
+        if self.run is not None and not self._samples:
+            self._samples = _samples(self.run)
+        return self._samples
 
     def report(self) -> RunReport:
         """What there is to say now."""
-        config, run = self.config, self.run
+        config, run, done = self.config, self.run, self.state == "finished"
         steps = list(self.metrics.steps) if self.metrics else []
         lately = steps[-LATELY:]
         return RunReport(
@@ -105,8 +97,9 @@ class Story(Observer):
             step_seconds=sum(m.seconds for m in lately) / len(lately) if lately else None,
             memory=self.trace.points(), phases=list(self.trace.phases), plan=self.plan, peaks=dict(self.trace.peaks),
             peak=peaks(self._device)[1], measured=_measured(run) if run else {},
-            samples=_samples(run) if run else (), answers=self.answers, config=to_dict(config),
-            defaults=to_dict(RunConfig()), facts=_facts(run), command=command_of(config), notes=list(self.notes),
+            samples=self._shown(), answers=self.answers, config=to_dict(config),
+            defaults=to_dict(RunConfig()), facts=_facts(run) if done else {}, command=command_of(config),
+            notes=list(self.notes),
         )  # fmt: skip
 
 
