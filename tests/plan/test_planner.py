@@ -15,6 +15,7 @@ from halfbyte.errors import ConfigError, ModelError
 from halfbyte.plan import Machine, Work, apply_choices, disk, plan, planner, worst_case
 from halfbyte.plan.base import read_base
 from halfbyte.plan.budget import container_limit
+from halfbyte.plan.gpu import Gpu
 from halfbyte.plan.picture import draw_plan
 from halfbyte.plan.time import seconds_per_step
 
@@ -275,6 +276,15 @@ def test_what_is_larger_than_the_budget_is_streamed(tmp_path: Path) -> None:
     resident = plan(config_of(path, data__max_seq_len=512), machine=MACHINE)
     assert resident.peak_memory > 9e9
     assert apply_choices(config, resident).memory.weights == "resident"
+
+
+def test_layers_that_stay_are_as_many_as_fit_on_a_gpu_whose_allocator_rounds_up(tmp_path: Path) -> None:
+    path = stored_in_4_bits(tmp_path / "large")
+    gpu = Machine(gpu=Gpu(name="any", memory=24 * 10**9, capability=8))
+    for budget in (5e9, 6e9, 7e9):
+        made = plan(config_of(path, memory__weights="stream", memory__budget=budget), machine=gpu)
+        assert made.fits
+        assert made.choices["resident_layers"] > 0
 
 
 def test_more_micro_batches_of_streamed_layers_keep_more_inputs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ def plan(
     chosen = config
     if budget is not None:
         chosen = next((each for each in candidates if peak(each) <= budget.bytes), candidates[-1])
-        chosen = _keep_what_fits(chosen, base, (budget.bytes - peak(chosen)) // machine.ranks)
+        chosen = _keep_what_fits(chosen, layer_bytes(base) * machine.ranks, base, budget.bytes, peak)
     own = _work(chosen, config, work)
     found = phases(chosen, base, machine, own)
     phase, moment = fullest(found)
@@ -178,13 +178,20 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
         yield replace(least, memory=replace(least.memory, weights="stream"))
 
 
-def _keep_what_fits(chosen: RunConfig, base: Base, room: int) -> RunConfig:
-    """`chosen` with as many of its streamed layers in memory as there is `room` for, all but a few."""
+def _keep_what_fits(
+    chosen: RunConfig, layer: int, base: Base, budget: int, peak: Callable[[RunConfig], int]
+) -> RunConfig:
+    """`chosen` with as many of its streamed layers, of `layer` bytes, in memory as `budget` has room for, but a few."""
+    room = budget - peak(chosen)
     if chosen.memory.weights != "stream" or room <= 0:
         return chosen
-    layers = chosen.memory.resident_layers + room // layer_bytes(base)
-    most = max(base.architecture.layers - RING, 0)
-    return replace(chosen, memory=replace(chosen.memory, resident_layers=min(layers, most)))
+    own = chosen.memory.resident_layers
+    most = min(own + room // layer, max(base.architecture.layers - RING, 0))
+    for layers in range(most, own, -1):  # a GPU's allocator rounds up: one or two fewer
+        kept = replace(chosen, memory=replace(chosen.memory, resident_layers=layers))
+        if peak(kept) <= budget:
+            return kept
+    return chosen
 
 
 def _smaller_batches(config: RunConfig) -> Iterator[RunConfig]:
