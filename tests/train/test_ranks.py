@@ -31,7 +31,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optim__schedule": "cosine",
     },
     "packed": {"train__micro_batch_size": 4},  # one pass is nine packs: of the ninth, three of four ranks have nothing
-    "one base for all": {"train__micro_batch_size": 2},
+    "one base for all": {"train__micro_batch_size": 4},
+    "sharded": {"train__micro_batch_size": 4},
+    "sharded, uneven": {"data__packing": False, "train__micro_batch_size": 20, "train__gradient_checkpointing": True},
+    "sharded, accumulation": {
+        "data__packing": False, "train__micro_batch_size": 8, "train__gradient_accumulation_steps": 2,
+        "optim__weight_decay": 0.1,
+    },
 }  # fmt: skip
 
 
@@ -60,8 +66,8 @@ def distance(one: Path, other: Path) -> float:
 @pytest.mark.parametrize(
     ("world", "names"),
     [
-        (2, ["uneven", "one base for all"]), (4, ["packed"]), pytest.param(2, [*VARIANTS], marks=pytest.mark.slow),
-        pytest.param(4, [*VARIANTS], marks=pytest.mark.slow),
+        (2, ["uneven", "one base for all", "sharded, accumulation"]), (4, ["packed", "sharded, uneven"]),
+        pytest.param(2, [*VARIANTS], marks=pytest.mark.slow), pytest.param(4, [*VARIANTS], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_as_one_process(
@@ -70,20 +76,19 @@ def test_as_one_process(
 ) -> None:  # fmt: skip
     """w ranks x batch n/w == 1 x n: unpacked, packed and accumulated, whatever is left over at an epoch's end. One
     process goes on from the ranks' checkpoint."""
+    stored = tmp_path / "stored"
+    quantize_model(str(tiny_llama), stored, QuantConfig())
     alone: dict[str, RunConfig] = {}
     together: dict[str, RunConfig] = {}
     for name in names:
         common = VARIANTS[name] | {"data__eval": str(eval_file), "train__steps": 4, "train__save_every": 4}
-        if name == "one base for all":
-            quantize_model(str(tiny_llama), tmp_path / "base", QuantConfig())
-            common["model__path"] = str(tmp_path / "base")
+        if "sharded" in name or "base" in name:
+            common["model__path"] = str(stored)
         alone[name] = make_run(f"{name}-alone", **common)
         part = {"train__micro_batch_size": common["train__micro_batch_size"] // world}
+        part |= {"train__sharding": "full"} if "sharded" in name else {}
         together[name] = make_run(f"{name}-{world}", **common | part)
-    file = tmp_path / "runs.jsonl"
-    file.write_text("\n".join(json.dumps(settings_of(config)) for config in together.values()))
-    done = under_torchrun(world, [DRIVER, file])
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_together(world, tmp_path, [*together.values()])
     for name in names:
         train(alone[name])
         check_alike(name, together[name], alone[name], record_property)
@@ -92,6 +97,34 @@ def test_as_one_process(
         output = together[name].train.output
         train(replace(longer, train=replace(longer.train, output=output)))
         check_alike(f"{name}, gone on alone", together[name], alone[name], record_property)
+
+
+def train_together(world: int, folder: Path, configs: list[RunConfig]) -> None:
+    file = folder / "runs.jsonl"
+    file.write_text("\n".join(json.dumps(settings_of(config)) for config in configs))
+    done = under_torchrun(world, [DRIVER, file])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sharded_equals_whole(make_run: Callable[..., RunConfig], tiny_llama: Path, tmp_path: Path) -> None:
+    """To the bit: gathered bytes are those of the files, and moments are the same whoever keeps them. Either goes on
+    from the other's checkpoint."""
+    quantize_model(str(tiny_llama), tmp_path / "stored", QuantConfig())
+    common = {
+        "model__path": str(tmp_path / "stored"), "data__packing": False, "train__micro_batch_size": 2,
+        "train__gradient_accumulation_steps": 2, "optim__bits": 8, "lora__r": 64, "train__save_every": 3,
+    }  # fmt: skip
+    whole = make_run("whole", **common)
+    sharded = make_run("sharded", **common, train__sharding="full")
+    first, second = (
+        make_run("mixed", **common | {"train__steps": steps, "train__sharding": sharding})
+        for steps, sharding in ((3, "none"), (6, "full"))
+    )
+    train_together(2, tmp_path, [whole, sharded, first, second])
+    files = "adapter/adapter_model.safetensors", "checkpoint-6/optimizer.safetensors"
+    for name in files:
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert [run for run in ("sharded", "mixed") if (tmp_path / run / name).read_bytes() != expected] == [], name
 
 
 def check_alike(name: str, one: RunConfig, other: RunConfig, record: Callable[[str, object], None]) -> None:

@@ -198,7 +198,8 @@ def test_accumulation_equals_a_larger_batch(make_run: MakeRun, packing: bool) ->
         if micro == 1:
             assert len({batch.num_targets for batch in batches}) > 1
         with run.objective.ready():
-            found.append((_accumulate_gradients(run, batches), gradients(run)))
+            targets = sum(batch.num_targets for batch in batches)
+            found.append((_accumulate_gradients(run, batches, targets), gradients(run)))
     for loss, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-6)
         compare_gradients(grads, found[0][1])

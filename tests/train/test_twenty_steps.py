@@ -78,7 +78,7 @@ def losses_of(run: Run) -> list[float]:
     cursor, losses = run.loader.start(), []
     for step in range(1, STEPS + 1):
         batch, cursor = run.loader.next_batch(cursor)
-        losses.append(_accumulate_gradients(run, [batch]))
+        losses.append(_accumulate_gradients(run, [batch], batch.num_targets))
         clip_grad_norm(run.model.parameters(), run.config.optim.max_grad_norm)
         _set_learning_rate(run, step)
         run.optimizer.step()

@@ -11,9 +11,9 @@ from halfbyte.errors import ConfigError
 
 ALLOWED = frozenset({
     "train.steps", "train.epochs", "train.save_every", "train.eval_every", "train.keep", "train.resume",
-    "train.output", "train.gradient_checkpointing", "data.eval", "optim.paged", "memory.budget", "memory.host_budget",
-    "memory.weights", "model.device",
-    "memory.resident_layers", "memory.activations", "memory.optimizer_budget", "memory.offload_dir",
+    "train.sharding", "train.output", "train.gradient_checkpointing", "data.eval", "optim.paged", "memory.budget",
+    "memory.host_budget", "memory.weights", "model.device", "memory.resident_layers", "memory.activations",
+    "memory.optimizer_budget", "memory.offload_dir",
 })  # fmt: skip
 """Settings a resumed run may change: none of them alters a step that was already taken."""
 

@@ -127,6 +127,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 keeps only the finished adapter."""
     keep: int = 2
     """Checkpoints kept, newest first."""
+    sharding: Literal["none", "full"] = "none"
+    """Of several ranks: full leaves each a part of the base's layers and of the moments, gathered when needed."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint in output if there is one; never; or a checkpoint folder."""
 
@@ -135,6 +137,7 @@ class TrainConfig:
                            ("eval_every", 0), ("save_every", 0), ("keep", 1)):  # fmt: skip
             value = getattr(self, key)
             require(value >= least, f"train.{key}", value, f"at least {least}")
+        require_choice("train.sharding", self.sharding, ("none", "full"))
         require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0 and finite")
         require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +29,9 @@ from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
 
+if TYPE_CHECKING:
+    from halfbyte.store.sharded import ShardedStore  # which loads FSDP2
+
 CPU = torch.device("cpu")
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name)."""
@@ -45,7 +48,7 @@ class LoadedModel:
         base_sha256: hash over the names and bytes of all its tensors, 4-bit weights as they are in memory.
         quant: {"quant_type": ..., "blocksize": ..., "double_quant": ...} of the weights in memory.
         inventory: dtypes and bytes by group, and what was left unquantized and why.
-        store: what lends the layers that are streamed their bytes, if any are.
+        store: what lends the layers their bytes that are streamed or sharded, if any are.
     """
 
     model: PreTrainedModel
@@ -54,7 +57,7 @@ class LoadedModel:
     base_sha256: str
     quant: dict[str, Any]
     inventory: Inventory
-    store: LayerStore | None = None
+    store: LayerStore | ShardedStore | None = None
 
     @property
     def origin(self) -> str:
@@ -68,7 +71,7 @@ class LoadedModel:
     @property
     def stream_text(self) -> str:
         """One sentence: what is streamed, and how; empty if nothing is."""
-        if self.store is None:
+        if not isinstance(self.store, LayerStore):
             return ""
         read, held = (format_bytes(size) for size in (self.store.stored_bytes, self.store.nbytes))
         layers = len(self.store.layers)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.shards import SafetensorsFolder, TensorInfo
@@ -16,6 +17,11 @@ from halfbyte.nn import Linear4bit
 from halfbyte.nn.row_embedding import RowEmbedding
 from halfbyte.nn.streamed import StreamedLayer
 from halfbyte.store import Extent, LayerStore, Memory, RowStore, spread
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from halfbyte.store.sharded import ShardedStore
 
 _LAYER = re.compile(r"(.*?\.\d+)\..+")
 """The decoder layer that a module belongs to: its name up to the first number."""
@@ -90,6 +96,24 @@ def stream_layers(
     for index, (layer, modules) in enumerate(layers.items()):
         StreamedLayer(store, index, [_linear4bit(model, name) for name in modules]).attach(model.get_submodule(layer))
     return store
+
+
+def shard_layers(model: nn.Module, store: LayerStore, mesh: DeviceMesh) -> ShardedStore:
+    """Have the layers of `model` that stream from `store` borrow from the ranks in `mesh`; each keeps a part."""
+    from halfbyte.store.sharded import ShardedStore  # loads FSDP2
+
+    def layers() -> Iterator[list[Tensor]]:
+        for index in range(len(store.layers)):
+            with store.use(index) as tensors:
+                yield tensors
+
+    sharded = ShardedStore(layers(), mesh)
+    store.close()
+    for module in model.modules():
+        layer = getattr(module, "streamed", None)
+        if isinstance(layer, StreamedLayer):
+            layer.move_to(sharded)
+    return sharded
 
 
 def stream_rows(

@@ -54,6 +54,10 @@ class StreamedLayer:
             finally:
                 self._take_away()
 
+    def move_to(self, store: Store) -> None:
+        """Borrow from `store` from now on, which has the same layers in the same order."""
+        self._store = store
+
     def attach(self, layer: nn.Module) -> None:
         """Have `layer`, a decoder layer as transformers made it, enter `in_memory` on every call without gradients."""
         layer.streamed = self  # type: ignore[assignment]

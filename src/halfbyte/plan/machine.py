@@ -40,6 +40,7 @@ class Machine:
             before that.
         gpu: the CUDA device, if there is one.
         ranks: processes of the run that share this machine's memory; each has a GPU of its own.
+        world: processes of the run on all machines.
     """
 
     threads: int = 1
@@ -49,6 +50,7 @@ class Machine:
     gflops: dict[str, float] = field(default_factory=dict)
     gpu: Gpu | None = None
     ranks: int = 1
+    world: int = 1
 
     @property
     def compute_dtype(self) -> str:

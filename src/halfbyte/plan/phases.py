@@ -17,6 +17,8 @@ BLOCK_ENDS = 2**21
 """What a layer's buffer holds beside its bytes: gaps that are read over, ends of blocks, a huge page's end."""
 RING = 3
 """Buffers of a layer each (store/layers.py)."""
+GATHERED = 3
+"""Layers' bytes beside a rank's part of them: one in use, the next as it comes and as it lies (store/sharded.py)."""
 MIN_EVAL_TOKENS = 2048
 """Of an evaluation batch, as train/loop.py takes them."""
 LEAST_8BIT, STATE_BLOCK = 4096, 256
@@ -61,7 +63,7 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
     """A layer's pass over `tokens` tokens."""
     dtype = compute_dtype(config, machine)
     # All micro-batches of a step pass a streamed layer before the next one is read.
-    together = config.train.gradient_accumulation_steps if config.memory.weights == "stream" else 1
+    together = config.train.gradient_accumulation_steps if apart(config) else 1
     if not config.train.gradient_checkpointing:  # then a micro-batch keeps all that it computes
         tokens, together = tokens * together, 1
     wanted = config.lora.target_modules
@@ -73,6 +75,11 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
         offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine), dora=config.lora.use_dora,
     )  # fmt: skip
+
+
+def apart(config: RunConfig) -> bool:
+    """Whether a layer's bytes are whole in memory only while it computes: streamed, or sharded over ranks."""
+    return config.memory.weights == "stream" or config.train.sharding == "full"
 
 
 def runs_fused(config: RunConfig, base: Base) -> bool:
@@ -105,9 +112,9 @@ def _row_squares(s: Sizes) -> int:
     return 4 * s.arch.layers * sum(s.stretched(group) for group in GROUPS)
 
 
-def states_in_memory(config: RunConfig, s: Sizes) -> int:
-    """All of the optimizer's states, or of paged ones their budget."""
-    states = state_bytes(s, config.optim.bits)
+def states_in_memory(config: RunConfig, s: Sizes, machine: Machine) -> int:
+    """All of the optimizer's states that are this rank's, or of paged ones their budget."""
+    states = state_bytes(s, config.optim.bits) // (machine.world if config.train.sharding == "full" else 1)
     return min(states, parse_bytes(config.memory.optimizer_budget)) if config.optim.paged else states
 
 
@@ -144,6 +151,8 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
     found = {"load": static(config, base, machine, work)}
     found["load"].where = "load"
     found["load"].hold("load_slice", slice=0 if s.on_gpu else base.load_extra)
+    if config.train.sharding == "full":  # layers come through the buffers of streamed ones
+        found["load"].hold("stream_ring", ring=RING * layer_bytes(base))
 
     def with_adapter(tokens: int, *, backward: bool, keep_history: bool = False) -> tuple[Ledger, Sizes]:
         led = static(config, base, machine, work)
@@ -157,13 +166,13 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
 
     accumulates = config.train.gradient_accumulation_steps > 1
     led, own = with_adapter(work.tokens, backward=True, keep_history=history)
-    led.hold("optimizer_states", states=states_in_memory(config, own))
+    led.hold("optimizer_states", states=states_in_memory(config, own, machine))
     if accumulates:
         led.hold("gradients", gradients=4 * adapter_parameters(own))
     targets = max(work.targets, 1)
     step.train(led, step.Pass(base=base, sizes=own, targets=targets, accumulate=accumulates))
     found["train"] = led
-    after_step = states_in_memory(config, own)
+    after_step = states_in_memory(config, own, machine)
     if config.data.eval:
         tokens = max(config.train.micro_batch_size * config.data.max_seq_len, MIN_EVAL_TOKENS, work.longest)
         led, own = with_adapter(tokens, backward=False)
@@ -173,8 +182,10 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
     led, own = with_adapter(1, backward=False)
     led.where = "save"
     led.hold("optimizer_states", states=after_step)
+    if config.train.sharding == "full":  # all ranks' together, for the checkpoint
+        led.hold("optimizer_states", collected=state_bytes(own, config.optim.bits))
     found["save"] = led
-    if config.data.eval and config.memory.weights != "stream":
+    if config.data.eval and not apart(config):
         found["generate"] = _generate(with_adapter(work.longest, backward=False), base, work, after_step)
     for led in found.values() if s.on_gpu else ():
         led.peak = _with_allocator(led.peak)
@@ -213,9 +224,12 @@ def static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledge
         kept = min(config.memory.resident_layers, base.architecture.layers)
         led.hold("linears_4bit", linears=base.nested + kept * layer)
         led.hold("stream_ring", ring=RING * layer)
+    elif config.train.sharding == "full":
+        led.hold("linears_4bit", linears=base.nested + -(-(base.linears - base.nested) // machine.world))
+        led.hold("gathered_layers", gathered=GATHERED * layer_bytes(base))
     else:
         led.hold("linears_4bit", linears=base.linears)
-    by_rows = config.memory.weights == "stream" and not base.architecture.tied
+    by_rows = apart(config) and not base.architecture.tied
     led.hold("embeddings", embeddings=0 if by_rows else base.embeddings)
     led.hold("head", head=base.head)
     led.hold("norms_and_other", other=base.other)

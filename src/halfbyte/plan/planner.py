@@ -21,6 +21,7 @@ from halfbyte.plan.merging import merge_memory
 from halfbyte.plan.phases import (
     RING,
     Work,
+    apart,
     compute_dtype,
     fullest,
     layer_bytes,
@@ -174,7 +175,7 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
     if config.memory.activations != "disk":
         least = replace(least, memory=replace(least.memory, activations="disk"))
         yield least
-    if config.memory.weights == "resident" and base.in_4_bits and base.architecture.fused:
+    if config.memory.weights == "resident" and not apart(config) and base.in_4_bits and base.architecture.fused:
         yield replace(least, memory=replace(least.memory, weights="stream"))
 
 

@@ -6,11 +6,12 @@ from halfbyte.config import RunConfig
 from halfbyte.plan.base import Base
 from halfbyte.plan.budget import Budget, on_gpu
 from halfbyte.plan.machine import Machine
+from halfbyte.plan.phases import apart
 
 
 def shared_bytes(config: RunConfig, base: Base, machine: Machine) -> int:
     """Of a rank's resident memory, what is the same pages in all ranks: a base that is stored in 4 bits, mapped."""
-    if machine.ranks == 1 or on_gpu(config, machine) or not base.in_4_bits or config.memory.weights == "stream":
+    if machine.ranks == 1 or on_gpu(config, machine) or not base.in_4_bits or apart(config):
         return 0
     return base.linears + (0 if base.int8_embeddings else base.embeddings + base.head)
 

@@ -40,7 +40,7 @@ def disk_bytes(config: RunConfig, base: Base, machine: Machine, work: Work) -> i
     """Read and written in an optimizer step: streamed layers forward and backward, pages and activations both ways."""
     s = sizes(config, base, machine, work.tokens)
     layers = max(s.arch.layers - config.memory.resident_layers, 0) if config.memory.weights == "stream" else 0
-    pages = state_bytes(s, config.optim.bits) - states_in_memory(config, s)
+    pages = state_bytes(s, config.optim.bits) - states_in_memory(config, s, machine) if config.optim.paged else 0
     micro_batches = config.train.gradient_accumulation_steps
     inputs = s.arch.layers * work.tokens * s.arch.hidden * s.itemsize if s.offloaded else 0
     return 2 * (layers * layer_bytes(base) + pages + micro_batches * inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -45,12 +46,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     total, targets, done = 0.0, 0, 0
-    for number, batch in enumerate(eval_batches(data, max_tokens)):
-        done += len(batch.seq_starts) - 1
-        if number % ranks.world != ranks.rank:
-            continue
-        total += float(objective.loss_sum(batch))
-        targets += batch.num_targets
+    batches = eval_batches(data, max_tokens)
+    while together := list(islice(batches, ranks.world)):
+        counts = ranks.rank < len(together)  # who has none at last computes all the same: layers may be gathered
+        batch = together[ranks.rank if counts else 0]
+        loss = float(objective.loss_sum(batch))
+        if counts:
+            total += loss
+            targets += batch.num_targets
+        done += sum(len(each.seq_starts) - 1 for each in together)
         if on_progress:
             on_progress(done, len(data))
     model.train(was_training)

@@ -7,6 +7,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from halfbyte.checkpoint import (
 )
 from halfbyte.config import RunConfig, hold_to, to_dict
 from halfbyte.config.schema import require_config
-from halfbyte.data import Batch, Cursor
+from halfbyte.data import Batch, Cursor, make_batch
 from halfbyte.dtypes import parse_bytes
 from halfbyte.kernels.buffers import release_unused, steady_memory
 from halfbyte.model.adapt import adapter_state, load_adapter_state
@@ -148,10 +149,12 @@ def _train(
             if asked or (last and config.train.save_every) or _due(step, config.train.save_every):
                 signals.saving = False
                 metrics.sync()
+                story.on_phase("save")
+                moments = run.moments()
                 if ranks.leads:
-                    story.on_phase("save")
-                    story.on_save(_save_checkpoint(run, output, step, cursor))
-                    story.on_phase("train")
+                    story.on_save(_save_checkpoint(run, output, step, cursor, moments))
+                del moments
+                story.on_phase("train")
     release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
     story.on_phase("save")
     if ranks.leads:
@@ -180,7 +183,9 @@ def update(
         check.after_backward(step)
     if grad_norm is not None:
         run.optimizer.step()
-    run.optimizer.zero_grad()
+        if run.owners:
+            run.owners.share()
+    run.model.zero_grad()
     if check and grad_norm is not None:
         check.after_update(step)
     return loss, grad_norm, lr
@@ -192,9 +197,11 @@ def _accumulate_gradients(run: Run, batches: list[Batch], targets: float) -> flo
     Streamed layers see all micro-batches before the next layer is read: the same sums in the same order.
     """
     total = 0.0
-    batches = [batch for batch in batches if batch.num_tokens]  # of an epoch's last ones a rank may have none
-    for together in [[batch] for batch in batches] if run.loaded.store is None else [batches]:
-        losses = [loss / targets for loss in run.objective.loss_sums(together)]
+    # Of an epoch's last ones a rank may have none; but it takes its part in gathering layers.
+    counted = [batch for batch in batches if batch.num_tokens]
+    idle = [] if counted or not run.owners else [make_batch(run.data, [0])]
+    for together in [[batch] for batch in counted] if run.loaded.store is None else [counted or idle]:
+        losses = [loss / targets * (not idle) for loss in run.objective.loss_sums(together)]
         torch.autograd.backward(losses)
         total += sum(float(loss.detach()) for loss in losses)
     run.ranks.sum_gradients(run.model.parameters())
@@ -223,7 +230,7 @@ def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, C
         current_hashes=run.hashes,
     )  # fmt: skip
     load_adapter_state(run.model, saved.adapter)
-    run.optimizer.load_state_dict(saved.optimizer)
+    run.load_moments(saved.optimizer)
     restore_rng(saved.rng)
     changed = "".join(f"; changed: {change}" for change in changes)
     observer.note(f"resumed from {path} after step {saved.step}{changed}")
@@ -232,10 +239,10 @@ def _resume_or_start(run: Run, output: Path, observer: Observer) -> tuple[int, C
     return saved.step, Cursor(**saved.cursor)
 
 
-def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor) -> Path:
+def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor, moments: dict[str, Any]) -> Path:
     path = save_checkpoint(
         output, step, adapter=adapter_state(run.model), adapter_config=run.peft_config, info=run.adapter_info(),
-        optimizer=run.optimizer.streamed_state_dict(), rng=capture_rng(), cursor=asdict(cursor),
+        optimizer=moments, rng=capture_rng(), cursor=asdict(cursor),
         config=to_dict(run.config), hashes=run.hashes, ranks=run.ranks.world,
     )  # fmt: skip
     prune_checkpoints(output, run.config.train.keep, step=step)

@@ -148,7 +148,10 @@ def plan_run(
         ResourceError: nothing fits; says the smallest budget that would, and what to change. Or a disk has less room
             than the run will take of it.
     """
-    machine = replace(machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows, ranks=ranks.local_world)
+    machine = replace(
+        machine, threads=torch.get_num_threads(), panel_rows=panel_rule().rows, ranks=ranks.local_world,
+        world=ranks.world,
+    )  # fmt: skip
     base = read_base(config.model.path, config.quant, compute_dtype(config, machine))
     runtime = cuda_bytes(device) if device.type == "cuda" else resident_memory() + GROWTH
     planned = _plan(config, data, base, machine, runtime, observer, ranks)

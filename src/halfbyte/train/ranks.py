@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -67,16 +68,23 @@ class Ranks:
 
     def first(self, value: Any) -> Any:
         """What rank 0 has for `value`, plain JSON."""
+        return self.said_by(0, value)
+
+    def said_by(self, rank: int, value: Any) -> Any:
+        """What `rank` has for `value`, plain JSON."""
         if self.world == 1:
             return value
-        text = json.dumps(value).encode() if self.leads else b""
+        text = json.dumps(value).encode() if self.rank == rank else b""
         (size,) = self.most(len(text))
-        data = torch.zeros(int(size), dtype=torch.uint8)
-        if self.leads:
-            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        data = torch.frombuffer(bytearray(text.ljust(int(size))), dtype=torch.uint8)
+        self.give([data], rank)
+        return json.loads(data.numpy().tobytes())
+
+    def give(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """Every rank's `tensors`, which are as large on all, become those of `rank`."""
         with _noticing_the_dead():
-            dist.broadcast(data, 0)
-        return json.loads(bytes(data.tolist()))
+            for tensor in tensors:
+                dist.broadcast(tensor, rank)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give each of `parameters` that is trained the sum of all ranks' gradients, the same to the bit on each."""
@@ -92,6 +100,10 @@ class Ranks:
                 dist.all_reduce(flat)
             for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All ranks in a row, as FSDP2 takes them."""
+        return init_device_mesh(device.type, (self.world,))
 
     def seed_step(self, seed: int, step: int) -> None:
         """Have random numbers (dropout) depend on seed, step and rank alone: no checkpoint need hold each rank's."""

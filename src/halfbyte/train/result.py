@@ -78,7 +78,7 @@ def finish(
     tokens_per_s, supervised_tokens_per_s = metrics.rates()
     answers: list[Answer] = []
     if run.loaded.store is not None:
-        story.note("answers: none are sampled, because each of their tokens would read the streamed base")
+        story.note("answers: none are sampled, because each of their tokens would fetch the whole base")
     elif run.eval_data is not None and run.ranks.leads:
         answers = answer_samples(run.model, run.tokenizer, run.eval_data, run.config.data)
     if metrics.steps and run.ranks.leads:
@@ -122,6 +122,8 @@ def _gflops(run: Run, metrics: Metrics, largest: int) -> float | None:
     planned for. None where all steps were small, or the disk may have set their pace."""
     memory, operations = run.config.memory, run.plan.pass_operations / largest
     rate = metrics.best_rate(least=max(TELLING_TOKENS, TELLING_OPERATIONS / operations))
-    if rate is None or memory.weights != "resident" or memory.activations == "disk" or run.config.optim.paged:
+    if rate is None or run.ranks.world > 1:
+        return None
+    if memory.weights != "resident" or memory.activations == "disk" or run.config.optim.paged:
         return None
     return rate * operations / 1e9

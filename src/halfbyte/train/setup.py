@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from halfbyte.kernels import panel_rule
 from halfbyte.model.adapt import CONFIG_KEY, START, attach_lora, begin_at
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
-from halfbyte.model.placement import Placement
+from halfbyte.model.placement import Placement, shard_layers
 from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
-from halfbyte.store import ActivationStore, memory_of
+from halfbyte.store import ActivationStore, LayerStore, memory_of
 from halfbyte.train.gpu import give_back, host_share, where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
+from halfbyte.train.owners import Owners
 from halfbyte.train.planning import in_the_same_parts, make_loader, offload_dir, plan_as_found, plan_run, steps_of
 from halfbyte.train.ranks import ALONE, Ranks
 
@@ -49,6 +50,7 @@ class Run:
         config: with the plan's choices.
         checkpoint: the one to go on from; None: a fresh start.
         ranks: the processes that train together.
+        owners: which of them keeps which moments, where they are sharded.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
         hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
@@ -71,6 +73,18 @@ class Run:
     hashes: dict[str, str]
     checkpoint: Path | None
     ranks: Ranks = ALONE
+    owners: Owners | None = None
+
+    def moments(self) -> dict[str, Any]:
+        """The optimizer's state for a checkpoint, to be read before the next step; where sharded, all ranks ask."""
+        return self.owners.state_dict(self.optimizer) if self.owners else self.optimizer.streamed_state_dict()
+
+    def load_moments(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint has of the optimizer."""
+        if self.owners:
+            self.owners.load_state_dict(self.optimizer, state)
+        else:
+            self.optimizer.load_state_dict(state)
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -121,12 +135,13 @@ def _prepare(
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
     _check_steps(config, data, ranks)
+    _check_sharding(config, ranks)
     checkpoint = _checkpoint_of(config, ranks)
     config = in_the_same_parts(config, checkpoint, observer, ranks)
     planned = plan_run(config, data, machine, observer, device, ranks)
     config = planned.config
     on_planned(planned.plan)
-    loaded = _load(config, planned.plan, device, observer)
+    loaded = _load(config, planned.plan, device, observer, ranks)
     model = _attach(loaded, config, observer)
     objective = Objective(loaded.model, _activations(config, device))
     if loaded.store is not None:
@@ -143,10 +158,11 @@ def _prepare(
     loader = make_loader(config, data, ranks)
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
+    optimizer, owners = _make_optimizer(config, model, observer, ranks)
     return Run(
         config=config, plan=planned.plan, worst=planned.worst, libraries=planned.libraries,
         device=device, tokenizer=tokenizer, data=data, eval_data=eval_data, loader=loader, loaded=loaded,
-        model=model, objective=objective, steps=steps, optimizer=_make_optimizer(config, model, observer),
+        model=model, objective=objective, steps=steps, optimizer=optimizer, owners=owners,
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
@@ -154,28 +170,51 @@ def _prepare(
     )  # fmt: skip
 
 
-def _load(config: RunConfig, made: Plan, device: torch.device, observer: Observer) -> LoadedModel:
+def _load(config: RunConfig, made: Plan, device: torch.device, observer: Observer, ranks: Ranks) -> LoadedModel:
     """The base as planned, and what is worth knowing of it."""
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
     if device.type == "cpu":
         observer.note(panel_rule().explain(compute_dtype))
     observer.on_phase("load")
+    sharded = config.train.sharding == "full"
     loaded = load_model(
         config.model.path, config.quant, compute_dtype=compute_dtype, device=device,
         placement=Placement(
-            weights="mmap" if made.shared else config.memory.weights, resident_layers=config.memory.resident_layers,
-            memory=memory_of(device), host_budget=host_share(config, device),
+            weights="stream" if sharded else "mmap" if made.shared else config.memory.weights,
+            resident_layers=config.memory.resident_layers, memory=memory_of(device),
+            host_budget=0 if sharded else host_share(config, device),
         ),
         on_progress=observer.load_progress,
     )  # fmt: skip
     observer.note(loaded.origin)
     if made.shared:
         observer.note(f"base: the machine's {made.ranks} ranks share one copy of {format_bytes(made.shared)}")
-    if loaded.store is not None:
+    if sharded and isinstance(loaded.store, LayerStore):
+        store = shard_layers(loaded.model, loaded.store, ranks.mesh(device))
+        loaded = replace(loaded, store=store)
+        part, whole = format_bytes(store.nbytes), format_bytes(store.stored_bytes)
+        observer.note(f"base: {part} of the layers' {whole} in each of {ranks.world} ranks, gathered as they compute")
+    elif loaded.store is not None:
         observer.note(loaded.stream_text)
     observer.note(str(loaded.inventory))
     return loaded
+
+
+def _check_sharding(config: RunConfig, ranks: Ranks) -> None:
+    """ConfigError where there is nothing to shard, or nobody to shard it with."""
+    if config.train.sharding == "none":
+        return
+    if ranks.world == 1:
+        raise ConfigError(
+            "'full' needs several ranks", where="train.sharding",
+            fix="Start them with: torchrun --nproc-per-node N -m halfbyte train, or set it to none",
+        )  # fmt: skip
+    if config.memory.weights != "resident":
+        raise ConfigError(
+            f"{config.memory.weights!r} and train.sharding=full are not possible together", where="memory.weights",
+            fix="Set memory.weights to resident, or train.sharding to none",
+        )  # fmt: skip
 
 
 def _check_steps(config: RunConfig, data: TokenizedData, ranks: Ranks) -> None:
@@ -254,9 +293,13 @@ def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
     return start
 
 
-def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer) -> AdamW:
+def _make_optimizer(
+    config: RunConfig, model: peft.PeftModel, observer: Observer, ranks: Ranks
+) -> tuple[AdamW, Owners | None]:
     optim = config.optim
     groups = lora_param_groups(model.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
+    owners = Owners(groups, ranks) if config.train.sharding == "full" else None
+    groups = owners.own_groups() if owners else groups
     optimizer = AdamW(
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, bits=optim.bits, paged=optim.paged,
         budget=config.memory.optimizer_budget if optim.paged else None,
@@ -264,7 +307,7 @@ def _make_optimizer(config: RunConfig, model: peft.PeftModel, observer: Observer
     )  # fmt: skip
     if optim.paged:
         observer.note(f"optimizer states: {optimizer.reserve()}")
-    return optimizer
+    return optimizer, owners
 
 
 def check_paths(config: RunConfig) -> None:
