@@ -198,23 +198,6 @@ def test_large_weights_that_are_not_quantized_are_listed_with_the_reason(llama: 
     assert len(listed) == 4
 
 
-def test_fused_experts_are_listed_and_warned_about(tmp_path: Path, caplog: Any) -> None:
-    config = hf.MixtralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
-    )  # fmt: skip
-    hf.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, "halfbyte"):
-        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HalfbyteConfig())
-    assert "fused expert weights" in caplog.text
-    listed = {name: reason for name, _, reason in inventory(model, large=1000).unquantized}
-    assert "fused expert weights" in listed["model.layers.0.mlp.experts.gate_up_proj"]
-    model.save_pretrained(tmp_path / "saved")
-    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=prequantized_config(tmp_path / "saved"))
-    ids = torch.arange(12)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
-
-
 def test_the_forward_compiles_to_one_graph(llama: Any) -> None:
     model = llama.load(quantization_config=HalfbyteConfig())
     ids = llama.batch()["input_ids"]

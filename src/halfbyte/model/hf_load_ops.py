@@ -33,6 +33,13 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         result: dict[str, Tensor] = {}
         for name, found in input_dict.items():
             value = _tensor(found)
+            if name in quantizer.experts:
+                try:
+                    quantizer.experts[name] = quantize_experts(value, name, settings)
+                except HalfbyteError as error:
+                    quantizer.refused.append(error)
+                result[name] = value.new_zeros(()).expand(value.shape)  # holds the place, no bytes
+                continue
             layer = _layer_of(model, name)
             if layer is None or not name.endswith(".weight"):
                 result[name] = value
@@ -83,6 +90,17 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
             self.hf_quantizer.refused.append(error)
             held = model.get_parameter(full_layer_name)
             return {"weight": nn.Parameter(torch.zeros_like(held, device="cpu"), held.requires_grad)}
+
+
+def quantize_experts(value: Tensor, name: str, settings: Any) -> list[QuantizedWeight]:
+    """(experts, out, in) to 4 bits, expert by expert: no block holds weights of two."""
+    return [
+        quantize(
+            expert, quant_type=settings.bnb_4bit_quant_type, blocksize=settings.blocksize,
+            double_quant=settings.bnb_4bit_use_double_quant, name=f"{name}[{number}]",
+        )
+        for number, expert in enumerate(value.detach())
+    ]  # fmt: skip
 
 
 def _tensor(found: Any) -> Tensor:

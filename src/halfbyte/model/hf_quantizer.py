@@ -26,10 +26,11 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from halfbyte.config.formats import STATE_KEYS
 from halfbyte.errors import HalfbyteError, ModelError, ResourceError
-from halfbyte.model.hf_load_ops import Deserialize, Quantize
+from halfbyte.model.hf_load_ops import Deserialize, Quantize, quantize_experts
 from halfbyte.model.inventory import EXPERTS, Inventory, expert_weights, inventory
 from halfbyte.model.source import METHOD
 from halfbyte.nn import Linear4bit
+from halfbyte.nn.experts import ExpertStack, is_covered, stacked, use_expert_stacks
 from halfbyte.quant import QuantizedWeight
 
 logger = logging.getLogger("halfbyte")
@@ -58,6 +59,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.loaded: dict[str, QuantizedWeight] = {}
         self.refused: list[HalfbyteError] = []
         self.merged_targets: set[tuple[str, ...]] = set()
+        self.experts: dict[str, list[QuantizedWeight]] = {}
         self.reasons: dict[str, str] = {}
         self._skip: list[str] = []
 
@@ -82,6 +84,8 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"": torch.cuda.current_device()} if device_map is None and torch.cuda.is_available() else device_map
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        if param_name in self.experts:
+            return True
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
@@ -121,6 +125,30 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # Initialised: no random numbers into packed bytes; taken back for each layer whose weight is found.
             vars(layer).update(from_conv1d=isinstance(module, Conv1D), _is_hf_initialized=True)
             model.set_submodule(name, layer)
+        if not self.pre_quantized:  # such a file holds its experts as they are
+            self.experts = {name: [] for name in self._stacked_experts(model)}
+
+    def _stacked_experts(self, model: Any) -> list[str]:
+        """3-D weights of experts: all of the model's, or none, for they compute in one way."""
+        modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
+        if not all(is_covered(module) for module in modules.values()):
+            return []
+        names = [f"{name}.{weight}" for name, module in modules.items() for weight in stacked(module)]
+        return names if all(should_convert_module(name, self._skip) for name in (*modules, *names)) else []
+
+    def _place_experts(self, model: Any) -> None:
+        for name, weights in self.experts.items():
+            module, leaf = get_module_from_name(model, name)
+            weights = weights or quantize_experts(getattr(module, leaf), name, self.quantization_config)
+            device = getattr(module, leaf).device
+            delattr(module, leaf)
+            stack = ExpertStack(
+                [weight.to(device) for weight in weights], self.quantization_config.bnb_4bit_compute_dtype
+            )
+            module.register_module(leaf, stack)
+            weights.clear()
+        if self.experts:
+            use_expert_stacks(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.refused:
@@ -135,6 +163,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.quantized_weight = self.loaded.pop(name).to(module.weight.device)
                 else:
                     self._initialise(model, name, module)
+        self._place_experts(model)
         # What is saved has the layout of the model's layers: packed weights cannot be split back into a checkpoint's.
         model._weight_conversions = [
             entry
@@ -191,6 +220,11 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace every Linear4bit by its plain layer with the decoded weight, inside PEFT's wrappers too."""
         for name, module in list(model.named_modules()):
+            if isinstance(module, ExpertStack):
+                parent, leaf = get_module_from_name(model, name)
+                delattr(parent, leaf)
+                parent.register_parameter(leaf, nn.Parameter(module.dequantize(dtype)))
+                model.config._experts_implementation = "eager"
             if not isinstance(module, Linear4bit):
                 continue
             plain = _plain_layer(module, module.dequantize(dtype))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
 from halfbyte.dtypes import format_bytes
 from halfbyte.nn import Linear4bit
+from halfbyte.nn.experts import ExpertStack
 
 LARGE = 1_000_000
 """Bytes above which a weight that is not quantized is listed with its reason."""
@@ -17,7 +19,7 @@ LARGE = 1_000_000
 LINEARS, EMBEDDINGS, HEAD, NORMS, OTHER = "4-bit linears", "embeddings", "head", "norms and biases", "other"
 GROUPS = (LINEARS, EMBEDDINGS, HEAD, NORMS, OTHER)
 
-EXPERTS = "fused expert weights (one 3-D tensor): not supported in 4 bits yet"
+EXPERTS = "fused expert weights (one 3-D tensor), stored so beside 4-bit layers or of a kind not supported in 4 bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,9 @@ def inventory(model: nn.Module, reasons: Mapping[str, str] | None = None, *, lar
     totals: dict[tuple[str, str], list[int]] = {}
     unquantized: list[tuple[str, int, str]] = []
     for name, tensor, module in _tensors(model):
-        if isinstance(module, Linear4bit) and name.endswith("weight"):
+        if isinstance(module, ExpertStack):
+            key, count, size = (LINEARS, module.like.quant_type), len(module) * prod(module.like.shape), module.nbytes
+        elif isinstance(module, Linear4bit) and name.endswith("weight"):
             weight = module.quantized_weight
             key, count, size = (LINEARS, weight.quant_type), module.in_features * module.out_features, weight.nbytes
         else:
@@ -105,7 +109,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
     return [
         (name, tensor, module)
         for name, tensor, module in owned
-        if isinstance(tensor, nn.Parameter) or not (isinstance(module, Linear4bit) or name.endswith(".scales"))
+        if isinstance(tensor, nn.Parameter)
+        or not (isinstance(module, Linear4bit | ExpertStack) or name.endswith(".scales"))
+        or (isinstance(module, ExpertStack) and tensor is module.codes)
     ]
 
 
