@@ -108,3 +108,17 @@ def test_refusals(model: Path, chat_file: Path, tmp_path: Path, made: Made) -> N
     again = hb.load_config(model__path=str(made[0]), quant__calibrate=str(chat_file))
     with pytest.raises(ConfigError, match="is already in 4 bits"):
         calibrate_model(again, tmp_path / "again")
+
+
+def test_without_a_text_of_ones_own(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`generic` is Python's own text: the same twice, recorded by its name, and no file of it is left."""
+    arguments = ["quantize", "--model", str(model), "--set", "quant.calibrate=generic", "--memory", "1GB", "--json"]
+    records = []
+    for name in ("one", "two"):
+        assert main([*arguments, "--output", str(tmp_path / name)]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert all(layer["outputs"] < layer["nearest"] for layer in found["layers"])
+        records.append(json.loads((tmp_path / name / "halfbyte.json").read_text())["calibrated"])
+    assert records[0] == records[1]
+    assert records[0]["data"] == "generic"
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()

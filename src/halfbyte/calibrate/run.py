@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from halfbyte.calibrate.write import CalibratedWriter, LayerError
 from halfbyte.checkpoint import versions, write_folder
 from halfbyte.checkpoint.shard_writer import ShardWriter
 from halfbyte.config import RunConfig
-from halfbyte.data import load_data
+from halfbyte.data import load_data, samples_file
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError, NumericsError, ResourceError
 from halfbyte.model.base_hash import BaseHash
@@ -64,6 +64,13 @@ def calibrate_model(
         DataError: the text cannot be read.
         ResourceError: the disk is full, or memory.budget too small for any text.
     """
+    with samples_file(config.quant.calibrate) as text:
+        return _calibrate(config, text, output, match, say, on_progress)
+
+
+def _calibrate(
+    config: RunConfig, text: str, output: str | Path, match: Match | None, say: Say, on_progress: Progress | None
+) -> CalibrateResult:
     started = time.perf_counter()
     path, quant = config.model.path, config.quant
     if config.lora.init not in ("random", "cloq"):
@@ -73,7 +80,7 @@ def calibrate_model(
         )  # fmt: skip
     job = open_unquantized(path, output, quant)
     tokenizer = load_tokenizer(path)
-    data = load_data(quant.calibrate, tokenizer, config.data)
+    data = load_data(text, tokenizer, config.data)
     (ids, counts), predicted = text_within(config, job.model, data)
     tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     why = "calibrated" if quant.scale == "auto" else "as set"
@@ -96,7 +103,9 @@ def calibrate_model(
         if ranks:
             record |= {"base": str(output), "base_sha256": base.hexdigest(), "calibrated": calibrated}
             write_start(folder.path, job, config.lora, written.starts, record)
-        matched = _matched(match, config, folder.path, say) if match and ranks and config.lora.match_steps else None
+        matched = None
+        if match and ranks and config.lora.match_steps:
+            matched = _matched(match, replace(config, quant=replace(quant, calibrate=text)), folder.path, say)
     return CalibrateResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
         bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(),

@@ -43,7 +43,7 @@ class QuantConfig:
     scale: Scale = "auto"
     """absmax (largest magnitude), mse (least error), mse-signed (either sign: auto if calibrated or below 4 bits)."""
     calibrate: str = ""
-    """`halfbyte quantize`: samples, JSON lines, whose text decides scales and codes; empty: the weights alone do."""
+    """`halfbyte quantize`: samples whose text decides scales and codes; generic: Python's own; empty: none does."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What matrix products run in; auto takes what this hardware does fast and says why."""
     skip_modules: tuple[str, ...] = ()

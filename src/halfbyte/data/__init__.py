@@ -2,6 +2,7 @@
 
 from halfbyte.data.calibration import calibration_text
 from halfbyte.data.compact import compact
+from halfbyte.data.generic import samples_file
 from halfbyte.data.loader import (
     Batch,
     BatchLoader,
@@ -42,6 +43,7 @@ __all__ = [
     "load_data",
     "make_batch",
     "pack_sequences",
+    "samples_file",
     "to_padded",
     "token_text",
     "tokens_of",

@@ -60,8 +60,11 @@ def _parquet_rows(path: str, digest: Digest) -> Iterator[tuple[int, bytes]]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(
-            "cannot be read", where=path, why="Parquet needs the package pyarrow", fix="Run: pip install halfbyte[parquet]"
-        ) from None
+            "cannot be read",
+            where=path,
+            why="Parquet needs the package pyarrow",
+            fix="Run: pip install halfbyte[parquet]",
+        ) from None  # fmt: skip
     number = 0
     try:
         with Path(path).open("rb") as file:
