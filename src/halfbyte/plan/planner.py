@@ -182,7 +182,7 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
 def _keep_what_fits(
     chosen: RunConfig, layer: int, base: Base, budget: int, peak: Callable[[RunConfig], int]
 ) -> RunConfig:
-    """`chosen` with as many of its streamed layers, of `layer` bytes, in memory as `budget` has room for, but a few."""
+    """`chosen` with as many of its streamed layers, of `layer` bytes, in memory as `budget` has room for, but some."""
     room = budget - peak(chosen)
     if chosen.memory.weights != "stream" or room <= 0:
         return chosen
