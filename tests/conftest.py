@@ -30,6 +30,7 @@ os.environ.setdefault("HALFBYTE_PANEL_ROWS", "never")
 # What runs of tiny models measure must not reach the plans of whoever runs the tests.
 _CACHE = tempfile.TemporaryDirectory(prefix="halfbyte-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["XDG_STATE_HOME"] = _CACHE.name  # nor runs of tests the list of theirs
 
 MakeLlama = Callable[..., Path]
 

@@ -79,13 +79,13 @@ def listeners(run: RunConfig, **console: Any) -> list[str]:
 
 def test_who_gets_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    assert listeners(load_config(), force_terminal=True) == ["LiveView"]
-    assert listeners(load_config(), force_terminal=False) == ["PlainLines"]
-    assert listeners(load_config(log__progress="plain"), force_terminal=True) == ["PlainLines"]
-    assert listeners(load_config(log__progress="live"), force_terminal=False) == ["LiveView"]
-    assert listeners(load_config(log__progress="none"), force_terminal=True) == []
+    assert listeners(load_config(), force_terminal=True) == ["LiveView", "Recorded"]
+    assert listeners(load_config(), force_terminal=False) == ["PlainLines", "Recorded"]
+    assert listeners(load_config(log__progress="plain"), force_terminal=True) == ["PlainLines", "Recorded"]
+    assert listeners(load_config(log__progress="live"), force_terminal=False) == ["LiveView", "Recorded"]
+    assert listeners(load_config(log__progress="none"), force_terminal=True) == ["Recorded"]
     monkeypatch.setenv("TERM", "dumb")
-    assert listeners(load_config(), force_terminal=True) == ["PlainLines"]
+    assert listeners(load_config(), force_terminal=True) == ["PlainLines", "Recorded"]
 
 
 def test_a_run_is_drawn(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:

@@ -110,6 +110,12 @@ def calibration_file() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "halfbyte" / "machine.json"
 
 
+def runs_file() -> Path:
+    """Where this user's runs are listed."""
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".local" / "state") / "halfbyte" / "runs.sqlite"
+
+
 class Lasting:
     """A text stream that goes on in silence when nobody is left to read it: a closed terminal must not end a run."""
 

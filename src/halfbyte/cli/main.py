@@ -23,6 +23,7 @@ from halfbyte.cli.init import init
 from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
+from halfbyte.cli.runs import runs_app
 from halfbyte.cli.selftest import selftest
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
@@ -51,6 +52,7 @@ app.command()(quantize)
 app.command()(merge)
 app.command()(compare)
 app.add_typer(data_app, name="data")
+app.add_typer(runs_app, name="runs")
 app.command("import-config")(import_config)
 app.command()(doctor)
 app.command()(selftest)

@@ -1,4 +1,4 @@
-"""Who hears of a training run: the terminal, a page on loopback."""
+"""Who hears of a training run: the terminal, a page on loopback, the list of runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
+from halfbyte.cli.common import runs_file
 from halfbyte.cli.live import LiveView
 from halfbyte.cli.progress import PlainLines
+from halfbyte.cli.recorded import Recorded
 from halfbyte.config import RunConfig
 from halfbyte.report import Dashboard
 from halfbyte.train import Observer, Observers
@@ -46,4 +48,6 @@ def watched(run: RunConfig, out: Console, *, port: int | None = None) -> Iterato
             dashboard = stack.enter_context(Dashboard(port))
             listeners.append(Shown(dashboard))
             out.print(f"dashboard: {dashboard.url}", markup=False)
+        recorded = Recorded(runs_file(), lambda text: out.print(text, style="dim", markup=False))
+        listeners.append(stack.enter_context(recorded))
         yield Observers(*listeners)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import write_file
+from halfbyte.report.log import read_log
 from halfbyte.train.observer import StepMetrics
 
 
@@ -32,7 +33,7 @@ class Metrics:
         self.evals: list[tuple[int, float]] = []
         self.steps_now = 0
         # A fresh start keeps nothing, not even an evaluation before step 1: it may be of another model or data.
-        kept = [line for line in _read_lines(path) if line["step"] < first_step] if first_step > 1 else []
+        kept = [line for line in read_log(path) if line["step"] < first_step] if first_step > 1 else []
         for line in kept:
             if line["event"] == "step":
                 self.steps.append(StepMetrics(**{k: v for k, v in line.items() if k not in ("event", "time")}))
@@ -88,16 +89,3 @@ class Metrics:
         if self._file:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of an earlier log; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
