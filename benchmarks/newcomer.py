@@ -1,4 +1,4 @@
-"""Times the quick start of docs/index.md as a stranger meets it: a fresh clone, an environment of its own, own samples.
+"""Times the quick start of docs/index.md as a stranger meets it: a fresh clone, an environment and samples of its own.
 
 usage: newcomer.py [RESULT.json]      default: benchmarks/results/newcomer.json; needs git and a package index
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from halfbyte.elsewhere.rules import Outcome
 
-SUFFIXES = (".json", ".jsonl", ".ndjson")
+READ = (".jsonl", ".ndjson", ".parquet")
+"""What files that halfbyte reads end in."""
 
 
 def file_of(path: str) -> tuple[str, str]:
-    """The JSON lines of a file or hub id, and how to get them where they are not that yet."""
-    if path.endswith((".jsonl", ".ndjson")):
+    """The file of a path or hub id that halfbyte reads, and how to get it where there is none yet."""
+    if path.endswith(READ):
         return path, ""
     if path.endswith(".json"):
         lines = path.removesuffix(".json") + ".jsonl"

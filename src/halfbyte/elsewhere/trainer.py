@@ -186,7 +186,7 @@ TRAINER: Mapping[str, Rule] = {
     "logging_steps": nothing(LOGGED),
     "logging_strategy": nothing(LOGGED),
     "logging_first_step": nothing(LOGGED),
-    "report_to": nothing("curves.png and metrics.jsonl lie in the output"),
+    "report_to": nothing("report.html and metrics.jsonl lie in the output"),
     "run_name": nothing("the output folder is the run's name"),
     "push_to_hub": nothing(HUB),
     "hub_model_id": nothing(HUB),
