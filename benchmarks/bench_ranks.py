@@ -2,6 +2,7 @@
 
     python benchmarks/bench_ranks.py memory [SHAPE]     proportional set size (PSS: a page that n share counts 1/n) of
                                                         one process and of two ranks; default: llama-8b
+    python benchmarks/bench_ranks.py sharding [SHAPE]   the same of 1, 2 and 4 ranks with train.sharding=full; llama-1b
     python benchmarks/bench_ranks.py kills [COUNT]      tests/faults/rank_kills.py on a tiny model; default: 20
 
 Each leaves its part of results/ranks.json. One process maps the base too: its PSS is that of a base it has read.
@@ -52,17 +53,17 @@ def trainers(pid: int) -> list[psutil.Process]:
     return [p for p in (agent, *agent.children()) if "torch.distributed.run" not in p.cmdline()]
 
 
-def run(model: Path, ranks: int, steps: int) -> dict[str, Any]:
-    """The fullest moment of a short run: all its processes together."""
+def run(model: Path, ranks: int, *settings: str) -> dict[str, Any]:
+    """The fullest moment of a step: all processes together."""
     train, _ = docstring_data(WORK)
     output = WORK / "ranks-run"
     shutil.rmtree(output, ignore_errors=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [
         sys.executable, *launch, "-m", "halfbyte", "train", "--model", str(model), "--data", str(train), "--json",
-        "--output", str(output), "--steps", str(steps),
+        "--output", str(output), "--steps", "1",
     ]  # fmt: skip
-    for setting in (*SETTINGS, *(["memory.weights=mmap"] if ranks == 1 else [])):
+    for setting in (*SETTINGS, *settings):
         command += ["--set", setting]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     most: dict[str, int] = {"Pss": 0}
@@ -79,17 +80,29 @@ def run(model: Path, ranks: int, steps: int) -> dict[str, Any]:
         result = json.loads(process.stdout.read().decode().splitlines()[-1])
     if process.returncode:
         sys.exit(f"exit code {process.returncode}")
-    return {"ranks": ranks, **most, "train_loss": result["train_loss"], "peak_rss_of_rank_0": result["peak_memory"],
+    adapter = (output / "adapter" / "adapter_model.safetensors").stat().st_size
+    return {"ranks": ranks, "adapter": adapter, **most, "train_loss": result["train_loss"], "peak_rss_of_rank_0": result["peak_memory"],
             "planned_of_each": result["predicted_peak_memory"]}  # fmt: skip
 
 
 def memory(shape: str, keep: bool) -> dict[str, Any]:
     """One process, then two ranks."""
     model = model_folder(WORK / shape, shape)
-    runs = [run(model, ranks, steps=1) for ranks in (1, 2)]
+    runs = [run(model, 1, "memory.weights=mmap"), run(model, 2)]
     if not keep:
         shutil.rmtree(model)
-    return {"shape": shape, "ratio": runs[1]["Pss"] / runs[0]["Pss"], "runs": runs}
+    one, two = (each["Pss"] for each in runs)
+    own = 4 * runs[0]["adapter"]  # the second rank's parameters, gradients and two moments
+    return {"shape": shape, "ratio": two / one, "ratio_without_its_adapter": (two - own) / one, "runs": runs}
+
+
+def sharding(shape: str, keep: bool) -> dict[str, Any]:
+    """One process with the base in its memory, then ranks with a part of it each."""
+    model = model_folder(WORK / shape, shape)
+    runs = [run(model, 1), *(run(model, ranks, "train.sharding=full") for ranks in (2, 4))]
+    if not keep:
+        shutil.rmtree(model)
+    return {"shape": shape, "runs": runs}
 
 
 def kills(count: int) -> dict[str, Any]:
@@ -109,12 +122,16 @@ def kills(count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    sizes = tasks.add_parser("memory")
-    sizes.add_argument("shape", nargs="?", choices=SHAPES, default="llama-8b")
-    sizes.add_argument("--keep", action="store_true", help="leave the model's 6 GB in bench-work/")
+    for task, shape in (("memory", "llama-8b"), ("sharding", "llama-1b")):
+        sizes = tasks.add_parser(task)
+        sizes.add_argument("shape", nargs="?", choices=SHAPES, default=shape)
+        sizes.add_argument("--keep", action="store_true", help="leave the model in bench-work/")
     tasks.add_parser("kills").add_argument("count", nargs="?", type=int, default=20)
     options = parser.parse_args()
-    found = memory(options.shape, options.keep) if options.task == "memory" else kills(options.count)
+    if options.task == "kills":
+        found = kills(options.count)
+    else:
+        found = (memory if options.task == "memory" else sharding)(options.shape, options.keep)
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
     OUTPUT.write_text(json.dumps({**known, options.task: {**provenance(), **found}}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
