@@ -81,8 +81,10 @@ def run(model: Path, ranks: int, *settings: str) -> dict[str, Any]:
     if process.returncode:
         sys.exit(f"exit code {process.returncode}")
     adapter = (output / "adapter" / "adapter_model.safetensors").stat().st_size
-    return {"ranks": ranks, "adapter": adapter, **most, "train_loss": result["train_loss"], "peak_rss_of_rank_0": result["peak_memory"],
-            "planned_of_each": result["predicted_peak_memory"]}  # fmt: skip
+    return {
+        "ranks": ranks, **most, "adapter": adapter, "train_loss": result["train_loss"],
+        "peak_rss_of_rank_0": result["peak_memory"], "planned_of_each": result["predicted_peak_memory"],
+    }  # fmt: skip
 
 
 def memory(shape: str, keep: bool) -> dict[str, Any]:

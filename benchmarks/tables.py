@@ -321,6 +321,29 @@ def gpu_training(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def ranks_memory(result: dict[str, Any]) -> Rows:
+    """All processes of a machine together, and what each has."""
+    rows = [["model", "processes", "together (PSS)", "of it, private", "a process's part"]]
+    for task, how in (("memory", "one base for all"), ("sharding", "sharded")):
+        for run in result.get(task, {"runs": []})["runs"]:
+            count = run["ranks"]
+            name = f"{count} ranks, {how}" if count > 1 else "one"
+            sizes = [run["Pss"], run["Pss_Anon"], run["Pss"] / count]
+            rows.append([result[task]["shape"], name, *(f"{size / 1e9:.2f} GB" for size in sizes)])
+    return rows
+
+
+def ranks_kills(result: dict[str, Any]) -> Rows:
+    """What became of the kills; a difference would have ended the script."""
+    found = result["kills"]
+    moments = ", ".join(f"{count} {kind}" for kind, count in found["moments"].items())
+    victims = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(found["of_rank"]))
+    return [
+        ["kills", "whom", "when", "most steps repeated", "bytes that differ"],
+        [str(found["kills"]), victims, moments, str(found["most_steps_repeated"]), "none"],
+    ]
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -347,6 +370,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "comparison": ("compare", comparison),
     "GPU products": ("cuda", gpu_products),
     "GPU training": ("gpu-train", gpu_training),
+    "ranks": ("ranks", ranks_memory),
+    "killed ranks": ("ranks", ranks_kills),
 }
 
 
@@ -379,7 +404,7 @@ def main() -> None:
         if len(sys.argv) > 2
         else [
             docs / f"{name}.md"
-            for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu", "compare")
+            for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu", "compare", "ranks")
         ]
     ):
         fill(page, folder)

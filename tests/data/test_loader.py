@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from halfbyte.data import (
     IGNORE_INDEX,
+    Batch,
     BatchLoader,
     Cursor,
     DataReport,
@@ -186,3 +189,31 @@ def test_padded_rows_hold_the_same_sequences() -> None:
     assert torch.equal(padded.labels[real], batch.labels[0])
     assert (padded.input_ids[~real] == 9).all()
     assert (padded.labels[~real] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_what_one_process_takes(packing: bool, world: int) -> None:
+    """Over two epochs and what is left over at their ends, in the same number of batches."""
+    data = make_data()
+    settings: dict[str, Any] = {"packing": packing, "max_seq_len": 64, "seed": 1}
+    alone = BatchLoader(data, micro_batch_size=2 * world, **settings)
+    ranks = [BatchLoader(data, micro_batch_size=2, rank=rank, world=world, **settings) for rank in range(world)]
+    cursor = alone.start()
+    worst = 0
+    for _ in range(alone.batches_per_epoch(0) + alone.batches_per_epoch(1)):
+        whole, after = alone.next_batch(cursor)
+        parts = [rank.next_batch(cursor) for rank in ranks]
+        assert {each for _, each in parts} == {after}
+        tokens = [tuple(ids) for batch, _ in parts for ids in split(batch)]
+        assert sorted(tokens) == sorted(tuple(ids) for ids in split(whole))
+        worst = max(worst, *(batch.num_tokens for batch, _ in parts))
+        cursor = after
+    assert cursor.epoch == 2
+    steps = ranks[0].batches_per_epoch(0) + ranks[0].batches_per_epoch(1)
+    assert [rank.worst(steps).tokens for rank in ranks] == [worst] * world
+
+
+def split(batch: Batch) -> list[list[int]]:
+    bounds = batch.seq_starts.tolist()
+    return [batch.input_ids[0, a:b].tolist() for a, b in pairwise(bounds)]

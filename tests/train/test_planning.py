@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from halfbyte.data import BatchLoader
 from halfbyte.errors import ResourceError
 from halfbyte.model.source import load_tokenizer
 from halfbyte.plan import plan
-from halfbyte.train import setup, train
+from halfbyte.train import planning, setup, train
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
+from halfbyte.train.ranks import Ranks
 from halfbyte.train.rehearsal import rehearse
 from halfbyte.train.setup import load_data
 
@@ -126,3 +128,19 @@ def test_a_disk_without_room_is_refused_before_the_base_is_loaded(
     (old / "adapter_model.safetensors").write_bytes(bytes(needed))
     with pytest.raises(AssertionError, match="loaded"):
         train(replace(config, train=replace(config.train, resume="never"), memory=MemoryConfig()))
+
+
+def test_other_ranks_make_the_same_step(make_run: MakeRun, tmp_path: Path) -> None:
+    """Two ranks x 4 x 2 are 4 x 4 of one process; what no whole number makes is left to be refused."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    saved = {"train": {"micro_batch_size": 4, "gradient_accumulation_steps": 2}}
+    (folder / "run_state.json").write_text(json.dumps({"config": saved, "environment": {"ranks": 2}}))
+
+    def count(size: int, ranks: Ranks) -> int:
+        config = make_run(train__micro_batch_size=size, train__gradient_accumulation_steps=2)
+        return planning.in_the_same_parts(config, folder, Observer(), ranks).train.gradient_accumulation_steps
+
+    assert [count(4, Ranks(world=world)) for world in (1, 2, 4)] == [4, 2, 1]
+    assert count(8, Ranks()) == 2
+    assert count(3, Ranks()) == 2

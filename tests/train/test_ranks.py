@@ -106,6 +106,16 @@ def train_together(world: int, folder: Path, configs: list[RunConfig]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_rank_that_fails_tells_the_others() -> None:
+    """Once on a machine: the others end with the same reason, and keep silent."""
+    done = under_torchrun(2, [DRIVER.with_name("failing_rank.py")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    why = "run: cannot be written: No space left on device"
+    assert sorted(done.stdout.splitlines()) == [
+        f"rank 0 of 2|4|True|rank 0 of 2 ends: rank 1 of 2 failed: {why}", f"rank 1 of 2|4|False|{why}",
+    ]  # fmt: skip
+
+
 def test_sharded_equals_whole(make_run: Callable[..., RunConfig], tiny_llama: Path, tmp_path: Path) -> None:
     """To the bit: gathered bytes are those of the files, and moments are the same whoever keeps them. Either goes on
     from the other's checkpoint."""
