@@ -13,6 +13,9 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from halfbyte.config import QuantConfig
+from halfbyte.errors import ModelError
+from halfbyte.model import load_model
 from halfbyte.model.hf_config import HalfbyteConfig, prequantized_config
 from halfbyte.model.inventory import EXPERTS, inventory
 from halfbyte.nn.experts import ExpertStack
@@ -155,3 +158,9 @@ def test_named_ones_and_other_kinds_stay_as_they_are_and_are_said(
     assert "4 tensors stay unquantized, model.layers.0.mlp.experts.gate_up_proj first" in caplog.text
     listed = {name: reason for name, _, reason in inventory(model, large=1000).unquantized}
     assert listed["model.layers.0.mlp.experts.gate_up_proj"] == EXPERTS
+
+
+def test_our_own_loader_says_which_one_to_take(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["mixtral"](), tmp_path)
+    with pytest.raises(ModelError, match=r"stores experts one by one.*quantization_config=HalfbyteConfig"):
+        load_model(str(folder), QuantConfig(), compute_dtype=torch.float32)

@@ -25,6 +25,7 @@ from halfbyte.model.read import check_shape, read_quantized, read_unquantized, s
 from halfbyte.model.source import Source, TensorReader, first_line, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.nn import FrozenLinear, Linear4bit
+from halfbyte.nn.experts import WEIGHTS
 from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
@@ -189,6 +190,12 @@ def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict
             missing.append(name)
         else:
             names[name] = found
+    if any(name.rpartition(".")[2] in WEIGHTS and ".experts." in name for name in missing):
+        raise ModelError(
+            "stores experts one by one, transformers holds them in one tensor", where=path,
+            why="only transformers' own loader joins them",
+            fix="Load it by from_pretrained(..., quantization_config=HalfbyteConfig()) and train with PEFT",
+        )  # fmt: skip
     if missing:
         raise ModelError(
             f"{len(missing)} of {len(wanted)} tensors are missing, first {', '.join(missing[:5])}", where=path,
