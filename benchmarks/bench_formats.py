@@ -1,6 +1,6 @@
 """What each format of a base loses: bits, squared error, perplexity with and without calibration, speed of a product.
 
-usage: bench_formats.py [--formats nf4,int4,...] [--work DIR]
+usage: bench_formats.py [--formats nf4,int4,...] [--uncalibrated] [--work DIR]
 
 SmolLM2-135M and the demo's questions: perplexity of 120 held-out answers and of prose that calibration did not see;
 the error of its weights and of normal ones; a layer's product with 1 and 256 rows of x. Results are added to those
@@ -58,11 +58,11 @@ def product_seconds(quant_type: str, rows: int, least: int = 9) -> float:
 
 
 def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path) -> dict[str, Any]:
-    """One format's row."""
+    """One format's row; without calibration where `train` is empty."""
     row: dict[str, Any] = {"seconds": {str(rows): product_seconds(name, rows) for rows in ROWS}}
     row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
     base = work / "base"
-    for key, more in (("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])):
+    for key, more in [("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])][: 2 if train else 1]:
         made = halfbyte("quantize", "--model", model, "--output", str(base), "--quant-type", name, *more)
         row["bits"] = made["bits_per_weight"]
         error = weight_report(load_config(None, [f"model.path={model}"]), base).error
@@ -74,6 +74,7 @@ def main() -> None:
     """Run, print, write results/formats.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(QUANT_TYPES))
+    parser.add_argument("--uncalibrated", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     options = parser.parse_args()
     model = str(smollm2_folder(options.work / "model"))
@@ -83,7 +84,8 @@ def main() -> None:
     if "16 bits" not in rows:
         rows["16 bits"] = {"bits": 16, "plain": perplexities(model, texts, *EXACT[:2])}
     for name in options.formats.split(","):
-        rows[name] = measure(name, model, train, texts, options.work)
+        found = measure(name, model, "" if options.uncalibrated else train, texts, options.work)
+        rows[name] = {**rows.get(name, {}), **found}
         print(name, json.dumps(rows[name]), flush=True)
         write_result(RESULT, {"rows": rows})  # after each, for they are minutes
 
