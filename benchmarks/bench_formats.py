@@ -1,6 +1,6 @@
 """What each format of a base loses: bits, squared error, perplexity with and without calibration, speed of a product.
 
-usage: bench_formats.py [--formats nf4,int4,...] [--uncalibrated] [--work DIR]
+usage: bench_formats.py [--formats nf4,int4,...,4.5] [--uncalibrated] [--work DIR]
 
 SmolLM2-135M and the demo's questions: perplexity of 120 held-out answers and of prose that calibration did not see;
 the error of its weights and of normal ones; a layer's product with 1 and 256 rows of x. Results are added to those
@@ -58,12 +58,14 @@ def product_seconds(quant_type: str, rows: int, least: int = 9) -> float:
 
 
 def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path) -> dict[str, Any]:
-    """One format's row; without calibration where `train` is empty."""
-    row: dict[str, Any] = {"seconds": {str(rows): product_seconds(name, rows) for rows in ROWS}}
-    row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
-    base = work / "base"
+    """The row of a format, or of a budget of bits; without calibration where `train` is empty."""
+    row, base, settings = dict[str, Any](), work / "base", ["--set", f"quant.bits={name}"]
+    if name in QUANT_TYPES:
+        settings = ["--quant-type", name]
+        row["seconds"] = {str(rows): product_seconds(name, rows) for rows in ROWS}
+        row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
     for key, more in [("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])][: 2 if train else 1]:
-        made = halfbyte("quantize", "--model", model, "--output", str(base), "--quant-type", name, *more)
+        made = halfbyte("quantize", "--model", model, "--output", str(base), *settings, *more)
         row["bits"] = made["bits_per_weight"]
         error = weight_report(load_config(None, [f"model.path={model}"]), base).error
         row[key] = {"error": error, "quantize_seconds": made["seconds"], **perplexities(str(base), texts)}

@@ -207,6 +207,25 @@ def fidelity(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def formats(result: dict[str, Any]) -> Rows:
+    """Formats by bits: squared errors in thousandths, perplexities, and how long a product takes beside NF4's."""
+    rows = [
+        ["format", "bits", "error, normal weights", "with mse-signed", "error, SmolLM2", "answers", "prose",
+         "calibrated: answers", "prose", "product, 1 row", "256 rows"],
+    ]  # fmt: skip
+    found = result["rows"]
+    for name, row in sorted(found.items(), key=lambda item: -item[1]["bits"]):
+        texts = [f"{row[kind][text]:.1f}" if kind in row else ""
+                 for kind in ("plain", "calibrated") for text in ("answers", "prose")]  # fmt: skip
+        normal = [f"{1e3 * error:.3g}" for error in row.get("normal_error", {}).values()] or ["", ""]
+        error = f"{1e3 * row['plain']['error']:.3g}" if "error" in row["plain"] else ""
+        times = [f"{row['seconds'][m] / found['nf4']['seconds'][m]:.2g}" if "seconds" in row else ""
+                 for m in ("1", "256")]  # fmt: skip
+        label = name if name.endswith("bits") or not name[0].isdigit() else f"{name} bits at most"
+        rows.append([label, f"{row['bits']:.3f}", *normal, error, *texts, *times])
+    return rows
+
+
 def fidelity_gpu(result: dict[str, Any]) -> Rows:
     """Each variant's losses on both data sets, and the shares of NF4's gaps that it closes."""
     rows = [["data", "base and start", "loss before", "closed", "KL", "loss after", "closed", "outside", "closed"]]
@@ -364,6 +383,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "combining": ("merge", combining),
     "same answers": ("merge", same_answers),
     "fidelity": ("fidelity", fidelity),
+    "formats": ("formats", formats),
     "fidelity GPU": ("fidelity-gpu", fidelity_gpu),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
@@ -404,7 +424,18 @@ def main() -> None:
         if len(sys.argv) > 2
         else [
             docs / f"{name}.md"
-            for name in ("speed", "memory", "merge", "fidelity", "reliability", "serve", "gpu", "compare", "ranks")
+            for name in (
+                "speed",
+                "memory",
+                "merge",
+                "fidelity",
+                "formats",
+                "reliability",
+                "serve",
+                "gpu",
+                "compare",
+                "ranks",
+            )
         ]
     ):
         fill(page, folder)

@@ -90,6 +90,7 @@ def quantize_with_start(config: RunConfig, output: str | Path, *, on_progress: P
         write_start(folder.path, job, lora, starts, record)
     return StartResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
+        formats=dict(job.formats),
         bits_per_weight=writer.bits_per_weight, peak_memory=peak_memory(), seconds=time.perf_counter() - started,
         output=str(output), layers=tuple(layers),
     )  # fmt: skip

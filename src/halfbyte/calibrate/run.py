@@ -108,6 +108,7 @@ def _calibrate(
             matched = _matched(match, replace(config, quant=replace(quant, calibrate=text)), folder.path, say)
     return CalibrateResult(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
+        formats=dict(job.formats),
         bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(),
         predicted_peak_memory=max(predicted, matched["planned_memory"] if matched else 0),
         seconds=time.perf_counter() - started, output=str(output), tokens=tokens, layers=tuple(written.layers),

@@ -83,8 +83,8 @@ class FourBitWriter:
         """`target` in 4 bits, each weight the nearest code; of the dtype that `name` is stored in."""
         job = self._job
         return quantize_slices(
-            [target], tuple(target.shape), job.reader.dtype(job.names[name]), job.quant, name=name,
-            importance=importance,
+            [target], tuple(target.shape), job.reader.dtype(job.names[name]), job.quant_of(name.rpartition(".")[0]),
+            name=name, importance=importance,
         )  # fmt: skip
 
     def add(self, name: str, weight: QuantizedWeight) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,7 @@ def quantize(
     result = _write(run, output, out)
     text = (
         f"{format_bytes(result.bytes_in)} -> {format_bytes(result.bytes_out)}, {result.quantized} layers at "
-        f"{result.bits_per_weight:.3f} bits per weight, in {result.seconds:.1f} s, "
+        f"{result.bits_per_weight:.3f} bits per weight{_formats(result.formats)}, in {result.seconds:.1f} s, "
         f"peak memory {format_bytes(result.peak_memory)}\n{result.output}"
     )
     found = result.to_dict()
@@ -80,6 +81,12 @@ def _write(run: RunConfig, output: Path, out: Console) -> QuantizeResult:
         if run.lora.init != "random":
             return quantize_with_start(run, output, on_progress=bar.update)
         return quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+
+
+def _formats(formats: dict[str, str]) -> str:
+    """How many layers are in each."""
+    counts = Counter(formats.values())
+    return f" ({', '.join(f'{count} in {name}' for name, count in counts.most_common())})" if counts else ""
 
 
 def _check_report(report: Path | None, eval_data: Path | None, init: str) -> None:

@@ -54,7 +54,8 @@ class WeightReport:
 
     Attributes:
         error: of all weights together.
-        values: the codebook's; use: share of the codes; histogram: of weight / scale, BINS counts.
+        values: of the format of most weights, 1 being what a block's largest gets; use: share of its codes;
+            histogram: of its weights / scale, BINS counts.
         loss, loss_16bit, perplexity, perplexity_16bit: of the text, where one was given.
         note: why there are none.
     """
@@ -87,17 +88,19 @@ def weight_report(run: RunConfig, folder: Path) -> WeightReport:
         ModelError: they do not belong together.
     """
     layers, total, norm = [], 0.0, 0.0
-    use, histogram = torch.zeros(16, dtype=torch.long), torch.zeros(BINS)
-    values = torch.zeros(16)
+    kinds: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, original, weight in _pairs(run.model.path, folder):
         layer, squared, ratios, codes = _layer(name, original, weight)
         layers.append(layer)
         total, norm = total + squared, norm + float(original.float().square().sum())
-        values = codebook(weight.quant_type, weight.blocksize).values
-        use += codes.bincount(minlength=16)
-        histogram += ratios.histc(BINS, -LIMIT, LIMIT)
+        table = codebook(weight.quant_type, weight.blocksize)
+        fresh = (table.values / table.top, torch.zeros(len(table.values), dtype=torch.long), torch.zeros(BINS))
+        _, use, histogram = kinds.setdefault(weight.quant_type, fresh)
+        use += codes.bincount(minlength=len(use))
+        histogram += (ratios / table.top).histc(BINS, -LIMIT, LIMIT)
     if not layers:
         raise ModelError("has no 4-bit weight", where=str(folder))
+    values, use, histogram = max(kinds.values(), key=lambda kind: int(kind[1].sum()))
     found = WeightReport(
         run.model.path, str(folder), layers, total / norm, values.tolist(), (use / use.sum()).tolist(),
         histogram.long().tolist(),

@@ -36,6 +36,8 @@ class QuantConfig:
 
     quant_type: QuantType = "nf4"
     """nf4 (the paper's), fp4; files of our own: int4, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
+    bits: float = 0.0
+    """`halfbyte quantize`: bits a weight on average, scales included, spread over layers; 0: all in quant_type."""
     blocksize: int = 64
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
@@ -53,6 +55,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         require_choice("quant.quant_type", self.quant_type, QUANT_TYPES)
+        require(self.bits == 0 or 2 <= self.bits <= 9, "quant.bits", self.bits, "0, or from 2 to 9")
         require_choice("quant.blocksize", self.blocksize, BLOCKSIZES)
         require_choice("quant.scale", self.scale, get_args(Scale))
         require_choice("quant.compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
@@ -74,7 +77,7 @@ class QuantConfig:
     def with_recipe(self, recipe: Mapping[str, Any]) -> QuantConfig:
         """These settings with the recorded `recipe`."""
         known = {key: recipe[key] for key in ("quant_type", "double_quant", "blocksize") if key in recipe}
-        return replace(self, **known, scale=recipe.get("scale", "absmax"), calibrate="")
+        return replace(self, **known, scale=recipe.get("scale", "absmax"), calibrate="", bits=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

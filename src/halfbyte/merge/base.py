@@ -58,6 +58,11 @@ class MergeBase:
                 del self._recent[next(iter(self._recent))]
         return weight
 
+    def format_of(self, name: str) -> str:
+        """The format of parameter `name`, one of `targets`, as it is stored, or as the whole is quantized."""
+        states = state_names(self.reader, self.names[name])
+        return states[-1].rpartition("__")[2] if states else self.quant.quant_type
+
     def original_slices(self, name: str) -> Iterable[Tensor]:
         """Parameter `name`, one of `targets`, as it was before quantization, in the orientation of nn.Linear; each
         slice is overwritten by the next.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
-from halfbyte.config.formats import BNB_TYPES
 from halfbyte.data import calibration_text
 from halfbyte.errors import ConfigError
 from halfbyte.merge import gguf_blocks
@@ -88,10 +87,11 @@ class FourBit:
         quantization = HalfbyteConfig(
             bnb_4bit_quant_type=self._recipe.quant_type, bnb_4bit_use_double_quant=self._recipe.double_quant,
             blocksize=self._recipe.blocksize, llm_int8_skip_modules=skipped,
+            layers={name.removesuffix(".weight"): fold.base.format_of(name) for name in fold.base.targets},
         ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
         write_config(self._job, dtype, merged, folder, quantization_config=quantization.to_dict())
         there = Fold(open_base(str(folder), self._recipe), {})
-        use = transformers_use(self._job.output, known=self._recipe.quant_type in BNB_TYPES)
+        use = transformers_use(self._job.output, known="load_in_4bit" in quantization.to_dict())
         return Written(shards.bytes, there.weight, use, tuple(writer.survived))
 
 

@@ -40,7 +40,8 @@ class FourBitShards:
         return partial(weight.dequantize, torch.float32)
 
     def _plain(self, name: str, target: Tensor) -> QuantizedWeight:
-        return quantize_slices([target], tuple(target.shape), target.dtype, self.recipe, name=name)
+        recipe = replace(self.recipe, quant_type=self.fold.base.format_of(name))  # type: ignore[arg-type]
+        return quantize_slices([target], tuple(target.shape), target.dtype, recipe, name=name)
 
     def _add(self, name: str, weight: QuantizedWeight) -> None:
         weight = replace(weight, dtype=self.fold.base.dtype())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -42,13 +43,13 @@ _EIGHT_BIT = {
 
 _KEYWORDS = (
     "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage", "llm_int8_skip_modules", "blocksize",
+    "bnb_4bit_quant_storage", "llm_int8_skip_modules", "blocksize", "layers",
 )  # fmt: skip
 
 
 _OURS = {
     "quant_type": "bnb_4bit_quant_type", "blocksize": "blocksize", "double_quant": "bnb_4bit_use_double_quant",
-    "compute_dtype": "bnb_4bit_compute_dtype", "skip_modules": "llm_int8_skip_modules",
+    "compute_dtype": "bnb_4bit_compute_dtype", "skip_modules": "llm_int8_skip_modules", "layers": "layers",
 }  # fmt: skip
 """The keywords as a folder names them that is not bitsandbytes'."""
 
@@ -67,6 +68,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         llm_int8_skip_modules: linear layers to leave as they are, by full name or last part, beside the output
             head and what is tied to it, which always are.
         blocksize: weights that share one scale: 32 to 4096, a power of two.
+        layers: formats of single layers, by full name; what `halfbyte quantize` with `quant.bits` writes.
 
     Raises:
         ConfigError: a keyword is unknown, belongs to 8 bits, or has a value that is not possible.
@@ -81,6 +83,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         llm_int8_skip_modules: list[str] | None = None,
         blocksize: int = 64,
+        layers: Mapping[str, str] | None = None,
         **other: Any,
     ) -> None:
         for key, value in other.items():
@@ -104,6 +107,9 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.bnb_4bit_compute_dtype = None if compute in (None, "auto") else getattr(torch, compute)
         self.llm_int8_skip_modules = None if llm_int8_skip_modules is None else list(llm_int8_skip_modules)
         self.blocksize = blocksize
+        self.layers = {name: kind for name, kind in (layers or {}).items() if kind != bnb_4bit_quant_type}
+        for name, kind in self.layers.items():
+            _require_choice(f"layers: {name}", kind, QUANT_TYPES)
         self._model_dtype: torch.dtype | None = None
 
     @classmethod
@@ -121,7 +127,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """bitsandbytes' `quantization_config`, complete: its defaults differ from ours; or our own."""
         compute = self.bnb_4bit_compute_dtype or self._model_dtype or torch.float32
-        if self.bnb_4bit_quant_type not in BNB_TYPES:
+        if self.layers or self.bnb_4bit_quant_type not in BNB_TYPES:
             values = {name: getattr(self, key) for name, key in _OURS.items()}
             return {"quant_method": METHOD, **values, "compute_dtype": _dtype_name(compute)}
         settings = {

@@ -47,7 +47,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             quantizer.merged_targets.add(tuple(kwargs.get("target_patterns", ())))
             try:
                 weight = quantize(
-                    value.T.contiguous() if layer.from_conv1d else value, quant_type=settings.bnb_4bit_quant_type,
+                    value.T.contiguous() if layer.from_conv1d else value, quant_type=layer.quant_type,
                     blocksize=settings.blocksize, double_quant=settings.bnb_4bit_use_double_quant, name=name,
                 )  # fmt: skip
                 result[name] = _keep(quantizer, layer, name, weight)

@@ -118,7 +118,8 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             out_features, in_features = module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape
             layer = Linear4bit(
-                in_features, out_features, module.bias is not None, quant_type=settings.bnb_4bit_quant_type,
+                in_features, out_features, module.bias is not None,
+                quant_type=settings.layers.get(name, settings.bnb_4bit_quant_type),
                 blocksize=settings.blocksize, double_quant=settings.bnb_4bit_use_double_quant,
                 compute_dtype=settings.bnb_4bit_compute_dtype, weight_dtype=module.weight.dtype, device="meta",
             )  # fmt: skip

@@ -152,10 +152,11 @@ def _targets(
 
 def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> None:
     check_stored(placement.weights, source.label, in_4_bits=source.stored_quantization is not None)
-    if quant.calibrate and source.stored_quantization is None:
+    if (quant.calibrate or quant.bits) and source.stored_quantization is None:
+        key, value = ("calibrate", "FILE") if quant.calibrate else ("bits", f"{quant.bits:g}")
         raise ConfigError(
-            "is chosen once, when the model is written in 4 bits", where="quant.calibrate",
-            fix=f"Run: halfbyte quantize --model {source.label} --output DIR --set quant.calibrate=FILE, and use DIR",
+            "is chosen once, when the model is written in 4 bits", where=f"quant.{key}",
+            fix=f"Run: halfbyte quantize --model {source.label} --output DIR --set quant.{key}={value}, and use DIR",
         )  # fmt: skip
 
 

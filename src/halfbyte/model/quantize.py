@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.load import Progress, match_names, skeleton
 from halfbyte.model.memory import peak_memory
+from halfbyte.model.mix import mixed_formats
 from halfbyte.model.read import unquantized_slices, weight_slices
 from halfbyte.model.source import Source, TensorReader, load_tokenizer, open_source
 from halfbyte.model.targets import linear_names, modules_to_quantize
@@ -39,7 +40,9 @@ class QuantizeResult:
     bytes_out: int
     bits_per_weight: float
     quantized: int
-    """Layers in 4 bits."""
+    """Layers in 4 bits, or in the bits of their formats."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Of each layer, where a budget of bits is spread."""
     peak_memory: int
     seconds: float
     output: str
@@ -57,6 +60,7 @@ class Unquantized:
         names: the stored name of every parameter.
         targets: the linear layers that are quantized.
         sizes: bytes of every stored tensor.
+        formats: of the targets that are not in `quant.quant_type`, and perhaps of others.
     """
 
     source: Source
@@ -66,6 +70,11 @@ class Unquantized:
     targets: list[str]
     sizes: dict[str, int]
     quant: QuantConfig
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    def quant_of(self, layer: str) -> QuantConfig:
+        """How one of `targets` is quantized."""
+        return replace(self.quant, quant_type=self.formats.get(layer, self.quant.quant_type))  # type: ignore[arg-type]
 
     @property
     def header_bytes(self) -> int:
@@ -82,7 +91,7 @@ class Unquantized:
 
 
 def open_unquantized(path: str, output: str | Path, quant: QuantConfig) -> Unquantized:
-    """The model called `path`, checked as far as that needs no weights.
+    """The model called `path`, checked as far as that needs no weights; with `quant.bits` they are read once.
 
     Raises:
         ModelError: the model cannot be read.
@@ -95,7 +104,8 @@ def open_unquantized(path: str, output: str | Path, quant: QuantConfig) -> Unqua
     names = match_names(model, reader, path)
     targets = modules_to_quantize(model, quant.skip_modules)
     sizes = {name: prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names.values()}
-    return Unquantized(source, reader, model, names, targets, sizes, quant)
+    formats = mixed_formats(reader, model, names, targets, quant, path) if quant.bits else {}
+    return Unquantized(source, reader, model, names, targets, sizes, quant, formats)
 
 
 def quantize_model(
@@ -124,10 +134,11 @@ def quantize_model(
                 continue
             module = model.get_submodule(module_name)
             parts, shape = weight_slices(reader, stored_name, module, quant, path)
+            kind = job.quant_of(module_name)
             where = f"{path}: {stored_name}"
-            quantizer = SliceQuantizer(parts, shape, reader.dtype(stored_name), quant, name=where)
+            quantizer = SliceQuantizer(parts, shape, reader.dtype(stored_name), kind, name=where)
             written = torch.empty(
-                num_code_bytes(prod(shape), bits_of(quant.quant_type)), dtype=torch.uint8, device="meta"
+                num_code_bytes(prod(shape), bits_of(kind.quant_type)), dtype=torch.uint8, device="meta"
             )
             yield name, Pieces(torch.uint8, (written.numel(), 1), quantizer.codes())
             weight = quantizer.finish(written)
@@ -142,7 +153,7 @@ def quantize_model(
     if on_progress:
         on_progress(len(names), len(names), "")
     return QuantizeResult(
-        bytes_in=sum(job.sizes.values()), bytes_out=bytes_out, quantized=len(job.targets),
+        bytes_in=sum(job.sizes.values()), bytes_out=bytes_out, quantized=len(job.targets), formats=dict(job.formats),
         bits_per_weight=8 * counts["bytes"] / max(counts["weights"], 1), peak_memory=peak_memory(),
         seconds=time.perf_counter() - started, output=str(output),
     )  # fmt: skip
@@ -169,7 +180,7 @@ def _write_config(job: Unquantized, folder: Path) -> None:
     compute = None if quant.compute_dtype == "auto" else quant.compute_dtype
     settings = HalfbyteConfig(
         bnb_4bit_quant_type=quant.quant_type, bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=compute, blocksize=quant.blocksize, llm_int8_skip_modules=skipped,
+        bnb_4bit_compute_dtype=compute, blocksize=quant.blocksize, llm_int8_skip_modules=skipped, layers=job.formats,
     ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
     config = job.source.config
     config.dtype = dtype
