@@ -148,9 +148,14 @@ class LogConfig:
 
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """live (a view that draws itself anew), plain (lines), none; auto: live on a terminal, plain elsewhere."""
+    tensorboard: bool = False
+    """Event files for TensorBoard in train.output/tensorboard."""
+    wandb: Literal["none", "offline", "online"] = "none"
+    """A run of Weights & Biases: offline writes into train.output/wandb alone, online sends it."""
 
     def __post_init__(self) -> None:
         require_choice("log.progress", self.progress, ("auto", "live", "plain", "none"))
+        require_choice("log.wandb", self.wandb, ("none", "offline", "online"))
 
 
 LEAST_PAGES = 8192

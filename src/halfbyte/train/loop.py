@@ -22,7 +22,7 @@ from halfbyte.checkpoint import (
     save_adapter,
     save_checkpoint,
 )
-from halfbyte.config import RunConfig, hold_to, to_dict
+from halfbyte.config import LogConfig, RunConfig, hold_to, to_dict
 from halfbyte.config.schema import require_config
 from halfbyte.data import Batch, Cursor, make_batch
 from halfbyte.dtypes import parse_bytes
@@ -36,7 +36,7 @@ from halfbyte.train.given import Samples, with_samples
 from halfbyte.train.gpu import capped, in_use, where_to_compute
 from halfbyte.train.guard import Guard
 from halfbyte.train.metrics import Metrics
-from halfbyte.train.observer import Observer, StepMetrics
+from halfbyte.train.observer import Observer, Observers, StepMetrics
 from halfbyte.train.planning import as_of_ranks
 from halfbyte.train.ranks import ALONE, Ranks, joined
 from halfbyte.train.rehearsal import rehearse
@@ -45,6 +45,7 @@ from halfbyte.train.setup import Run, check_paths, prepare
 from halfbyte.train.signals import Signals
 from halfbyte.train.story import Story
 from halfbyte.train.trace import MemoryTrace
+from halfbyte.train.trackers import trackers
 from halfbyte.train.watchdog import Watchdog
 
 MIN_EVAL_TOKENS = 2048
@@ -71,7 +72,8 @@ def train(
     hold_to(config.limits)
     config = with_samples(config, data, eval_data, ranks)
     observer = observer if observer and ranks.leads else Observer()
-    with joined(ranks):
+    with joined(ranks), trackers(config.log if ranks.leads else LogConfig(), Path(config.train.output)) as tools:
+        observer = Observers(observer, *tools)
         check_paths(config)
         config, machine, device = where_to_compute(config, machine or this_machine(), observer)
         budget = parse_bytes(config.memory.budget) if config.memory.budget else None
