@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,17 +96,10 @@ def records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def test_wandb_offline_keeps_to_the_disk(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb")
+def said(file: Path) -> tuple[dict[int, float], dict[int, float], dict[str, str]]:
+    """Training and held-out losses by step, and the settings as JSON."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    network = Listener()
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
-        monkeypatch.setenv(name, network.url)
-    train(with_log(run, wandb="offline"))
-    network.close()
-    assert network.calls == []
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     losses, held_out, config = {}, {}, {}
     for data in records(file.read_bytes()):
         record = Record()
@@ -116,7 +110,25 @@ def test_wandb_offline_keeps_to_the_disk(run: RunConfig, tmp_path: Path, monkeyp
         if HELD_OUT in row:
             held_out[int(row["_step"])] = float(row[HELD_OUT])
         config.update({item.key: item.value_json for item in record.run.config.update})
-    assert losses == pytest.approx(logged(tmp_path / "run"))
+    return losses, held_out, config
+
+
+def test_wandb_offline_keeps_to_the_disk(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb")
+    network = Listener()
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
+        monkeypatch.setenv(name, network.url)
+    train(with_log(run, wandb="offline"))
+    network.close()
+    assert network.calls == []
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    wanted = logged(tmp_path / "run")
+    losses, held_out, config = said(file)
+    deadline = time.monotonic() + 30
+    while len(losses) < len(wanted) and time.monotonic() < deadline:  # W&B's own process writes the last of it
+        time.sleep(0.2)
+        losses, held_out, config = said(file)
+    assert losses == pytest.approx(wanted)
     assert sorted(held_out) == [0, 4]
     assert '"r":2' in config["lora"].replace(" ", "")
 

@@ -88,13 +88,13 @@ def view(run: RunReport, now: str = "") -> RenderableType:
         low, high = min(values), max(values)
         lines = curve(values, *CURVE)
         labels = [f" {high:.3f}", *[""] * (len(lines) - 2), f" {low:.3f}"]
-        rows.add_row("loss", Text("\n").join(Text(line, "cyan") + Text(label, "dim") for line, label in
-                                             zip(lines, labels, strict=True)))  # fmt: skip
+        drawn = [Text.assemble((line, "cyan"), (label, "dim")) for line, label in zip(lines, labels, strict=True)]
+        rows.add_row("loss", Text("\n").join(drawn))
         rows.add_row("", Text(f"{values[-1]:.4f} smoothed, {run.loss[-1][1]:.4f} in the last step"))
     if run.held_out:
         first, last = run.held_out[0][1], run.held_out[-1]
         change = f", {last[1] / first - 1:+.1%} since the first" if len(run.held_out) > 1 else ""
-        rows.add_row("held-out", Text(f"{last[1]:.4f}", "bold") + Text(f" after {last[0]:,.0f} steps{change}"))
+        rows.add_row("held-out", Text.assemble((f"{last[1]:.4f}", "bold"), f" after {last[0]:,.0f} steps{change}"))
     if run.tokens_per_s is not None:
         rows.add_row("speed", f"{run.tokens_per_s:,.0f} tokens/s, {run.speed[-1][1]:,.0f} learned in the last step")
     if run.memory:
@@ -149,5 +149,5 @@ def _with_bar(done: float, total: float, text: str) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=BAR)
     grid.add_column()
-    grid.add_row(ProgressBar(total=total, completed=min(done, total), width=BAR), Text(text))
+    grid.add_row(ProgressBar(total=total, completed=min(done, total), width=BAR, complete_style="cyan"), Text(text))
     return grid

@@ -13,7 +13,7 @@ import torch
 from halfbyte.train.gpu import in_use
 
 INTERVAL = 0.1
-"""Seconds between looks; one takes 20 microseconds."""
+"""Seconds between looks; one takes 50 microseconds."""
 MOST_BUCKETS = 1024
 
 
