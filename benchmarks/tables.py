@@ -363,6 +363,16 @@ def ranks_kills(result: dict[str, Any]) -> Rows:
     ]
 
 
+def newcomer(result: dict[str, Any]) -> Rows:
+    """What each command of the quick start takes."""
+    load = [result["load_before"], result["load_after"]]
+    rows = [["", f"seconds, at a load of {min(load):.0f} to {max(load):.0f} on {result['cores']} cores"]]
+    for command, seconds in result["seconds"].items():
+        words = re.sub(r"^\.venv/bin/", "", command).split(" --")[0]
+        rows.append([f"`{words}`", f"{seconds:.0f}"])
+    return [*rows, ["in all", f"{result['total']:.0f}"]]
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "step": ("step-smollm2", step),
     "step 1B": ("step-llama-1b", step),
@@ -392,6 +402,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "GPU training": ("gpu-train", gpu_training),
     "ranks": ("ranks", ranks_memory),
     "killed ranks": ("ranks", ranks_kills),
+    "newcomer": ("newcomer", newcomer),
 }
 
 
@@ -435,6 +446,7 @@ def main() -> None:
                 "gpu",
                 "compare",
                 "ranks",
+                "index",
             )
         ]
     ):

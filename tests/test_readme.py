@@ -93,6 +93,12 @@ def test_the_snippets_run(workplace: Path) -> None:
     assert Path(names["result"].adapter).is_dir()  # type: ignore[attr-defined]
 
 
+def test_the_quick_start_is_the_same_on_both_pages() -> None:
+    index = (Path(__file__).parent.parent / "docs" / "index.md").read_text(encoding="utf-8")
+    (quick,) = [block for block in blocks("bash") if "halfbyte init --model .venv" in block]
+    assert f"```bash\n{quick}```" in index
+
+
 def test_the_rooms_are_those_on_disk() -> None:
     """The tree in the README names every room, and no other."""
     root = Path(__file__).parent.parent

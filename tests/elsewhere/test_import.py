@@ -29,7 +29,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "lora.target_modules": ["q_proj", "v_proj"], "lora.use_rslora": True, "train.steps": 300, "optim.bits": 8,
         "data.fields": ["messages=conversations", "role=from", "content=value", "user=customer", "assistant=agent",
                         "assistant=bot"],
-        "data.eval": "data/held_out.jsonl", "optim.schedule": "constant", "memory.budget": "20GB", "train.keep": 3,
+        "data.eval": "data/held_out.jsonl", "quant.quant_type": "int8", "optim.schedule": "constant",
+        "memory.budget": "20GB", "train.keep": 3,
     },
     "axolotl-several.yml": {"data.train": "train.jsonl", "data.format": "sharegpt", "data.mask_prompt": False},
     "axolotl-segments.yml": {

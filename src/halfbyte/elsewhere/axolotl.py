@@ -116,7 +116,7 @@ def _packing(value: Any, config: Mapping[str, Any]) -> Outcome:
 def _adapter(value: Any, _: Mapping[str, Any]) -> Outcome:
     if value == "qlora":
         return Outcome()
-    return Outcome(differs=f"QLoRA, adapters on a base in 4 bits, in place of {value or 'training all weights'}")
+    return Outcome(differs=f"adapters on a quantized base, in place of {value or 'training all weights'}")
 
 
 def _linear(value: Any, config: Mapping[str, Any]) -> Outcome:

@@ -17,6 +17,7 @@ from halfbyte.elsewhere.trainer import (
     PREFERENCE,
     TRAINER,
     WORKERS,
+    base_bits,
     targets,
 )
 
@@ -70,12 +71,8 @@ def _named(names: Mapping[str, Any]) -> dict[str, Any]:
     return {"data.fields": fields} if fields else {}
 
 
-def _bits(value: Any, _: Mapping[str, Any]) -> Outcome:
-    return Outcome() if value == 4 else Outcome(differs=f"4 bits in place of {value}")
-
-
 def _finetuning(value: Any, _: Mapping[str, Any]) -> Outcome:
-    return Outcome() if value == "lora" else Outcome(differs=f"LoRA on a 4-bit base in place of {value}")
+    return Outcome() if value == "lora" else Outcome(differs=f"adapters on a quantized base, in place of {value}")
 
 
 def _alpha(value: Any, config: Mapping[str, Any]) -> Outcome:
@@ -108,7 +105,7 @@ LLAMAFACTORY = Source(
         **{key: LORA[key] for key in ("use_dora", "use_rslora")},
         "model_name_or_path": same("model.path"),
         "adapter_name_or_path": nothing("training begins at a new adapter; train.resume goes on from a checkpoint"),
-        "quantization_bit": _bits,
+        "quantization_bit": lambda value, _: base_bits(value),
         "quantization_method": always("bitsandbytes", "NF4 in bitsandbytes' format"),
         "quantization_type": same("quant.quant_type"),
         "double_quantization": same("quant.double_quant"),

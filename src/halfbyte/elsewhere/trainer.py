@@ -14,7 +14,7 @@ DTYPE = "quant.compute_dtype stays auto: what this machine computes fast; set bf
 WORKERS = "data is read once, before training"
 PREFERENCE = "halfbyte train does supervised fine-tuning; preference tuning runs through TRL (docs/adapters.md)"
 BEST = "the adapter kept is that of the last step"
-MANY = "one process trains"
+MANY = "torchrun -m halfbyte train shares the steps among processes (docs/ranks.md)"
 
 
 def optimizer(value: Any, _: Mapping[str, Any]) -> Outcome:
@@ -139,9 +139,24 @@ LORA: Mapping[str, Rule] = {
     "fan_in_fan_out": nothing("weights are those of Linear layers"),
 }
 
+BASES = {8: "int8", 4: "", 3: "nf3", 2: "nf2"}
+"""quant.quant_type of a base in so many bits; in 4 another key says it, or the default."""
+
+
+def base_bits(bits: Any) -> Outcome:
+    """A base in `bits` bits."""
+    if not isinstance(bits, int) or bits not in BASES:
+        return Outcome(differs=f"4 bits in place of {bits}")
+    if not BASES[bits]:
+        return Outcome()
+    return Outcome(
+        settings={"quant.quant_type": BASES[bits]}, differs="scales by blocks of 64, no outliers kept apart"
+    )
+
+
 BITS: Mapping[str, Rule] = {
     "load_in_4bit": always(True, "the base is held in 4 bits in any case"),
-    "load_in_8bit": always(False, "the base is held in 4 bits, not 8"),
+    "load_in_8bit": lambda value, _: base_bits(8 if value is True else 4),
     "bnb_4bit_quant_type": same("quant.quant_type"),
     "bnb_4bit_use_double_quant": same("quant.double_quant"),
     "bnb_4bit_compute_dtype": lambda value, _: Outcome(differs=DTYPE),
