@@ -221,9 +221,10 @@ def formats(result: dict[str, Any]) -> Rows:
         error = f"{1e3 * row['plain']['error']:.3g}" if "error" in row["plain"] else ""
         times = [f"{row['seconds'][m] / found['nf4']['seconds'][m]:.2g}" if "seconds" in row else ""
                  for m in ("1", "256")]  # fmt: skip
-        label = name if name.endswith("bits") or not name[0].isdigit() else f"{name} bits at most"
+        label = f"{name} bits at most" if name.replace(".", "").isdigit() else name
         rows.append([label, f"{row['bits']:.3f}", *normal, error, *texts, *times])
-    return rows
+    measured = [number for number in range(len(rows[0])) if any(row[number] for row in rows[1:])]
+    return [[row[number] for number in measured] for row in rows]
 
 
 def fidelity_gpu(result: dict[str, Any]) -> Rows:
