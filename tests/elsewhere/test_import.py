@@ -57,7 +57,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "unsloth.json": {"model.path": "example/qwen-7b", "lora.r": 8, "train.seed": 1, "data.max_seq_len": 1024},
     "trl-script.json": {
         "quant.double_quant": True, "lora.r": 16, "optim.paged": True, "optim.bits": 8, "optim.warmup_steps": 0.03,
-        "data.mask_prompt": True, "data.on_long": "truncate",
+        "data.mask_prompt": True, "data.on_long": "truncate", "log.tensorboard": True,
     },
     "trl-command.txt": {"lora.r": 32, "lora.dropout": 0.05, "optim.betas": [0.9, 0.95], "quant.double_quant": False},
     "trl-bnb.yaml": {"quant.quant_type": "fp4", "lora.use_dora": True, "lora.lora_alpha": 8},
@@ -138,8 +138,8 @@ def test_the_command_writes_what_plan_reads(
     assert main(["import-config", str(path), "--output", str(file), "--json"]) == 0
     captured = capsys.readouterr()
     said = json.loads(captured.out)
-    assert all(said[part] for part in ("settings", "mapped", "differs", "unmapped"))
-    assert "no counterpart" in captured.err
+    assert said.keys() >= {"settings", "mapped", "differs", "unmapped"}
+    assert "have no counterpart" in captured.err
     assert main(["plan", "--config", str(file), "--model", str(tiny_llama), "--set", "train.output=", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]
     assert main(["import-config", str(path), "--output", str(file)]) == 2

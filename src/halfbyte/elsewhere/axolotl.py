@@ -272,7 +272,7 @@ AXOLOTL = Source(
             f"wandb_{key}": nothing(LOGGED)
             for key in ("project", "entity", "watch", "name", "log_model", "mode", "run_id")
         },
-        "use_tensorboard": nothing(LOGGED),
+        "use_tensorboard": flag("log.tensorboard"),
         "debug": nothing("--debug shows the traceback of an error"),
         "strict": nothing("an unknown setting is always an error"),
     },

@@ -97,6 +97,19 @@ def when_counted(key: str, strategy: str) -> Rule:
     return rule
 
 
+def report_to(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """log.tensorboard, log.wandb, by the names of the tools; "all" is both."""
+    named = [str(name) for name in (value if isinstance(value, list) else [value])]
+    settings: dict[str, Any] = {}
+    notes = [f"{name} hears nothing" for name in named if name not in ("tensorboard", "wandb", "all", "none")]
+    if {"tensorboard", "all"} & set(named):
+        settings["log.tensorboard"] = True
+    if "wandb" in named:
+        settings["log.wandb"] = "offline"
+        notes.append('nothing is sent; log.wandb = "online" does')
+    return Outcome(settings=settings, differs="; ".join(notes))
+
+
 def strategy(key: str) -> Rule:
     """When something is done: "steps" is said by another key."""
     how = f"{key} counts steps: halfbyte plan says how many there are"
@@ -201,7 +214,7 @@ TRAINER: Mapping[str, Rule] = {
     "logging_steps": nothing(LOGGED),
     "logging_strategy": nothing(LOGGED),
     "logging_first_step": nothing(LOGGED),
-    "report_to": nothing("report.html and metrics.jsonl lie in the output"),
+    "report_to": report_to,
     "run_name": nothing("the output folder is the run's name"),
     "push_to_hub": nothing(HUB),
     "hub_model_id": nothing(HUB),
