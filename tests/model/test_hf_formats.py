@@ -54,7 +54,6 @@ def test_without_halfbyte_a_folder_is_refused_whatever_its_config_says(tiny_llam
     run = subprocess.run([sys.executable, "-c", OPEN, str(file.parent)], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "Unknown quantization type, got halfbyte" in run.stderr
-    assert "size mismatch" in run.stdout + run.stderr
     file.write_text(json.dumps(config | {"quantization_config": forged}))
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(file.parent)
