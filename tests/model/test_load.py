@@ -276,7 +276,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], object], str]] 
     "fewer layers": (lambda t, c: c.update(num_hidden_layers=1), "9 tensors have no place in the model"),
     "another quantization": (
         lambda t, c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is already quantized by gptq: only bitsandbytes' 4-bit format is read. Give the 16-bit model",
+        "is already quantized by gptq: only bitsandbytes' 4-bit format and halfbyte's own are read.",
     ),
     "8 bits": (
         lambda t, c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
