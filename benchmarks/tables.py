@@ -227,6 +227,18 @@ def formats(result: dict[str, Any]) -> Rows:
     return [[row[number] for number in measured] for row in rows]
 
 
+def scales(result: dict[str, Any]) -> Rows:
+    """Perplexities of each kind of scale on both weight sets."""
+    rows = [["weights", "scale", "squared error", "reference", "licences", "code", "embeddings moved"]]
+    for name, variants in result["sets"].items():
+        for scale, row in variants.items():
+            error = f"{row['error']:.2e}" if row.get("error") else ""
+            texts = [f"{row[text]:.1f}" for text in ("reference", "licences", "code")]
+            moved = f"{row['embeddings']:.4f}" if row.get("embeddings", 0) > 1e-6 else ""
+            rows.append([name if scale == "16 bits" else "", scale, error, *texts, moved])
+    return rows
+
+
 def fidelity_gpu(result: dict[str, Any]) -> Rows:
     """Each variant's losses on both data sets, and the shares of NF4's gaps that it closes."""
     rows = [["data", "base and start", "loss before", "closed", "KL", "loss after", "closed", "outside", "closed"]]
@@ -396,6 +408,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "fidelity": ("fidelity", fidelity),
     "formats": ("formats", formats),
     "fidelity GPU": ("fidelity-gpu", fidelity_gpu),
+    "scales": ("scales", scales),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),
     "comparison": ("compare", comparison),

@@ -15,7 +15,9 @@ from halfbyte.cli.live import LiveView, curve, view
 from halfbyte.cli.progress import PlainLines
 from halfbyte.cli.watching import watched
 from halfbyte.config import RunConfig, load_config
+from halfbyte.data import Token
 from halfbyte.report import Answer, RunReport
+from halfbyte.report.run import Shown
 from halfbyte.train import Observers, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
@@ -45,6 +47,13 @@ def test_what_it_shows() -> None:
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) < 20
+
+
+def test_until_there_are_answers_it_shows_a_sample() -> None:
+    pieces = [Token("What\\x1b ", False, False), Token("follows⏎\n3?", False, False), Token("Four", True, False)]
+    text = drawn(replace(RUN, answers=[], samples=[Shown(line=1, tokens=3, targets=1, pieces=pieces)]))
+    assert "a sample  …What\\x1b follows 3?Four" in text
+    assert "a sample" not in drawn(RUN)
 
 
 @pytest.mark.parametrize("width", [30, 60, 200])

@@ -15,10 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.data import Token
 from halfbyte.dtypes import format_bytes
 from halfbyte.report import RunReport
 from halfbyte.report.chart import smoothed
 from halfbyte.report.html import legible
+from halfbyte.report.run import Shown
 from halfbyte.report.run_page import duration
 from halfbyte.report.unhurried import Unhurried
 from halfbyte.train import Observer
@@ -103,6 +105,8 @@ def view(run: RunReport, now: str = "") -> RenderableType:
         answer = run.answers[0]
         rows.add_row("asked", Text(_line(answer.prompt)))
         rows.add_row("answered", Text(_line(answer.after), "green"))
+    elif run.samples:
+        rows.add_row("a sample", _sample(run.samples[0]))
     title = Text(f" {legible(run.title)} · {run.state} · {duration(run.seconds)} ", "bold")
     return Panel(rows, title=title, title_align="left", subtitle=Text(now, "dim") if now else None, border_style="dim")
 
@@ -121,6 +125,17 @@ def curve(values: Sequence[float], width: int, height: int) -> list[str]:
             cells[dot // 4][x // 2] |= _DOTS[x % 2][dot % 4]
         before = y
     return ["".join(map(chr, line)) for line in cells]
+
+
+def _sample(sample: Shown) -> Text:
+    """The end of its context and the beginning of what is learned of it, which is green."""
+    start = next((i for i, piece in enumerate(sample.pieces) if piece.learned), 0)
+    before, learned = (_flat(part) for part in (sample.pieces[:start], sample.pieces[start:]))
+    return Text.assemble((f"…{before[-SAMPLE // 2 :]}", "dim"), (learned[: SAMPLE // 2], "green"))
+
+
+def _flat(pieces: Sequence[Token]) -> str:
+    return "".join(piece.text for piece in pieces).replace("⏎\n", " ")
 
 
 def _line(said: str) -> str:
