@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from halfbyte.elsewhere.datasets import as_one, share_held_out
@@ -47,7 +48,7 @@ def _dataset(key: str) -> Rule:
 
 def _path(name: str, entry: Mapping[str, Any], folder: str) -> str:
     hub = entry.get("hf_hub_url")
-    return str(hub) if hub else f"{folder}/{entry.get('file_name') or name + '.json'}"
+    return str(hub) if hub else str(Path(folder, str(entry.get("file_name") or f"{name}.json")))
 
 
 def _format(entry: Mapping[str, Any]) -> dict[str, Any]:

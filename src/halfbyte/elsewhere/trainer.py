@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.elsewhere.rules import Outcome, Rule, always, choice, flag, nothing, same
 
-LOGGED = "every step is logged, to metrics.jsonl in the output"
+LOGGED = 'every step is logged to metrics.jsonl in the output, and to W&B with log.wandb = "offline" or "online"'
 HUB = "halfbyte does not upload"
 KERNELS = "halfbyte chooses kernels by what it measures: halfbyte doctor"
 DTYPE = "quant.compute_dtype stays auto: what this machine computes fast; set bfloat16 for their arithmetic"
