@@ -1,10 +1,10 @@
 """What each format of a base loses: bits, squared error, perplexity with and without calibration, speed of a product.
 
-usage: bench_formats.py [--formats nf4,int4,...,4.5] [--uncalibrated] [--work DIR]
+usage: bench_formats.py [--formats nf4,int4,...,4.5] [--uncalibrated | --products] [--work DIR]
 
 SmolLM2-135M and the demo's questions: perplexity of 120 held-out answers and of prose that calibration did not see;
 the error of its weights and of normal ones; a layer's product with 1 and 256 rows of x. Results are added to those
-stored before.
+stored before. --products times the products of all stored formats anew, and nothing else.
 """
 
 from __future__ import annotations
@@ -72,13 +72,24 @@ def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path
     return row
 
 
+def time_products() -> None:
+    """All formats in turn, so that they meet the same machine."""
+    rows = json.loads(RESULT.read_text())["rows"]
+    for name in filter(rows.__contains__, QUANT_TYPES):
+        rows[name]["seconds"] = {str(count): product_seconds(name, count) for count in ROWS}
+    write_result(RESULT, {"rows": rows})
+
+
 def main() -> None:
     """Run, print, write results/formats.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(QUANT_TYPES))
     parser.add_argument("--uncalibrated", action="store_true")
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     options = parser.parse_args()
+    if options.products:
+        return time_products()
     model = str(smollm2_folder(options.work / "model"))
     train, held_out = map(str, docstring_data(options.work))
     texts = {"answers": held_out, "prose": str(prose_file(options.work))}
