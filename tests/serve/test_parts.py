@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_not_loaded(tiny_llama: Path, tmp_path: Path) -> No
         command.serve(model=str(tiny_llama), memory="100MB", port=0)
     least = parse_bytes(str(small.value).rpartition(": ")[2].partition(" is the")[0])
     with pytest.raises(ResourceError, match=r"--cache-tokens \d+ fits"):
-        command.serve(model=str(tiny_llama), memory=str(least + 10**7), port=0, cache_tokens=10**6)
+        command.serve(model=str(tiny_llama), memory=str(least + 10**7), port=0, cache_tokens=10**9)
     assert logging.getLogger("halfbyte.serve").handlers == []  # of a command that has ended
     with pytest.raises(ResourceError, match=r"are needed, 100.0 MB are allowed.*smaller --context"):
         chat(model=str(tiny_llama), memory="100MB")
