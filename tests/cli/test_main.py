@@ -182,3 +182,11 @@ def test_a_config_is_checked_before_anything_is_loaded() -> None:
         RunConfig(
             model=ModelConfig(path="x"), data=DataConfig(train="x"), train=TrainConfig(output=__file__)
         )  # fmt: skip
+
+
+def test_a_port_is_of_the_dashboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--model", "MODEL", "--data", "data.jsonl", "--output", str(tmp_path / "run")]
+    assert main([*arguments, "--port", "8080"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "halfbyte: --port: is a port of --dashboard, which was not given. Give --dashboard, too."
+    )

@@ -33,6 +33,12 @@ def test_formats_begin_with_the_widest_that_all_can_have(bits: float, formats: l
     assert formats_for([(576, 1536)], QuantConfig(bits=bits)) == tuple(formats)
 
 
+@pytest.mark.parametrize("quant_type", ["nf2", "nf3", "int8"])
+def test_a_mix_has_one_format_of_four_bits(quant_type: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{quant_type} is not the format of 4 bits"):
+        formats_for([(576, 1536)], QuantConfig(bits=4.5, quant_type=quant_type))
+
+
 @pytest.mark.parametrize("bits", [2.3, 3.6, 4.2, 4.5, 6.0, 8.2])
 def test_within_the_budget_and_near_the_best(bits: float) -> None:
     """Against every possible choice for 8 layers: measured the least error in all six cases."""

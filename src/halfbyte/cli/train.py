@@ -27,7 +27,7 @@ from halfbyte.cli.common import (
     saying_what_is_kept,
 )
 from halfbyte.cli.ranks import one_voice, ranks_of, share_threads
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.report import Answer
@@ -55,7 +55,7 @@ def train(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="A page of the run while it goes on, on this machine alone.")
     ] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the dashboard; 0: a free one.")] = 0,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Of --dashboard; 0: free.")] = None,
     settings: Set = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -69,6 +69,7 @@ def train(
 
     share_threads(os.environ)
     with one_voice(os.environ, HalfbyteError):
+        _check_port(port, dashboard)
         run = load_run(config, settings, {
             "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),
             "--output": ("train.output", output), "--steps": ("train.steps", steps),
@@ -83,7 +84,7 @@ def train(
     from halfbyte.train import train as run_training
 
     ranks = ranks_of(os.environ)
-    watching = watched(run, console(), port=port if dashboard else None) if ranks.leads else nullcontext()
+    watching = watched(run, console(), port=(port or 0) if dashboard else None) if ranks.leads else nullcontext()
     with one_voice(os.environ, InterruptedRunError), saying_what_is_kept(run), watching as observer:
         machine = known_machine()
         result = run_training(run, observer=observer, machine=machine, ranks=ranks)
@@ -92,6 +93,11 @@ def train(
     gflops = {speed_key(run, machine): result.gflops} if result.gflops else {}
     write_calibration(calibration_file(), runtime=result.runtime, gflops=gflops, panel_rows=panel_rule().rows)
     emit(result.to_dict(), as_json, summary(result))
+
+
+def _check_port(port: int | None, dashboard: bool) -> None:
+    if port is not None and not dashboard:
+        raise ConfigError("is a port of --dashboard, which was not given", where="--port", fix="Give --dashboard, too")
 
 
 def summary(result: TrainResult) -> str:

@@ -46,8 +46,12 @@ def formats_for(shapes: Sequence[tuple[int, ...]], quant: QuantConfig) -> tuple[
     Raises:
         ConfigError: there is none.
     """
-    four = quant.quant_type if bits_of(quant.quant_type) == 4 else "nf4"
-    found, weights = ["nf2", "nf3", four, "int8"], sum(map(prod, shapes))
+    if bits_of(quant.quant_type) != 4:
+        raise ConfigError(
+            f"{quant.quant_type} is not the format of 4 bits that quant.bits mixes with nf2, nf3 and int8",
+            where="quant.quant_type", fix="Leave it out, or take one of 4 bits",
+        )  # fmt: skip
+    found, weights = ["nf2", "nf3", quant.quant_type, "int8"], sum(map(prod, shapes))
     while len(found) > 1 and bits_in(shapes, found[1], quant) <= quant.bits * weights:
         del found[0]
     if (least := bits_in(shapes, found[0], quant)) > quant.bits * weights:
