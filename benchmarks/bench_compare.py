@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import docstring_data, halfbyte, smollm2_folder, write_result
+from common import halfbyte, smollm2_folder, write_result
+from texts import docstring_data
 
 
 def main() -> None:

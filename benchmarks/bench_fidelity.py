@@ -1,94 +1,125 @@
 """What four bits lose, and how much of it other scales, calibrated codes and a start for the adapter give back.
 
-usage: bench_fidelity.py [--steps 60] [--batch 8] [--seeds 1] [--work DIR]
+usage: bench_fidelity.py [--data docstrings functions] [--seeds 3] [--steps 60] [--batch 8] [--jobs 1] [--work DIR]
 
-SmolLM2-135M and the demo's questions, held-out loss before training and after `--steps` steps of `--batch` samples, of
-LoRA of rank 16 on every base; and each base's loss on prose that calibration did not see (`pydoc_data.topics`).
+SmolLM2-135M, by halfbyte's own commands. Two data sets: questions about Python's standard library, and its functions'
+source by their names. On each base: held-out loss before training and after `--steps` steps of `--batch` samples of
+LoRA of rank 16, by seed; and the loss, before training, of two texts from outside, Python's reference and four
+licences. Products are in float32 on the decoded weights. `--jobs` runs at once, each with its share of the processors;
+training computes on a GPU where there is one. A base is made once in WORK.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-from common import docstring_data, halfbyte, smollm2_folder, write_result
+import torch
+from common import halfbyte, smollm2_folder, write_result
+from texts import docstring_data, function_data, licence_file, prose_file
 
 LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 EXACT = ["--set", f"quant.skip_modules={LINEARS}", "--set", f"lora.target_modules={LINEARS}"]
+"""The base in 16 bits."""
 BEGIN = ["--set", "lora.init=cloq"]
-CALIBRATED = ["--set", "quant.calibrate={train}"]
-BASES: dict[str, list[str]] = {
-    "NF4": [],
-    "NF4, mse scales": ["--set", "quant.scale=mse"],
-    "NF4, mse-signed scales": ["--set", "quant.scale=mse-signed"],
-    "NF4, calibrated": CALIBRATED,
-    "NF4, calibrated, and a start": [*CALIBRATED, *BEGIN],
+SETS = {"docstrings": docstring_data, "functions": function_data}
+
+
+@dataclass(frozen=True)
+class Base:
+    """One that is trained on. `made`: the settings of `halfbyte quantize`; `used`: those of every command after it."""
+
+    made: list[str] | None = None
+    used: list[str] | None = None
+
+    @property
+    def depends_on_data(self) -> bool:
+        return any("{train}" in setting for setting in self.made or ())
+
+
+BASES = {
+    "16 bits": Base(used=EXACT),
+    "NF4": Base([]),
+    "NF4, mse-signed scales": Base(["--set", "quant.scale=mse-signed"]),
+    "NF4, calibrated on generic text": Base(["--set", "quant.calibrate=generic"]),
+    "NF4, calibrated": Base(["--set", "quant.calibrate={train}"]),
+    "NF4, calibrated, closed form": Base(
+        ["--set", "quant.calibrate={train}", *BEGIN, "--set", "lora.match_steps=0"], BEGIN
+    ),
+    "NF4, calibrated, matched": Base(["--set", "quant.calibrate={train}", *BEGIN], BEGIN),
 }
-"""Settings of `halfbyte quantize`."""
 
 
-def prose_file(folder: Path) -> Path:
-    """40 texts of Python's reference."""
-    path = folder / "prose.jsonl"
-    texts = [topics[name][:2000] for name in sorted(topics)][:40]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+def folder_of(options: argparse.Namespace, data: str, name: str, train: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the base is, made if it has to be, and what `halfbyte quantize --json` said of it."""
+    base = BASES[name]
+    if base.made is None:
+        return options.work / "model", {}
+    path = options.work / "-".join(name.replace(",", "").split() + [data] * base.depends_on_data)
+    if not (path / "quantize.json").exists():
+        settings = [text.format(train=train) for text in base.made]
+        made = halfbyte("quantize", "--model", str(options.work / "model"), "--output", str(path), *settings)
+        kept = {key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory")}
+        (path / "quantize.json").write_text(json.dumps(kept), encoding="utf-8")
+    return path, json.loads((path / "quantize.json").read_text(encoding="utf-8"))
 
 
-def measure(options: argparse.Namespace, base: str, train: str, held_out: str, begin: list[str]) -> dict[str, Any]:
-    """Losses on one base: before, after by seed, and on prose."""
-    exact = ["--set", "quant.compute_dtype=float32"]
-    adapter = ["--adapter", f"{base}/start"] if begin == BEGIN else []
-    common = [*exact, *(EXACT[:2] if begin == EXACT else [])]
-    prose = halfbyte("eval", "--model", base, "--data", str(prose_file(options.work)), *adapter, *common)["loss"]
-    runs = [
-        halfbyte(
-            "train", "--model", base, "--data", train, "--eval-data", held_out, "--steps", str(options.steps),
-            "--output", str(options.work / "run"), "--resume", "never", "--set", f"train.seed={seed}",
-            "--set", "data.packing=false", "--set", f"train.micro_batch_size={options.batch}", *exact, *begin,
-        )
-        for seed in range(options.seeds)
-    ]  # fmt: skip
-    return {"before": runs[0]["eval_loss_before"], "after": [run["eval_loss"] for run in runs], "prose": prose}
+def row_of(options: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
+    """Losses on one base: before, after by seed, and outside."""
+    base, (train, held_out) = BASES[name], SETS[data](options.work)
+    folder, made = folder_of(options, data, name, train)
+    common = ["--model", str(folder), "--set", "quant.compute_dtype=float32", *(base.used or ())]
+    adapter = ["--adapter", str(folder / "start")] if base.used is BEGIN else []
+    env = os.environ | {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // options.jobs, 1))}
+
+    def trained(seed: int) -> dict[str, Any]:
+        return halfbyte(
+            "train", *common, "--data", str(train), "--eval-data", str(held_out), "--steps", str(options.steps),
+            "--output", str(options.work / f"run-{data}-{name.replace(' ', '-')}-{seed}"), "--resume", "never",
+            "--set", f"train.seed={seed}", "--set", "data.packing=false", "--set", "train.save_every=0",
+            "--set", f"train.micro_batch_size={options.batch}", env=env,
+        )  # fmt: skip
+
+    def outside(text: Path) -> float:
+        found = halfbyte("eval", *common, *adapter, "--data", str(text), env=env)["loss"]
+        return float(found)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        losses = pool.map(outside, (prose_file(options.work), licence_file(options.work)))
+        runs = list(pool.map(trained, range(options.seeds)))
+        return {
+            "before": runs[0]["eval_loss_before"], "after": [run["eval_loss"] for run in runs],
+            "outside": list(losses), **made,
+        }  # fmt: skip
 
 
 def main() -> None:
-    """Run, print, write results/fidelity.json."""
+    """Run, print, write results/fidelity.json after each row, for they are minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="*", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "fidelity.json")
     options = parser.parse_args()
-    model = str(smollm2_folder(options.work / "model"))
-    train, held_out = map(str, docstring_data(options.work))
-    rows = {"16 bits": measure(options, model, train, held_out, EXACT)}
-    for name, settings in BASES.items():
-        base = str(options.work / "base")
-        given = [text.format(train=train) for text in settings]
-        made = halfbyte("quantize", "--model", model, "--output", base, *given)
-        begin = BEGIN if BEGIN[1] in given else []
-        rows[name] = {
-            **measure(options, base, train, held_out, begin),
-            **{key: made[key] for key in ("bits_per_weight", "seconds", "peak_memory")},
-        }
-        store(rows, options)  # after each, for they are minutes
-
-
-def store(rows: dict[str, Any], options: argparse.Namespace) -> None:
-    """With the share that each closes of the gap between NF4 and 16 bits."""
-    for row in rows.values():
-        row["mean_after"] = statistics.mean(row["after"])
-        for key in ("before", "mean_after", "prose"):
-            best, stock = rows["16 bits"][key], rows["NF4"][key]
-            row[f"closed_{key}"] = (stock - row[key]) / (stock - best)
-    print(json.dumps(rows, indent=1))
-    result = {"steps": options.steps, "batch": options.batch, "seeds": options.seeds, "rows": rows}
-    write_result(Path(__file__).parent / "results" / "fidelity.json", result)
+    smollm2_folder(options.work / "model")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    sets: dict[str, dict[str, Any]] = {data: {} for data in options.data}
+    for data in options.data:
+        for name, row in zip(options.bases, map(partial(row_of, options, data), options.bases), strict=True):
+            sets[data][name] = row
+            print(data, name, row, flush=True)
+            result = {"device": device, "steps": options.steps, "batch": options.batch, "sets": sets}
+            write_result(options.output, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import docstring_data, halfbyte, last_json, smollm2_folder, write_result
+from common import halfbyte, last_json, smollm2_folder, write_result
+from texts import docstring_data
 
 HERE = Path(__file__).parent
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_fidelity import EXACT, prose_file
-from common import docstring_data, halfbyte, smollm2_folder, write_result
+from bench_fidelity import EXACT
+from common import halfbyte, smollm2_folder, write_result
+from texts import docstring_data, prose_file
 
 import halfbyte as hb
 from halfbyte.compare.weights import weight_report

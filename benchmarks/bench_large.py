@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cgroup import run_limited
-from common import docstring_data, write_result
+from common import write_result
 from random_model import config_of, model_folder
+from texts import docstring_data
 
 from halfbyte.dtypes import parse_bytes
 

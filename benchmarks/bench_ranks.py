@@ -23,8 +23,9 @@ from typing import Any
 
 import psutil
 import torch
-from common import docstring_data, last_json, provenance
+from common import last_json, provenance
 from random_model import SHAPES, model_folder, write_model
+from texts import docstring_data
 from transformers import AutoConfig
 
 WORK = Path("bench-work")

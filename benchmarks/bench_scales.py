@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from common import halfbyte, smollm2_folder, write_result
+from texts import licences
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +34,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from halfbyte import prequantized_config, quantize
 
 SCALES = ("absmax", "mse", "mse-signed")
-LICENCES = ("Artistic", "GFDL-1.3", "MPL-2.0", "CC0-1.0")
 WINDOWS, LENGTH = 16, 512
 MASKED = 0.15
 ROWS, FITTED = 700, 400
@@ -45,7 +45,7 @@ def texts() -> dict[str, str]:
     """English about Python, English about law, and code."""
     return {
         "reference": "\n\n".join(topics[name] for name in sorted(topics)),
-        "licences": "".join(Path("/usr/share/common-licenses", name).read_text(encoding="utf-8") for name in LICENCES),
+        "licences": licences(),
         "code": "\n".join(map(inspect.getsource, (argparse, typing, logging))),
     }
 

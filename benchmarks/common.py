@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from halfbyte.checkpoint import versions, write_folder
 from halfbyte.checkpoint.shard_writer import write_shards
 from halfbyte.cli.demo import smollm2_path
-from halfbyte.cli.demo_data import write_docstring_qa
 from halfbyte.model.source import load_tokenizer, open_source
 
 Figures = dict[str, dict[str, float]]
@@ -111,14 +110,6 @@ def disk_turns(task: str, stacks: Iterable[str], rounds: int, folder: Path, outp
         stack: {key: statistics.median(r[key] for r in results[not cold :]) for key in ("seconds", "peak_memory")}
         for stack, results in runs.items()
     }
-
-
-def docstring_data(folder: Path, num_train: int = 1500, num_held_out: int = 120) -> tuple[Path, Path]:
-    """The demo's question-and-answer files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
-    write_docstring_qa(train, held_out, num_train=num_train, num_held_out=num_held_out)
-    return train, held_out
 
 
 def last_json(command: list[str], **kwargs: Any) -> dict[str, Any]:

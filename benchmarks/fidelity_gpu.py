@@ -16,24 +16,18 @@ were chosen by KL divergence on the VALIDATION samples of the first set, which n
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import json
 import math
-import sysconfig
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_fidelity import prose_file
-from common import docstring_data, write_result
+from common import write_result
+from texts import docstring_data, function_data, licence_file, prose_file
 from torch import Tensor
 
 from halfbyte.cli.demo import smollm2_path
-from halfbyte.cli.demo_data import SKIPPED_FOLDERS
 from halfbyte.config import DataConfig
 from halfbyte.data import load_data
 from halfbyte.model.source import load_tokenizer, open_source
@@ -116,41 +110,6 @@ def linear_of(weights: Weights, adapter: Adapter | None = None) -> Linear:
 
 
 # The data
-
-
-def function_data(folder: Path) -> tuple[Path, Path]:
-    """The standard library's functions by their names: 1,500 to train on, 120 held out."""
-    root, pairs, seen = Path(sysconfig.get_paths()["stdlib"]), dict[str, str](), set[str]()
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).with_suffix("").parts
-        if (SKIPPED_FOLDERS - {"__pycache__"}) & set(parts):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-            nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in (n for n in nodes if not n.name.startswith("__")):
-            code = textwrap.dedent(" " * node.col_offset + (ast.get_source_segment(text, node) or ""))
-            if 80 <= len(code) <= 600 and code not in seen:
-                seen.add(code)
-                pairs.setdefault(f"Write the Python function `{node.name}` of the module `{'.'.join(parts)}`.", code)
-    ordered = sorted(pairs, key=lambda question: hashlib.sha256(question.encode()).digest())
-    paths = folder / "functions.jsonl", folder / "functions-held-out.jsonl"
-    for path, part in zip(paths, (ordered[120:1620], ordered[:120]), strict=True):
-        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": pairs[q]}] for q in part]
-        path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8")
-    return paths
-
-
-def licence_file(folder: Path) -> Path:
-    """English that has nothing to do with programming: Debian's copies of four licences."""
-    names = ("Artistic", "GFDL-1.3", "MPL-2.0", "CC0-1.0")
-    text = "".join((Path("/usr/share/common-licenses") / name).read_text(encoding="utf-8") for name in names)
-    parts = [text[i : i + 2000] for i in range(0, len(text), 2000) if text[i : i + 2000].strip()]
-    path = folder / "licences.jsonl"
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), encoding="utf-8")
-    return path
 
 
 def samples_of(path: Path) -> list[Sample]:

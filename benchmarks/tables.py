@@ -197,16 +197,6 @@ def same_answers(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def fidelity(result: dict[str, Any]) -> Rows:
-    """Held-out loss on each base, and the share of NF4's gap that it closes."""
-    rows = [["base", "loss before", "closed", "loss after", "closed", "prose", "closed"]]
-    for name, row in result["rows"].items():
-        cells = [text for key in ("before", "mean_after", "prose")
-                 for text in (f"{row[key]:.3f}", f"{row[f'closed_{key}']:.0%}")]  # fmt: skip
-        rows.append([name, *cells])
-    return rows
-
-
 def formats(result: dict[str, Any]) -> Rows:
     """Formats by bits: squared errors in thousandths, perplexities, and how long a product takes beside NF4's."""
     rows = [
@@ -239,25 +229,29 @@ def scales(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def fidelity_gpu(result: dict[str, Any]) -> Rows:
-    """Each variant's losses on both data sets, and the shares of NF4's gaps that it closes."""
-    rows = [["data", "base and start", "loss before", "closed", "KL", "loss after", "closed", "outside", "closed"]]
+def fidelity(result: dict[str, Any]) -> Rows:
+    """Each base's losses on both data sets, and the shares of NF4's gaps that it closes."""
+    kl = any("kl" in row for variants in result["sets"].values() for row in variants.values())
+    rows = [["data", "base and start", "loss before", "closed", *["KL"] * kl, "loss after", "closed", "by seed",
+             "outside", "closed"]]  # fmt: skip
     for data, variants in result["sets"].items():
-        exact, stock = ([*_losses(variants[name])] for name in ("16 bits", "NF4"))
+        exact, stock = variants["16 bits"], variants["NF4"]
         for name, row in variants.items():
-            shares = [
-                "" if name in ("16 bits", "NF4") else f"{(most - loss) / (most - least):.0%}"
-                for loss, least, most in zip(_losses(row), exact, stock, strict=True)
-            ]
-            before, after, *outside = (f"{loss:.3f}" for loss in _losses(row))
-            others = "" if name in ("16 bits", "NF4") else ", ".join(shares[2:])
-            rows.append([data if name == "16 bits" else "", name, before, shares[0], f"{row['kl']:.3f}", after,
-                         shares[1], ", ".join(outside), others])  # fmt: skip
+            shares = ["" if name in ("16 bits", "NF4") else f"{(most - loss) / (most - least):.0%}"
+                      for loss, least, most in zip(*map(_losses, (row, exact, stock)), strict=True)]  # fmt: skip
+            before, after, *outside = (f"{loss:.3f}" for loss in _losses(row)[: 2 + len(row["outside"])])
+            first = 2 + len(outside)
+            by_seed, by_text = (", ".join(filter(None, part)) for part in (shares[first:], shares[2:first]))
+            rows.append([
+                data if name == "16 bits" else "", name, before, shares[0], *[f"{row['kl']:.3f}"] * kl, after,
+                shares[1], by_seed, ", ".join(outside), by_text,
+            ])  # fmt: skip
     return rows
 
 
 def _losses(row: dict[str, Any]) -> list[float]:
-    return [row["before"], statistics.mean(row["after"]), *row["outside"]]
+    """Before, after (mean), outside, and after by seed."""
+    return [row["before"], statistics.mean(row["after"]), *row["outside"], *row["after"]]
 
 
 def _counted(name: str, value: Any) -> str:
@@ -407,7 +401,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "same answers": ("merge", same_answers),
     "fidelity": ("fidelity", fidelity),
     "formats": ("formats", formats),
-    "fidelity GPU": ("fidelity-gpu", fidelity_gpu),
+    "fidelity GPU": ("fidelity-gpu", fidelity),
     "scales": ("scales", scales),
     "reliability": ("reliability", reliability),
     "serving": ("serve", serving),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +16,10 @@ import psutil
 import pytest
 import torch
 from random_adapters import write_random_adapter
+from serving import ask, command, running
 
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and limits of Linux")
-
-
-def command(model: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "halfbyte", "serve", "--model", str(model), "--port", "0", "--name", "base",
-            "--json", "--context", "256", *options]  # fmt: skip
-
-
-@contextmanager
-def running(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its URL."""
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            yield process, json.loads(line)["url"]
-        finally:
-            process.kill()
-
-
-def ask(url: str, **fields: Any) -> Any:
-    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0} | fields
-    return httpx.post(url + "/v1/completions", json=body, timeout=60)
 
 
 def test_from_start_to_sigterm(make_llama: Any, tmp_path: Path) -> None:

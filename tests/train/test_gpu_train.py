@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.calibrate import quantize_with_start
 from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.cli.main import main
 from halfbyte.config import QuantConfig, RunConfig
@@ -164,3 +165,43 @@ def test_eval_generate_and_merge_read_what_it_left(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_tokens"] > 0
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
     assert found["cuda"] == pytest.approx(result.eval_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"quant__quant_type": name} for name in ("fp4", "int4", "af4", "bof4-s", "int8", "nf3", "nf2")),
+        {"quant__scale": "mse-signed"}, {"quant__bits": 4.5}, {"lora__use_dora": True},
+        {"lora__use_dora": True, "lora__init": "pissa"}, {"lora__use_rslora": True, "optim__lr_b_ratio": 4.0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)  # fmt: skip
+def test_variants_have_the_losses_of_the_cpu(
+    settings: dict[str, Any], make_run: MakeRun, make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every format and kind of adapter, in float32; measured on an H100: within MEASURED."""
+    base = tmp_path / "base"
+    config = make_run("first", model__path=str(make_llama()), **settings)
+    if config.lora.init == "random":
+        quantize_model(config.model.path, base, config.quant)
+    else:
+        quantize_with_start(config, base)
+    used = {key: value for key, value in settings.items() if key.startswith(("lora", "optim"))}
+    used |= {"model__path": str(base), "train__steps": 3}
+    cpu, cuda = (losses_of(make_run(device, model__device=device, **used)) for device in ("cpu", "cuda"))
+    assert cuda == pytest.approx(cpu, rel=1e-4)
+
+
+def losses_of(config: RunConfig) -> list[float]:
+    train(config)
+    return losses(config)
+
+
+def test_the_page_of_a_run_shows_the_same_pictures(make_run: MakeRun, eval_file: Path) -> None:
+    """report.html, with memory over time against plan and budget."""
+    pictures = {}
+    for device in ("cpu", "cuda"):
+        config = make_run(device, model__device=device, data__eval=str(eval_file), memory__budget="8GB")
+        train(config)
+        pictures[device] = (Path(config.train.output) / "report.html").read_text(encoding="utf-8").count("<svg")
+    assert pictures["cuda"] == pictures["cpu"] >= 2
