@@ -101,6 +101,7 @@ MACHINES: dict[str, tuple[list[str], Callable[[Path, Patch, Stack], object]]] = 
     "another process trains into it": (["--output", "PLACE/taken"], taken),
     "the output cannot be made": (["--output", "/proc/nope"], lambda p, patch, stack: None),
     "the output is below a file": (["--output", "PLACE/data.jsonl/run"], lambda p, patch, stack: None),
+    "the output's folder is not there": (["--output", "PLACE/no/run"], lambda p, patch, stack: None),
     "no room on the disk": ([], full),
     "the disk is full": ([], failing("fsync", errno.ENOSPC)),
     "the quota is used up": ([], failing("fsync", errno.EDQUOT)),

@@ -157,15 +157,18 @@ def write_config(path: Path, text: str) -> None:
     """Write a new file.
 
     Raises:
-        ConfigError: there is one already.
+        ConfigError: there is one already, or no folder for it.
     """
+    from halfbyte.config.target import check_parent
     from halfbyte.errors import ConfigError
 
+    check_parent(path)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError("is there already", where=str(path), fix="Give another --output, or remove it") from None
+        fix = "Give another --output, or move this one away"
+        raise ConfigError("is there already", where=str(path), fix=fix) from None
 
 
 def with_base_of(run: RunConfig, saved: SavedAdapter | None) -> RunConfig:

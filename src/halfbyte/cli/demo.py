@@ -31,10 +31,12 @@ def demo(
     from halfbyte.cli.demo_data import write_docstring_qa
     from halfbyte.cli.train import summary
     from halfbyte.cli.watching import watched
+    from halfbyte.config.target import check_parent
     from halfbyte.train import train
 
     out = console()
-    output.mkdir(parents=True, exist_ok=True)
+    check_parent(output)
+    output.mkdir(exist_ok=True)
     data, held_out = output / "train.jsonl", output / "held_out.jsonl"
     counts = write_docstring_qa(data, held_out, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT)
     out.print(f"{counts[0]} questions to learn and {counts[1]} held out, from Python's own docstrings", style="dim")

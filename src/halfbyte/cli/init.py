@@ -50,11 +50,11 @@ def init(
 
     On a terminal it asks for what is not given. What --set says stays as it is. Go on with: halfbyte train --config.
     """
+    from halfbyte.config.target import check_new
     from halfbyte.config.write import to_toml
     from halfbyte.errors import ConfigError
 
-    if output.exists():
-        raise ConfigError("is there already", where=str(output), fix="Give another --output, or remove it")
+    check_new(output)
     if sys.stdin.isatty() and not as_json:
         model = model or typer.prompt("Base model (a folder, a .gguf file or a hub id)", err=True)
         if data is None:

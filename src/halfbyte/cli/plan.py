@@ -48,6 +48,7 @@ def plan(
 
     MODEL may be a folder with no more than a config.json. Exit code 0 also where it does not fit: see "fits".
     """
+    from halfbyte.config.target import check_parent
     from halfbyte.errors import ConfigError
     from halfbyte.plan import plan as make_plan
 
@@ -59,6 +60,8 @@ def plan(
     })  # fmt: skip
     if not run.model.path:
         raise ConfigError("is not set", where="model.path", fix="Give --model")
+    if picture is not None:
+        check_parent(picture)
     machine = replace(known_machine(), ranks=ranks)
     made = make_plan(run, machine=machine)
     if picture is not None:

@@ -91,6 +91,7 @@ def _formats(formats: dict[str, str]) -> str:
 
 def _check_report(report: Path | None, eval_data: Path | None, init: str) -> None:
     """Before minutes go into quantizing."""
+    from halfbyte.config.target import check_parent
     from halfbyte.errors import ConfigError
 
     if report is None and eval_data is not None:
@@ -101,8 +102,8 @@ def _check_report(report: Path | None, eval_data: Path | None, init: str) -> Non
         raise ConfigError(
             f"{report} is not a .html file", where="--report", why="the .json of its name lies beside it"
         )
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {report.absolute().parent}", where="--report", fix="Make it first")
+    if report is not None:
+        check_parent(report)
     if eval_data is not None and not eval_data.is_file():
         raise ConfigError(f"there is no file {eval_data}", where="--eval-data")
 

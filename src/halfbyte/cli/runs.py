@@ -66,6 +66,7 @@ def compare(
 ) -> None:
     """Compare runs: losses, memory, speed, and the settings that differ."""
     from halfbyte.checkpoint.durable import write_file
+    from halfbyte.config.target import check_parent
     from halfbyte.errors import ConfigError
     from halfbyte.report.runs_page import differences, runs_page
 
@@ -74,6 +75,7 @@ def compare(
     found = [_one(name) for name in named]
     changed = differences(found)
     if page is not None:
+        check_parent(page)
         write_file(page, runs_page(found).encode())
     if as_json:
         rows = [run.to_dict() for run in found]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import write_file
+from halfbyte.checkpoint.durable import remove_folder
 from halfbyte.compare.variants import Variant
 from halfbyte.config import RunConfig, load_config, settings_of
 from halfbyte.errors import ConfigError
@@ -91,6 +92,9 @@ def prepare_base(run: RunConfig, variant: Variant, folder: Path) -> Base:
         if output.is_dir() and (kept := _read(record)).get("settings") == settings:
             made = kept["result"]
         else:
+            folder.mkdir(parents=True, exist_ok=True)
+            if output.is_dir():
+                remove_folder(output)  # made by other settings
             made, failed = run_command("quantize", settings, "--output", str(output))
             if failed:
                 return Base(path, failure=failed)

@@ -1,4 +1,4 @@
-"""The folder that a command may write."""
+"""What a command may write: a folder or file that is not there yet, or a folder of ours, in a folder that is there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from halfbyte.errors import ConfigError
 
 MANIFEST = "manifest.json"
 MARKER = ".halfbyte-writing"
+
+
+def check_parent(path: Path) -> None:
+    """ConfigError unless `path`, a folder or a file, is to lie in a folder that is there: a slip makes no folders."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"there is no folder {parent} to put it in", where=str(path), fix="Make that folder first")
+
+
+def check_new(final: Path) -> None:
+    """ConfigError unless `final` can become a folder or file and overwrites nothing: absent, or an empty folder."""
+    check_parent(final)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ConfigError("is there already", where=str(final), fix="Give another --output, or move this one away")
 
 
 def check_target(final: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import versions
+from halfbyte.config.target import check_new
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.merge.base import MergeBase
 from halfbyte.merge.parts import Part
@@ -75,9 +76,8 @@ def _merged_record(base: MergeBase) -> dict[str, Any] | None:
 
 
 def check_output(output: Path, *inputs: Path) -> None:
-    """ConfigError if `output` holds something, or lies in, or holds, one of `inputs`."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError("is there already", where=str(output), fix="Give another --output, or move this one away")
+    """ConfigError if `output` holds something, cannot be made, or lies in, or holds, one of `inputs`."""
+    check_new(output)
     for path in inputs:
         mine, theirs = output.resolve(), path.resolve()
         if mine == theirs or theirs in mine.parents or mine in theirs.parents:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint import check_target, write_folder
+from halfbyte.checkpoint import write_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_shards
 from halfbyte.config import QuantConfig
 from halfbyte.config.formats import bits_of
+from halfbyte.config.target import check_new
 from halfbyte.errors import ConfigError
 from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.load import Progress, match_names, skeleton
@@ -95,11 +96,11 @@ def open_unquantized(path: str, output: str | Path, quant: QuantConfig) -> Unqua
 
     Raises:
         ModelError: the model cannot be read.
-        ConfigError: it is already in 4 bits, or `output` holds something else.
+        ConfigError: it is already in 4 bits, or `output` is there already, or has no folder to lie in.
     """
+    check_new(Path(output))
     source = open_source(path)
     _check_wish(source, quant)
-    check_target(Path(output))
     reader, model = source.open_tensors(), skeleton(source)
     names = match_names(model, reader, path)
     targets = modules_to_quantize(model, quant.skip_modules)
@@ -115,7 +116,7 @@ def quantize_model(
 
     Raises:
         ModelError: the model cannot be read, or has NaN or Inf.
-        ConfigError: it is already in 4 bits, or `output` holds something else.
+        ConfigError: it is already in 4 bits, or `output` is there already, or has no folder to lie in.
         ResourceError: the disk is full or not writable; nothing is left under the final name.
     """
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from halfbyte.config import RunConfig
 from halfbyte.config.names import check_skipped, check_targets
-from halfbyte.config.target import check_target
+from halfbyte.config.target import check_parent, check_target
 from halfbyte.errors import ConfigError, DataError, FileError, ModelError
 from halfbyte.plan.architecture import FUSED
 from halfbyte.plan.base import HEADS, Base, read_base
@@ -25,6 +25,7 @@ def check_run(config: RunConfig) -> None:
     for key, flag in FLAGS.items():
         if not _value(config, key):
             raise ConfigError("is not set", where=key, fix=f"Give {flag}")
+    check_parent(Path(config.train.output))
     check_target(Path(config.train.output) / "adapter")
     for key in ("data.train", "data.eval"):
         if _value(config, key):
