@@ -55,6 +55,15 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "optim.bits": 8, "lora.use_rslora": True,
     },
     "unsloth.json": {"model.path": "example/qwen-7b", "lora.r": 8, "train.seed": 1, "data.max_seq_len": 1024},
+    "unsloth-notebook.txt": {
+        "model.path": "example/Llama-8B", "data.train": "talks.jsonl", "data.max_seq_len": 2048, "lora.r": 16,
+        "lora.target_modules": ["q_proj", "k_proj"], "train.seed": 3407, "train.micro_batch_size": 2,
+        "train.steps": 60, "optim.lr": 2e-4, "optim.bits": 8, "train.output": "outputs",
+    },
+    "trl-script.py": {
+        "model.path": "example/qwen-0.5b", "lora.r": 4, "lora.lora_alpha": 8, "quant.quant_type": "nf4",
+        "data.train": "train.jsonl", "optim.lr": 1e-4, "train.output": "2024", "data.max_seq_len": 512,
+    },
     "trl-script.json": {
         "quant.double_quant": True, "lora.r": 16, "optim.paged": True, "optim.bits": 8, "optim.warmup_steps": 0.03,
         "data.mask_prompt": True, "data.on_long": "truncate", "log.tensorboard": True,
@@ -94,12 +103,19 @@ def test_a_config_becomes_one_that_loads_and_no_key_is_lost(path: Path, tmp_path
 def test_the_page_shows_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "elsewhere.md").read_text(encoding="utf-8")
-    given, written = (
-        re.findall(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)[0]
-        for name in ("axolotl", "result")
-    )
-    Path("axolotl.yml").write_text(given, encoding="utf-8")
-    assert translate(Path("axolotl.yml")).toml() == written
+    example = {
+        name: re.findall(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", page, re.DOTALL)[0]
+        for name in ("axolotl", "result", "script", "arguments")
+    }
+    Path("axolotl.yml").write_text(example["axolotl"], encoding="utf-8")
+    assert translate(Path("axolotl.yml")).toml() == example["result"]
+    for name, file in (("script", "script.py"), ("arguments", "arguments.txt")):
+        Path(file).write_text(example[name], encoding="utf-8")
+        result = translate(Path(file))
+        values = {key: setting.value for key, setting in result.settings.items()}
+        wanted = {"model.path": "models/llama-3-8b", "lora.r": 16, "train.steps": 60, "optim.lr": 2e-4}
+        assert (result.source, {key: values[key] for key in wanted}) == ("unsloth", wanted)
+        assert not [key for key, why in result.unmapped.items() if why == "not known here"]
 
 
 def test_a_key_that_nobody_knows_is_named() -> None:
@@ -107,8 +123,92 @@ def test_a_key_that_nobody_knows_is_named() -> None:
     assert result.unmapped["frobnicate"] == "not known here"
     assert "strict" not in result.unmapped, "false asks for nothing"
     assert "roles_to_train" in translate(CONFIGS / "axolotl-chat.yml").differs["datasets"]
-    assert "TRL" in translate(CONFIGS / "axolotl-several.yml").unmapped["rl"]
     assert "b.json > b.jsonl" in translate(CONFIGS / "axolotl-several.yml").differs["datasets"]
+
+
+PREFERENCES = {
+    "axolotl.yml": ("base_model: m\nadapter: qlora\nrl: dpo\n", "rl dpo"),
+    "reward.yml": ("base_model: m\nadapter: qlora\nreward_model: true\n", "reward_model True"),
+    "llamafactory.yaml": ("model_name_or_path: m\nstage: dpo\nfinetuning_type: lora\n", "stage dpo"),
+    "dpo.json": ('{"model_name_or_path": "m", "use_peft": true, "beta": 0.1}', "beta 0.1"),
+    "loss.json": ('{"model_name_or_path": "m", "use_peft": true, "loss_type": "sigmoid"}', "loss_type sigmoid"),
+    "dpo.py": ("trainer = DPOTrainer('m', args=DPOConfig(max_length=9), train_dataset=rows)\n", "DPOTrainer"),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preference_tuning_is_refused_with_the_way(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, why = PREFERENCES[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert main(["import-config", str(tmp_path / name), "--output", str(tmp_path / "run.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"which halfbyte train does not do: {why}. TRL does it" in line
+    for page in re.findall(r"(?:configs|docs)/[\w.]+\.(?:py|md)", line):
+        assert (Path(__file__).parents[2] / page).is_file(), page
+    assert not (tmp_path / "run.toml").exists()
+
+
+def test_rankings_in_the_data_are_preferences(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"pairs": {"file_name": "p.json", "ranking": true}}')
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\nstage: sft\nfinetuning_type: lora\ndataset: pairs\n")
+    with pytest.raises(ConfigError, match="chosen and rejected answers"):
+        translate(tmp_path / "a.yaml")
+
+
+def test_only_keys_that_are_there_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yml").write_text("base_model: m\nadapter: qlora\nlora_r: 8\nfrobnicate: 1\n", encoding="utf-8")
+    result = translate(tmp_path / "a.yml")
+    assert result.mapped.keys() == {"base_model", "adapter", "lora_r"}
+    assert result.defaults["seed"] == "train.seed"
+    assert main(["import-config", str(tmp_path / "a.yml")]) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("axolotl: of its keys 3 map, 0 differ, 1 have no counterpart; where it is silent, ")
+
+
+def test_quoted_numbers_are_numbers_and_text_stays_text(tmp_path: Path) -> None:
+    lines = ['base_model: "7"', 'lora_r: "16"', 'learning_rate: "0.0003"', 'micro_batch_size: "2"', 'max_steps: "5"',
+             'num_epochs: "3"', 'sequence_len: "64"', 'sample_packing: "false"', 'weight_decay: "1e-2"',
+             'output_dir: "2024"']  # fmt: skip
+    (tmp_path / "a.yml").write_text("\n".join(lines), encoding="utf-8")
+    values = {name: setting.value for name, setting in translate(tmp_path / "a.yml").settings.items()}
+    expected = {
+        "model.path": "7", "lora.r": 16, "optim.lr": 3e-4, "train.micro_batch_size": 2, "train.steps": 5,
+        "data.max_seq_len": 64, "data.packing": False, "optim.weight_decay": 0.01, "train.output": "2024",
+    }  # fmt: skip
+    assert {name: values.get(name) for name in expected} == expected
+    assert "train.epochs" not in values
+
+
+def test_the_wrong_tool_is_told_whose_it_looks_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = CONFIGS / "axolotl-qlora.yml"
+    assert "try --from axolotl" in translate(path, "trl").hint
+    assert translate(path, "axolotl").hint == ""
+    assert main(["import-config", str(path), "--from", "llamafactory"]) == 0
+    assert "hint            its keys look like axolotl's: try --from axolotl" in capsys.readouterr().err
+
+
+def test_a_script_is_read_and_never_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    text = f"""import pathlib
+pathlib.Path({str(mark)!r}).touch()
+rate = 1e-4
+rate = rate * 2
+model = AutoModelForCausalLM.from_pretrained("m", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+tokenizer = AutoTokenizer.from_pretrained("another")
+lora = LoraConfig(r=len("ab"), target_modules="\\d")
+trainer = SFTTrainer(model=model, args=SFTConfig(learning_rate=rate, max_length=256), peft_config=lora)
+again = AutoModelForCausalLM.from_pretrained("result")
+"""
+    (tmp_path / "a.py").write_text(text, encoding="utf-8")
+    result = translate(tmp_path / "a.py")
+    assert not mark.exists()
+    assert result.settings["model.path"].value == "m"
+    assert result.settings["data.max_seq_len"].value == 256
+    assert result.unmapped["learning_rate"] == "the script computes it: rate"
+    assert result.unmapped["r"] == "the script computes it: len('ab')"
 
 
 def test_every_rule_leads_to_settings_that_exist() -> None:
@@ -152,6 +252,10 @@ BAD = {
     "none.yml": (None, "No such file"),
     "empty.yml": ("", "it holds no keys"),
     "list.yml": ("- a\n- b\n", "it holds no keys"),
+    "run.toml": ('[model]\npath = "m"\n', "is halfbyte's own already. Use it as it is: halfbyte train --config"),
+    "half.py": ("model = from_pretrained(\n", "is no Python: line 1"),
+    "other.py": ("print('hello')\n", "it holds no keys"),
+    "deep.py": ("from_pretrained(" + "(" * 100_000, "is no Python"),
     "tab.yml": ("a: b: c\n", "line 1: mapping values"),
     "code.yml": ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
     "aliases.yml": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases"),

@@ -11,7 +11,7 @@ from halfbyte.cli.common import AsJson, Debug, console, emit, write_config
 
 
 def import_config(
-    file: Annotated[Path, typer.Argument(help="Its YAML, JSON, or the arguments as typed.")],
+    file: Annotated[Path, typer.Argument(help="Its YAML, JSON, Python script, or the arguments as typed.")],
     source: Annotated[
         str, typer.Option("--from", metavar="auto|axolotl|llamafactory|unsloth|trl", help="Whose config it is.")
     ] = "auto",
@@ -35,7 +35,10 @@ def import_config(
         write_config(output, result.toml())
     out = console()
     counts = f"{len(result.mapped)} map, {len(result.differs)} differ, {len(result.unmapped)} have no counterpart"
-    out.print(f"{result.source}: {counts}", style="bold", markup=False)
+    silent = f"; where it is silent, {len(result.defaults)} of {result.source}'s defaults" if result.defaults else ""
+    out.print(f"{result.source}: of its keys {counts}{silent}", style="bold", markup=False)
+    if result.hint:
+        out.print(f"hint            {result.hint}", style="yellow", markup=False)
     for key, how in result.differs.items():
         out.print(f"differs         {key}: {how}", style="yellow", markup=False)
     for key, why in result.unmapped.items():

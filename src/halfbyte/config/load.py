@@ -108,12 +108,17 @@ def _parse_text(text: str, section: str, key: str) -> Any:
 
     A setting that takes text gets text: ``train.output=2024`` is a folder, not a number.
     """
-    takes_text = section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(key) is str
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    return text if takes_text and not isinstance(value, str) else value
+    return text if takes_text(f"{section}.{key}") and not isinstance(value, str) else value
+
+
+def takes_text(name: str) -> bool:
+    """Whether "section.key" is a setting that takes any text."""
+    section, _, key = name.partition(".")
+    return section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(key) is str
 
 
 def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, *, where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.elsewhere.datasets import as_one, share_held_out
-from halfbyte.elsewhere.rules import Outcome, Source, always, choice, flag, nothing, same
+from halfbyte.elsewhere.rules import Outcome, Source, always, choice, flag, nothing, preference, same
 from halfbyte.elsewhere.trainer import (
     BITS,
     CHECKPOINTING,
@@ -15,7 +15,6 @@ from halfbyte.elsewhere.trainer import (
     LOGGED,
     LORA_INIT,
     MANY,
-    PREFERENCE,
     TRAINER,
     WORKERS,
     schedule,
@@ -262,9 +261,10 @@ AXOLOTL = Source(
         "gpu_memory_limit": lambda value, _: Outcome(
             settings={"memory.budget": f"{value}GB" if isinstance(value, int) else str(value)}
         ),
-        "rl": nothing(PREFERENCE),
-        "reward_model": nothing(PREFERENCE),
-        "trl": nothing(PREFERENCE),
+        "rl": preference("rl"),
+        "reward_model": preference("reward_model"),
+        "process_reward_model": preference("process_reward_model"),
+        "trl": nothing("of preference tuning"),
         "relora_steps": nothing("one adapter is trained"),
         "device_map": nothing(MANY),
         "max_memory": nothing(MANY),

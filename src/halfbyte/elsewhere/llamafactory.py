@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.elsewhere.datasets import as_one, share_held_out
-from halfbyte.elsewhere.rules import Outcome, Rule, Source, always, choice, nothing, same
+from halfbyte.elsewhere.rules import Outcome, Rule, Source, always, nothing, preference, same
 from halfbyte.elsewhere.trainer import (
     BITS,
     DEFAULTS,
@@ -15,7 +15,6 @@ from halfbyte.elsewhere.trainer import (
     KERNELS,
     LOGGED,
     LORA,
-    PREFERENCE,
     TRAINER,
     WORKERS,
     base_bits,
@@ -40,7 +39,7 @@ def _dataset(key: str) -> Rule:
         notes = [f"{INFO} does not describe {name}" for name, entry in zip(names, entries, strict=True) if not entry]
         settings = _format(entries[0]) if entries[0] else {}
         if any(entry.get("ranking") for entry in entries):
-            return Outcome(missing=PREFERENCE)
+            return Outcome(refused=f"{key.removeprefix('data.')} with chosen and rejected answers")
         return as_one(paths, settings if key == "data.train" else {}, *notes, key=key)
 
     return rule
@@ -74,6 +73,12 @@ def _named(names: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finetuning(value: Any, _: Mapping[str, Any]) -> Outcome:
     return Outcome() if value == "lora" else Outcome(differs=f"adapters on a quantized base, in place of {value}")
+
+
+def _stage(value: Any, config: Mapping[str, Any]) -> Outcome:
+    if value == "pt":
+        return Outcome(settings={"data.format": "text"})
+    return preference("stage", harmless=("sft",))(value, config)
 
 
 def _alpha(value: Any, config: Mapping[str, Any]) -> Outcome:
@@ -110,9 +115,7 @@ LLAMAFACTORY = Source(
         "quantization_method": always("bitsandbytes", "NF4 in bitsandbytes' format"),
         "quantization_type": same("quant.quant_type"),
         "double_quantization": same("quant.double_quant"),
-        "stage": choice(
-            {"sft": Outcome(), "pt": Outcome(settings={"data.format": "text"})}, lambda _: Outcome(missing=PREFERENCE)
-        ),
+        "stage": _stage,
         "finetuning_type": _finetuning,
         "lora_rank": same("lora.r"),
         "lora_alpha": _alpha,
@@ -124,9 +127,7 @@ LLAMAFACTORY = Source(
         "pissa_iter": nothing("see lora.init"),
         "pissa_convert": nothing("see lora.init"),
         "create_new_adapter": always(True, "training begins at a new adapter"),
-        "pref_beta": nothing(PREFERENCE),
-        "pref_loss": nothing(PREFERENCE),
-        "pref_ftx": nothing(PREFERENCE),
+        **dict.fromkeys(("pref_beta", "pref_loss", "pref_ftx"), nothing("of preference tuning")),
         "dataset": _dataset("data.train"),
         "eval_dataset": _dataset("data.eval"),
         "dataset_dir": lambda _value, _: Outcome(),

@@ -1,16 +1,19 @@
-"""A config of another tool as one flat dict: YAML, JSON, or arguments as typed."""
+"""A config of another tool as one flat dict: YAML, JSON, arguments as typed, or a Python script's."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from halfbyte.config.load import SECTIONS
+from halfbyte.elsewhere.script import is_script, read_script
 from halfbyte.errors import ConfigError
 
 MOST_BYTES = 1_000_000
@@ -35,15 +38,32 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError("not valid UTF-8", where=where, why=f"byte {error.start + 1}") from None
     if len(raw) > MOST_BYTES:
         raise ConfigError("too long for a config", where=where, why=f"more than {MOST_BYTES:,} bytes")
+    _refuse_own(path, text)
+    script = is_script(path.name, text)
     try:
-        value = (
-            _arguments(text) if re.search(r"(^|\s)--\w", text) and not text.lstrip().startswith("{") else _parse(text)
-        )
+        value = read_script(text) if script else _arguments(text) if _is_typed(text) else _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("is neither YAML nor JSON nor arguments", where=where, why=_first_line(error)) from None
+        what = "is no Python" if script else "is neither YAML nor JSON nor arguments nor a Python script"
+        raise ConfigError(what, where=where, why=_first_line(error)) from None
     if not isinstance(value, dict) or not value:
-        raise ConfigError("is no config", where=where, why="it holds no keys")
+        fix = "Give YAML, JSON, the arguments as typed, or the Python script (docs/elsewhere.md shows each)"
+        raise ConfigError("is no config", where=where, why="it holds no keys", fix=fix)
     return {str(key): _plain(part) for key, part in value.items()}
+
+
+def _refuse_own(path: Path, text: str) -> None:
+    try:
+        sections = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return
+    if any(isinstance(sections.get(name), dict) for name in SECTIONS):
+        raise ConfigError(
+            "is halfbyte's own already", where=str(path), fix=f"Use it as it is: halfbyte train --config {path}"
+        )
+
+
+def _is_typed(text: str) -> bool:
+    return re.search(r"(^|\s)--\w", text) is not None and not text.lstrip().startswith("{")
 
 
 def _parse(text: str) -> Any:
@@ -79,11 +99,22 @@ def without_parts(value: Mapping[str, Any], keep: Container[str]) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):
+    if type(value) is str:
         return float(value) if _SCIENTIFIC.fullmatch(value) else None if value == "None" else value
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def unquoted(value: Any) -> Any:
+    """The number or the truth value that a text spells; anything else as it is."""
+    if type(value) is not str:
+        return value
+    if re.fullmatch(r"[+-]?\d+", value):
+        return int(value)
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)", value):
+        return float(value)
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ class Outcome:
     """What is not quite the same; empty: nothing."""
     missing: str = ""
     """Why there is no counterpart; empty: there is one."""
+    refused: str = ""
+    """What the whole config is for that halfbyte train does not do; empty: nothing."""
 
 
 Rule = Callable[[Any, Mapping[str, Any]], Outcome]
@@ -66,6 +68,15 @@ def always(good: Any, otherwise: str) -> Rule:
 def nothing(why: str) -> Rule:
     """No counterpart; asked for nothing where the value is false, 0 or "no"."""
     return lambda value, _: Outcome() if value in (False, 0, "no", "none", "false") else Outcome(missing=why)
+
+
+def preference(key: str, *, harmless: Container[Any] = (False,)) -> Rule:
+    """`key`, which says that answers are compared, but for the values that are `harmless`."""
+
+    def rule(value: Any, _: Mapping[str, Any]) -> Outcome:
+        return Outcome() if value in harmless else Outcome(refused=f"{key} {value}")
+
+    return rule
 
 
 def flag(key: str, *, beyond: Mapping[str, Outcome] | None = None) -> Rule:

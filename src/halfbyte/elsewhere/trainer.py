@@ -12,7 +12,6 @@ HUB = "halfbyte does not upload"
 KERNELS = "halfbyte chooses kernels by what it measures: halfbyte doctor"
 DTYPE = "quant.compute_dtype stays auto: what this machine computes fast; set bfloat16 for their arithmetic"
 WORKERS = "data is read once, before training"
-PREFERENCE = "halfbyte train does supervised fine-tuning; preference tuning runs through TRL (docs/adapters.md)"
 BEST = "the adapter kept is that of the last step"
 MANY = "torchrun -m halfbyte train shares the steps among processes (docs/ranks.md)"
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.config import load_config
-from halfbyte.config.load import SECTIONS
+from halfbyte.config.load import SECTIONS, takes_text
 from halfbyte.config.write import Setting, to_toml
 from halfbyte.elsewhere.axolotl import AXOLOTL
 from halfbyte.elsewhere.llamafactory import INFO, LLAMAFACTORY
-from halfbyte.elsewhere.read import read_settings, without_parts
+from halfbyte.elsewhere.read import read_settings, unquoted, without_parts
 from halfbyte.elsewhere.rules import Outcome, Source
+from halfbyte.elsewhere.script import NotWritten
 from halfbyte.elsewhere.trl import TRL
 from halfbyte.elsewhere.unsloth import UNSLOTH
 from halfbyte.errors import ConfigError
@@ -37,13 +38,17 @@ class Translation:
     """Their key -> what is not quite the same."""
     unmapped: Mapping[str, str]
     """Their key -> why it has no counterpart."""
+    defaults: Mapping[str, str]
+    """Where the config is silent: their key, whose default is not ours -> our settings."""
+    hint: str = ""
+    """Whose config it rather looks like; empty: nobody else's."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         settings = {key: setting.value for key, setting in self.settings.items()}
         return {
             "from": self.source, "settings": settings, "mapped": dict(self.mapped), "differs": dict(self.differs),
-            "unmapped": dict(self.unmapped),
+            "unmapped": dict(self.unmapped), "defaults": dict(self.defaults), "hint": self.hint,
         }  # fmt: skip
 
     def toml(self) -> str:
@@ -66,19 +71,26 @@ def translate(path: Path, source: str = "auto") -> Translation:
     """Read a config of `source` ("auto": whose keys it has) and say what it becomes.
 
     Raises:
-        ConfigError: the file is no config, a value is not possible here, or nobody knows whose it is.
+        ConfigError: the file is no config, a value is not possible here, it is for preference tuning, or nobody knows
+            whose it is.
     """
     read = read_settings(path)
-    chosen = SOURCES[source] if source != "auto" else _whose(read, path)
+    chosen, hint = _whose(read, path, source)
     own = without_parts(read, chosen.rules) if chosen.in_parts else read
-    given = {key: value for key, value in own.items() if value not in (None, "", [], {})}
+    texts = {key: value for key, value in own.items() if value not in (None, "", [], {})}
+    given = {key: unquoted(value) for key, value in texts.items()}
     config = {**chosen.defaults, **given, **_beside(path, chosen, given)}
     settings: dict[str, Setting] = {}
     mapped: dict[str, str] = {}
     differs: dict[str, str] = {}
     unmapped: dict[str, str] = {}
+    defaults: dict[str, str] = {}
     for key, value in config.items():
         outcome = _outcome(chosen, key, value, config)
+        if outcome.refused:
+            raise _preference(path, outcome.refused)
+        if any(takes_text(name) for name in outcome.settings):
+            outcome = _outcome(chosen, key, texts.get(key, value), config)
         why = key if key in given else f"{chosen.name}'s default"
         for name, part in outcome.settings.items():
             checked = _checked(name, part, f"{path}: {key}")
@@ -91,30 +103,46 @@ def translate(path: Path, source: str = "auto") -> Translation:
             unmapped[key] = outcome.missing
         elif outcome.differs:
             differs[key] = outcome.differs
-        elif key != INFO:
+        elif key not in given:
+            defaults[key] = ", ".join(outcome.settings)
+        else:
             mapped[key] = ", ".join(outcome.settings) or "always so"
     ordered = dict(sorted(settings.items(), key=lambda item: ORDER.index(item[0])))
     return Translation(
-        source=chosen.name, path=str(path), settings=ordered, mapped=mapped, differs=differs, unmapped=unmapped
-    )
+        source=chosen.name, path=str(path), settings=ordered, mapped=mapped, differs=differs, unmapped=unmapped,
+        defaults=defaults, hint=hint,
+    )  # fmt: skip
 
 
 def _outcome(source: Source, key: str, value: Any, config: Mapping[str, Any]) -> Outcome:
     if key not in source.rules:
         return Outcome(missing="not known here")
-    return source.rules[key](value, config)
+    outcome = source.rules[key](value, config)
+    if isinstance(value, NotWritten) and not (outcome.differs or outcome.refused):
+        return Outcome(missing=f"the script computes it: {value}")
+    return outcome
 
 
-def _whose(given: Mapping[str, Any], path: Path) -> Source:
-    """The tool most of whose own keys the config has."""
+def _preference(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        "is for tuning by preferences or rewards, which halfbyte train does not do", where=str(path), why=what,
+        fix="TRL does it on the same 4-bit base: configs/preference.py, docs/adapters.md, docs/tools.md",
+    )  # fmt: skip
+
+
+def _whose(given: Mapping[str, Any], path: Path, source: str) -> tuple[Source, str]:
+    """The tool `source`, or that most of whose own keys the config has; and whose it rather looks like."""
     keys = given.keys() | without_parts(given, ()).keys()
     counts = {name: len(source.marks & keys) for name, source in SOURCES.items()}
     best = max(counts, key=lambda name: counts[name])
+    if source != "auto":
+        other = counts[best] > counts[source]
+        return SOURCES[source], f"its keys look like {best}'s: try --from {best}" if other else ""
     if counts[best] == 0:
         raise ConfigError(
             "whose config this is does not show", where=str(path), fix="Say it: --from " + "|".join(SOURCES)
         )
-    return SOURCES[best]
+    return SOURCES[best], ""
 
 
 def _beside(path: Path, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.elsewhere.datasets import as_one
-from halfbyte.elsewhere.rules import Outcome, Rule, Source, always, nothing, same
-from halfbyte.elsewhere.trainer import BITS, DEFAULTS, DTYPE, LORA, PREFERENCE, TRAINER, WORKERS, targets
+from halfbyte.elsewhere.rules import Outcome, Rule, Source, always, nothing, preference, same
+from halfbyte.elsewhere.script import TRAINER as TRAINER_NAME
+from halfbyte.elsewhere.trainer import BITS, DEFAULTS, DTYPE, LORA, TRAINER, WORKERS, targets
 
 
 def dataset(value: Any, _: Mapping[str, Any]) -> Outcome:
@@ -36,6 +37,20 @@ def _learned(value: Any, _: Mapping[str, Any]) -> Outcome:
     return Outcome(settings={"data.mask_prompt": bool(value)})
 
 
+PREFERENCE = (
+    "beta", "desirable_weight", "epsilon_high", "max_completion_length", "max_prompt_length", "num_generations",
+    "precompute_ref_log_probs", "ref_model_init_kwargs", "reference_free", "reward_funcs", "rpo_alpha",
+    "sync_ref_model", "undesirable_weight",
+)  # fmt: skip
+"""Keys of the configs of TRL's trainers that learn from preferences or rewards."""
+
+
+def _loss_type(value: Any, _: Mapping[str, Any]) -> Outcome:
+    if value not in ("nll", "chunked_nll", "dft"):
+        return Outcome(refused=f"loss_type {value}")
+    return Outcome() if value != "dft" else Outcome(differs="the loss is cross-entropy, unweighted")
+
+
 TRL = Source(
     name="trl",
     in_parts=True,
@@ -53,6 +68,8 @@ TRL = Source(
             "max_length",
             "task_type",
             "dataset_kwargs",
+            "loss_type",
+            *PREFERENCE,
         }
     ),
     defaults={
@@ -108,9 +125,9 @@ TRL = Source(
         "assistant_only_loss": _learned,
         "chat_template_path": nothing("the tokenizer's own chat template is used"),
         "activation_offloading": lambda value, _: Outcome(settings={"memory.activations": "disk"} if value else {}),
-        "loss_type": nothing("the loss is cross-entropy, in chunks"),
-        "beta": nothing(PREFERENCE),
-        "max_prompt_length": nothing(PREFERENCE),
+        "loss_type": _loss_type,
+        TRAINER_NAME: lambda value, _: Outcome(refused=str(value)),
+        **{key: preference(key, harmless=()) for key in PREFERENCE},
         "eos_token": nothing("the tokenizer's"),
         "pad_token": nothing("nothing is padded"),
         "device_map": nothing("--device chooses"),
