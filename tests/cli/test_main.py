@@ -36,8 +36,21 @@ def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
     ("arguments", "code", "said"),
     [
         (["trian"], 2, "Did you mean 'train'"),
-        (["train", "--nope"], 2, "No such option"),
-        (["train", "--steps", "x"], 2, "Invalid value for '--steps'"),
+        (["train", "--nope"], 2, "train: there is no option --nope. "),
+        (
+            ["train", "--stepz", "3"],
+            2,
+            "train: there is no option --stepz. Did you mean '--steps'. See halfbyte train",
+        ),
+        (["train", "--steps", "x"], 2, "--steps: must be a whole number, not x. See halfbyte train --help."),
+        (["train", "--steps"], 2, "--steps: needs a value. See"),
+        (["plan", "--ranks", "0"], 2, "--ranks: must be at least 1, not 0. See halfbyte plan --help."),
+        (["serve", "--port", "70000"], 2, "--port: must be at most 65535, not 70000."),
+        (["quantize", "x"], 2, "quantize: takes no x. See halfbyte quantize --help."),
+        (["data"], 2, "data: a command is missing. Known are preview, check. See halfbyte data --help."),
+        (["train", "--set", "data.packing=yes"], 2, "data.packing cannot be 'yes': it takes true or false"),
+        (["train", "--set", "optim.warmup_steps=x"], 2, "it takes a number"),
+        (["train", "--set", "lora.target_modules=3"], 2, "it takes 'all-linear' or a list of texts"),
         (["train"], 2, "model.path: is not set. Give --model"),
         (["train", "--set", "lora.rank=3"], 2, "unknown key lora.rank"),
         (["train", "--set", "lorra.r=3"], 2, "Did you mean 'lora'"),
@@ -83,6 +96,13 @@ def test_a_run_that_cannot_start_leaves_nothing(
     assert said in err[-1]
     assert err[-1].startswith("halfbyte: ")
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "import-config" in captured.out
+    assert captured.err == ""
 
 
 def test_what_nobody_foresaw_is_one_line_too(

@@ -65,7 +65,7 @@ def test_a_run_is_listed_with_its_figures(
     assert len(shown["curves"]["loss"]) == 3
     assert main(["runs"]) == main(["runs", "show", "1"]) == 0
     text = capsys.readouterr().out
-    assert "lora.r = 2   (default 16)" in text
+    assert "lora.r: 2   (default 16)" in text
     assert "report.html" in text
 
 
@@ -108,6 +108,44 @@ def test_a_killed_run_is_a_crashed_one_with_its_steps(
     assert [x for x, _ in said(capsys, "runs", "show", "1")["curves"]["loss"]] == [1, 2]
 
 
+LONG = replace(
+    RUN, title="a-model-with-a-very-long-name-instruct-q4_k_m.gguf", step=1200, steps=1200, seconds=40_000.0
+)  # fmt: skip
+
+
+def test_80_columns_are_enough(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = Runs(state)
+    for name in ("a", "b"):
+        runs.end(runs.begin(LONG, tmp_path / name), LONG, "interrupted")
+    assert main(["runs"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2
+    assert all(len(row) <= 80 for row in rows)
+    assert all(part in rows[0] for part in ("2  interrupted", "1,200/1,200", "4.0000 → 3.5000", "a-mod"))
+    assert [head.index(word) for word in ("state", "steps")] == [rows[0].index(w) for w in ("interrupted", "1,200")]
+    assert main(["runs", "show", "2"]) == 0
+    shown = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["model"].strip() == LONG.title
+    assert shown["steps"].strip() == "1,200/1,200"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["shwo"], "runs: there is no command 'shwo'. Did you mean 'show'. See halfbyte runs --help."),
+        (["12"], "runs: there is no command '12'. Known are show, compare. See halfbyte runs --help."),
+        (["show"], "runs show: RUN is not given. See halfbyte runs show --help."),
+        (["--most", "0"], "--most: must be at least 1, not 0. See halfbyte runs --help."),
+    ],
+)
+def test_a_wrong_command_names_the_way(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", *words]) == 2
+    assert capsys.readouterr().err == f"halfbyte: {said}\n"
+
+
 def test_compare(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = Runs(state)
     for name, run in (("a", RUN), ("b", OTHER)):
@@ -115,11 +153,15 @@ def test_compare(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     result = said(capsys, "runs", "compare", "1", str(tmp_path / "b"), "--page", str(tmp_path / "page.html"))
     assert result["differences"] == {"lora.r": [16, 8], "optim.lr": [2e-4, 1e-3]}
     page = (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+    assert main(["runs", "compare", "1", "2"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "1", "2"]
+    cells = {tuple(row.split()) for row in rows}
+    assert {("lora.r", "16", "8"), ("optim.lr", "0.0002", "0.001"), ("state", "finished", "finished")} <= cells
     assert page.count("<svg") == 3
     assert "<script" not in page
     assert "lora.r" in page
-    assert main(["runs", "compare", "1", "2"]) == 0
-    assert "optim.lr: 0.0002 | 0.001" in capsys.readouterr().out
     assert main(["runs", "compare", "1"]) == 2
     assert main(["runs", "show", "7"]) == 2
     assert "7: no such run" in capsys.readouterr().err

@@ -87,11 +87,11 @@ BAD_SETTINGS = [
     ("traim.steps=1", "unknown section 'traim'.*Did you mean 'train'"),
     ("steps=1", r"the form section\.key=value"),
     ("train.steps", r"the form section\.key=value"),
-    ("train.steps=many", "train.steps cannot be 'many': it takes int"),
+    ("train.steps=many", "train.steps cannot be 'many': it takes a whole number"),
     ("train.steps=1.5", "train.steps cannot be 1.5"),
     ("train.steps=true", "train.steps cannot be True"),
     ("train.steps=-1", "at least 0"),
-    ("optim.lr=fast", "optim.lr cannot be 'fast': it takes float"),
+    ("optim.lr=fast", "optim.lr cannot be 'fast': it takes a number"),
     ("optim.lr=true", "optim.lr cannot be True"),
     ("optim.lr=0", "optim.lr: 0.0 is not possible: above 0 and at most 1"),
     ("memory.activations=host", "memory.activations cannot be 'host': choose one of resident, disk"),
@@ -153,10 +153,10 @@ def test_bad_settings(setting: str, message: str) -> None:
         ("[trian]\nsteps = 3\n", r"run\.toml: unknown section 'trian'\. Did you mean 'train'"),
         ("steps = 3\n", r"run\.toml: 'steps' stands outside a section"),
         ("[train\n", r"run\.toml: is not valid TOML"),
-        ('[train]\nsteps = "3"\n', r"run\.toml: train\.steps cannot be '3': it takes int"),
+        ('[train]\nsteps = "3"\n', r"run\.toml: train\.steps cannot be '3': it takes a whole number"),
         ("[train]\nsteps = 2024-01-01\n", "train.steps cannot be"),
         ("[train.steps]\na = 1\n", "train.steps cannot be"),
-        ("[train]\noutput = 5\n", "train.output cannot be 5: it takes str"),
+        ("[train]\noutput = 5\n", "train.output cannot be 5: it takes text"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
@@ -181,7 +181,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     [
         ({"model__pth": "x"}, "unknown key model.pth. Did you mean 'path'."),
         ({"modle__path": "x"}, "unknown section 'modle'. Did you mean 'model'."),
-        ({"train__steps": "x"}, "train.steps cannot be 'x': it takes int"),
+        ({"train__steps": "x"}, "train.steps cannot be 'x': it takes a whole number"),
         ({"memory__budget": "9XB"}, "memory.budget: '9XB' is not a size"),
     ],
 )

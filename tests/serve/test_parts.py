@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import socket
 from pathlib import Path
@@ -22,6 +23,7 @@ from halfbyte.serve.cache import BlockPool, chain, shared_prefix
 from halfbyte.serve.errors import ApiError
 from halfbyte.serve.guard import Keys
 from halfbyte.serve.sampling import Sampler, Sampling
+from halfbyte.serve.schema import ChatRequest, parse
 from halfbyte.serve.start import Settings, bind
 from halfbyte.serve.text import Texts, Writer
 
@@ -155,3 +157,30 @@ def test_keys_and_names_of_the_command(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(command, "NEEDED", ("no_such_package_here",))
     with pytest.raises(ResourceError, match=r'pip install "halfbyte\[serve\]"'):
         command._check_extra()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"tools": []}, "tools: is not supported here: /openapi.json has the fields"),
+        ({"n": 0}, "n: must be at least 1"),
+        ({"n": "1"}, "n: must be a whole number"),
+        ({"temperature": "hot"}, "temperature: must be a number"),
+        ({"top_p": 0}, "top_p: must be above 0"),
+        ({"stream": 1}, "stream: must be true or false"),
+        ({"messages": []}, "messages: must have at least 1 entries"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages.0.role: must be 'system', 'developer', 'user' or",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: is missing"),
+        ({"user": 5}, "user: must be text"),
+        ({"top_logprobs": 2}, "top_logprobs: only with logprobs"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_plainly(field: dict[str, Any], said: str) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}]} | field
+    with pytest.raises(ApiError) as caught:
+        parse(json.dumps(body).encode(), ChatRequest)
+    assert caught.value.message.startswith(said)
+    assert caught.value.param == said.partition(":")[0]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from halfbyte.data import Example, TokenizedData
 
-data_app = typer.Typer(help="See what a data file becomes before training on it.", no_args_is_help=True)
+data_app = typer.Typer(help="See what a data file becomes before training on it.")
 
 Data = Annotated[str | None, typer.Option("--data", help="JSON lines; default: data.train of the config.")]
 

@@ -27,6 +27,7 @@ from halfbyte.cli.runs import runs_app
 from halfbyte.cli.selftest import selftest
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
+from halfbyte.cli.usage import usage_text
 from halfbyte.errors import DISK_ERRNOS, HalfbyteError
 
 INTERRUPTED = 130
@@ -99,7 +100,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, HalfbyteError):
         return error.exit_code if error.said else _fail(str(error), error.exit_code)
     if isinstance(error, typer.exceptions.TyperException):
-        return _fail(f"{error.format_message().rstrip('.?')}. See halfbyte --help.", 2)
+        return _fail(usage_text(error), 2) if error.format_message() else 2  # without a word: it showed the help
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRNOS):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror}. Check the path, its permissions and the disk.", 4)

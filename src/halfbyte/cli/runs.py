@@ -41,20 +41,24 @@ def runs(
 def show(run: Named, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show one run: figures, its error, settings that are not the defaults, its report."""
     from halfbyte.config import RunConfig, to_dict
-    from halfbyte.report.runs_page import differences
+    from halfbyte.report.html import legible
+    from halfbyte.report.runs_page import HEAD, differences, row_of
 
     kept = _one(run)
     report = Path(kept.output) / "report.html"
     if as_json:
         emit({**kept.to_dict(), "config": kept.config, "curves": kept.curves}, as_json)
         return
-    _print([kept])
-    plain = to_dict(RunConfig())
-    for name, (value, default) in differences([kept, _with_config(kept, plain)]).items():
-        print(f"  {name} = {_value(value)}" + (f"   (default {_value(default)})" if default is not None else ""))
-    print(f"output   {kept.output}")
+    rows = dict(zip(HEAD, row_of(kept), strict=True)) | {"error": kept.error, "output": kept.output}
     if kept.state == "finished" and report.exists():
-        print(f"report   {report}")
+        rows["report"] = str(report)
+    for name, value in rows.items():
+        if value:
+            print(f"{name + ':':<15} {legible(value)}")
+    plain = to_dict(RunConfig())
+    print("settings that are not the defaults:")
+    for name, (value, default) in differences([kept, _with_config(kept, plain)]).items():
+        print(f"  {name}: {_value(value)}" + (f"   (default {_value(default)})" if default is not None else ""))
 
 
 @runs_app.command()
@@ -81,9 +85,7 @@ def compare(
         rows = [run.to_dict() for run in found]
         emit({"runs": rows, "differences": changed, "page": str(page) if page else None}, as_json)
         return
-    _print(found)
-    for name, values in changed.items():
-        print(f"  {name}: " + " | ".join(map(_value, values)))
+    _side_by_side(found, changed)
     if page is not None:
         print(f"page     {page}")
 
@@ -120,24 +122,49 @@ def _with_config(run: Kept, config: dict[str, dict[str, Any]]) -> Kept:
 
 
 def _print(found: list[Kept]) -> None:
-    from rich.console import Console
+    """A row each, in 80 columns: a long model's name is cut."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from halfbyte.report.html import legible
+    from halfbyte.report.runs_page import SHORT_HEAD, short_row_of
+
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in SHORT_HEAD:
+        table.add_column(name, no_wrap=name != "model")
+    for run in found:
+        cells = [Text(legible(cell), no_wrap=True, overflow="ellipsis") for cell in short_row_of(run)]
+        cells[1].stylize({"finished": "green", "running": "cyan"}.get(run.state, "yellow"))
+        table.add_row(*cells)
+    _out(table)
+    for run in found:
+        if run.error:
+            _out(Text(f"{run.id}: {legible(run.error)}", "yellow"))
+
+
+def _side_by_side(found: list[Kept], changed: dict[str, list[Any]]) -> None:
+    """A column each, under its number: figures, then the settings that differ."""
     from rich.table import Table
     from rich.text import Text
 
     from halfbyte.report.html import legible
     from halfbyte.report.runs_page import HEAD, row_of
 
-    table = Table(*HEAD, box=None, header_style="bold")
-    for run in found:
-        colour = {"finished": "green", "running": "cyan"}.get(run.state, "yellow")
-        state, *cells = [Text(legible(cell)) for cell in row_of(run)][1:]
-        state.stylize(colour)
-        table.add_row(str(run.id), state, *cells)
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(table)
-    for run in found:
-        if run.error:
-            out.print(Text(f"{run.id}: {legible(run.error)}", "yellow"))
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("run", *(str(run.id) for run in found)):
+        table.add_column(name, overflow="fold")
+    rows = list(zip(HEAD, *map(row_of, found), strict=True))[1:]
+    rows += [("error", *(run.error for run in found))] if any(run.error for run in found) else []
+    rows += [(name, *map(_value, values)) for name, values in changed.items()]
+    for row in rows:
+        table.add_row(*(Text(legible(cell)) for cell in row))
+    _out(table)
+
+
+def _out(shown: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(shown)
 
 
 def _value(value: Any) -> str:

@@ -164,5 +164,18 @@ def _coerce(value: Any, kind: Any, key: str, where: str) -> Any:
         return str(int(value))
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{key} cannot be {value!r}", where=where, why=f"it takes {name}")
+    raise ConfigError(f"{key} cannot be {value!r}", where=where, why=f"it takes {_in_words(kind)}")
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {_PLURALS[get_args(kind)[0]]}"
+    if get_origin(kind) in (Union, types.UnionType):
+        options = [option for option in get_args(kind) if not (option is int and float in get_args(kind))]
+        return " or ".join(map(_in_words, options))
+    if get_origin(kind) is Literal:
+        return ", ".join(map(repr, get_args(kind)))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+_PLURALS = {str: "texts", float: "numbers"}

@@ -15,6 +15,8 @@ from halfbyte.report.runs import Kept
 HEAD = (
     "id", "state", "model", "begun", "steps", "held-out loss", "training loss", "tokens/s", "peak", "planned", "time",
 )  # fmt: skip
+SHORT_HEAD = ("id", "state", "model", "begun", "steps", "held-out loss", "time")
+"""What fits 80 columns."""
 
 
 def differences(runs: Sequence[Kept]) -> dict[str, list[Any]]:
@@ -28,14 +30,20 @@ def differences(runs: Sequence[Kept]) -> dict[str, list[Any]]:
 def row_of(run: Kept) -> list[str]:
     """A run as a row under `HEAD`."""
     of = run.figures
-    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
     held_out = [of.get("eval_loss_before"), of.get("eval_loss")]
     losses = " → ".join(f"{loss:.4f}" for loss in held_out if loss is not None)
     return [
-        str(run.id), run.state, run.title, begun, f"{of.get('step') or 0:,}/{of.get('steps') or 0:,}", losses,
+        str(run.id), run.state, run.title, _date(run.started, "%Y-%m-%d %H:%M"),
+        f"{of.get('step') or 0:,}/{of.get('steps') or 0:,}", losses,
         _number(of.get("train_loss"), "{:.4f}"), _number(of.get("tokens_per_s"), "{:,.0f}"),
         _size(of.get("peak_memory")), _size(of.get("predicted_peak_memory")), duration(of.get("seconds") or 0),
     ]  # fmt: skip
+
+
+def short_row_of(run: Kept) -> list[str]:
+    """A run as a row under `SHORT_HEAD`."""
+    row = dict(zip(HEAD, row_of(run), strict=True)) | {"begun": _date(run.started, "%m-%d %H:%M")}
+    return [row[name] for name in SHORT_HEAD]
 
 
 def runs_page(runs: Sequence[Kept]) -> str:
@@ -65,6 +73,10 @@ def _lines(runs: Sequence[Kept], name: str, *, smooth: bool = False) -> list[Lin
         look = "dots" if name == "held_out" else ""
         lines.append(Line(f"{run.id} {run.title}", smoothed(points) if smooth else points, place % 9, look))
     return lines
+
+
+def _date(seconds: float, form: str) -> str:
+    return time.strftime(form, time.localtime(seconds))
 
 
 def _number(value: float | None, form: str) -> str:

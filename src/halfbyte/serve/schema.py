@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from halfbyte.config.plain_words import in_plain_words
 from halfbyte.serve.adapters import NAME
 from halfbyte.serve.errors import ApiError
 
@@ -184,7 +185,9 @@ def parse(body: bytes, model: type[Model]) -> Model:
 
 def _as_api_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
-    message, parts = first["msg"].removeprefix("Value error, "), [str(part) for part in first["loc"]]
+    message, parts = in_plain_words(first), [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        message += ": /openapi.json has the fields"
     if not parts and ": " in message:  # from a check of several fields
         parts, message = [message.partition(": ")[0]], message.partition(": ")[2]
     # Of a union, pydantic names the alternative too ("stop.list[...]"): the client knows fields and positions alone.
