@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from halfbyte.errors import ModelError
 from halfbyte.model.lent import LentModel
-from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.model.side_by_side import Multiply, run_side_by_side
 from halfbyte.model.source import open_source
 from halfbyte.quant import quantize
 from halfbyte.quant.error_feedback import Moments
@@ -37,9 +38,9 @@ def through(model: Path, text: tuple[Tensor, Tensor], chunk_tokens: int) -> dict
     reader = source.open_tensors()
     seen: dict[str, Moments] = {}
 
-    def write(name: str, moments: Moments) -> Callable[[], Tensor]:
+    def write(name: str, moments: Moments) -> Multiply:
         seen[name] = moments
-        return partial(quantize(reader.read(name).float()).dequantize, torch.float32)
+        return partial(linear, weight=quantize(reader.read(name).float()).dequantize(torch.float32))
 
     names = {name for name in reader.names() if "_proj" in name}
     run_side_by_side(LentModel(source), *text, reader.read, names, write, chunk_tokens=chunk_tokens)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import halfbyte as hb
+from halfbyte.kernels import cpu_ops
+from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.error_feedback import Grid, Moments, ranks_with_feedback, round_with_feedback
 from halfbyte.quant.scales import fitted_scales
 
@@ -118,3 +120,27 @@ def test_fitted_scales_are_the_least_squares() -> None:
         expected = torch.linalg.lstsq(blocks, (x @ wanted[row])[:, None]).solution[:, 0]
         torch.testing.assert_close(found[row], expected, rtol=2e-3, atol=2e-3)
     assert not found[5].any()
+
+
+def test_the_factor_of_the_inverse() -> None:
+    x = correlated(500, 96)
+    moments = Moments(x.T @ x, x.T @ x)
+    upper = moments.inverse_factor
+    assert torch.equal(upper, upper.triu())
+    inverse = moments.damped[moments.order][:, moments.order].double().inverse()
+    assert (upper.T @ upper - inverse).norm() < 1e-4 * inverse.norm()
+
+
+def test_the_native_loop_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did not, unseen, for the first pass: torch's factors are column by column."""
+    if cpu_choice().library is None:
+        pytest.skip("no native library")
+
+    def reference(*args: object) -> None:
+        raise AssertionError("the reference was asked")
+
+    monkeypatch.setattr(cpu_ops, "choose_codes_reference", reference)
+    x = correlated(500, 192)
+    target = torch.randn(8, 192)
+    plain = hb.quantize(target)
+    round_with_feedback(target, Moments(x.T @ x, x.T @ x), plain, 2, refit=True)

@@ -19,7 +19,7 @@ from halfbyte.data import load_data
 from halfbyte.dtypes import format_bytes
 from halfbyte.model import load_model, load_tokenizer
 from halfbyte.model.adapt import attach_saved
-from halfbyte.train.match import match_start
+from halfbyte.train.match import _settings, match_start
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -80,3 +80,12 @@ def test_too_little_memory_leaves_the_closed_form(
     assert result.matched is None
     assert said[-1].startswith("start: not matched to the 16-bit model: memory.budget: ")
     assert "matched" not in load_adapter(tmp_path / "base" / "start").info
+
+
+def test_the_steps_are_made_on_the_cpu(tiny_llama: Path, chat_file: Path, tmp_path: Path) -> None:
+    """Where the 16-bit model is that they follow, whatever else the machine has."""
+    for device in ("auto", "cuda"):
+        config = hb.load_config(
+            model__path=str(tiny_llama), model__device=device, quant__calibrate=str(chat_file), lora__match_steps=2
+        )
+        assert _settings(config, tmp_path).model.device == "cpu"

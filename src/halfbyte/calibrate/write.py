@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -18,7 +18,7 @@ from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.quantize import Unquantized
 from halfbyte.model.read import read_unquantized, unquantized_slices
-from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.model.side_by_side import Multiply, run_side_by_side
 from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant import QuantizedWeight, quantize_slices
 from halfbyte.quant.error_feedback import Moments, round_with_feedback
@@ -125,7 +125,7 @@ class CalibratedWriter(FourBitWriter):
         for name in targets - set(self.done):  # no text passed them
             self.add(name, self.nearest(name, self.target(name)))
 
-    def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
+    def _round(self, name: str, moments: Moments) -> Multiply:
         target, rank = self.target(name), self._ranks.get(name, 0)
         wanted, importance = moments.wanted(target), moments.own.diagonal()
         plain = self.nearest(name, wanted, importance)
@@ -136,14 +136,22 @@ class CalibratedWriter(FourBitWriter):
             weight = round_with_feedback(rest, moments, self.nearest(name, rest, importance), SWEEPS, refit=True)
         decoded = weight.dequantize(torch.float32)
         wrong, before = decoded - target, plain.dequantize(torch.float32) - target
-        size = float((target @ moments.own * target).sum())
+        size = moments.error(target)
         self.layers.append(LayerError(
             name=name, weights=float((wrong * wrong).sum() / (target * target).sum()),
-            outputs=float((wrong @ moments.own * wrong).sum()) / size,
-            nearest=float((before @ moments.own * before).sum()) / size,
+            outputs=moments.error(wrong) / size, nearest=moments.error(before) / size,
         ))  # fmt: skip
         self.add(name, weight)
         if not rank:
-            return partial(weight.dequantize, torch.float32)
+            return partial(_multiply, weight)
         a, b = self.starts[name] = start_of(wanted, decoded, moments, rank)
-        return lambda: weight.dequantize(torch.float32) + b @ a
+        return lambda x: _multiply(weight, x) + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
+
+
+def _multiply(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """(..., in) -> (..., out), in the dtype of `x`."""
+    y: Tensor = torch.ops.halfbyte.linear_4bit(
+        x, weight.codes, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.quant_type,
+        weight.blocksize, weight.shape[0], None,
+    )  # fmt: skip
+    return y

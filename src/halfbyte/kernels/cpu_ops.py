@@ -101,17 +101,24 @@ def _least_error_scales(
 def _choose_codes(
     state: Tensor, values: Tensor | None, scales: Tensor, matrix: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    bounds = (levels[:-1] + levels[1:]) / 2
+    bounds, matrix = (levels[:-1] + levels[1:]) / 2, matrix.contiguous()
     ranks, changes = torch.empty(state.shape, dtype=torch.uint8), torch.empty_like(state)
     tensors = (state, scales, levels) if values is None else (state, scales, levels, values)
     plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
-    if plain and matrix.dtype == torch.float32 and matrix.stride(1) == 1 and run_native(
+    if plain and matrix.dtype == torch.float32 and run_native(
         "hb_choose_codes", state.data_ptr(), None if values is None else values.data_ptr(), scales.data_ptr(),
         *state.shape, matrix.data_ptr(), matrix.stride(0), levels.data_ptr(), bounds.data_ptr(), len(levels),
         ranks.data_ptr(), changes.data_ptr(),
     ):  # fmt: skip
         return ranks, changes
     return choose_codes_reference(state, values, scales, matrix, levels)
+
+
+@torch.library.impl("halfbyte::product", "CPU")
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    out = empty((len(a), len(b)), a.dtype)
+    linear_into(out, a.contiguous(), b.contiguous(), None, None)
+    return out
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CPU")

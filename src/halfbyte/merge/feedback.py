@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.merge.fold import Fold
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
-from halfbyte.model.side_by_side import run_side_by_side
+from halfbyte.model.side_by_side import Multiply, run_side_by_side
 from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant.error_feedback import Moments
 
@@ -82,13 +82,13 @@ class FeedbackWriter:
             if name in self._names and name not in self._done:
                 self._output.nearest(name, self._fold.whole(name))
 
-    def _round(self, name: str, moments: Moments) -> Callable[[], Tensor]:
+    def _round(self, name: str, moments: Moments) -> Multiply:
         decode = self._output.round(name, self._fold.whole(name), moments)
         self._note(name, decode(), moments.own)
         self._done[name] = None
         if self._on_progress:
             self._on_progress(len(self._done), len(self._names), name)
-        return decode
+        return lambda x: torch.ops.halfbyte.linear_frozen(x, decode(), None)
 
     def _note(self, name: str, decoded: Tensor, own: Tensor) -> None:
         update = self._fold.updates.get(name)

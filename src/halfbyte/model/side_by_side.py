@@ -25,9 +25,10 @@ from halfbyte.quant.error_feedback import Moments
 PADDED = 64
 """Sequences are padded to multiples of this, so that the chunks are of few shapes."""
 
-Writer = Callable[[str, Moments], Callable[[], Tensor]]
-"""Given a parameter's name and its layer's inputs, writes it; what it returns gives the weight (out, in) that the text
-goes on with, whenever it is called."""
+Multiply = Callable[[Tensor], Tensor]
+"""x (..., in) by a weight: (..., out)."""
+Writer = Callable[[str, Moments], Multiply]
+"""Given a parameter's name and its layer's inputs, writes it; returns the product that the text goes on with."""
 
 
 @steady_memory()
@@ -86,24 +87,24 @@ class _Linear:
         self._ours: Tensor | None = None
 
     @contextmanager
-    def second_half_by(self, weight: Callable[[], Tensor]) -> Iterator[None]:
-        """Inside the block the second half of a batch is multiplied with `weight` instead of its own."""
+    def second_half_by(self, multiply: Multiply) -> Iterator[None]:
+        """Inside the block the second half of a batch is multiplied with another weight instead of its own."""
         with ExitStack() as hooks:
             hooks.callback(self.module.register_forward_pre_hook(self._split, prepend=True).remove)
-            hooks.callback(self.module.register_forward_hook(partial(self._join, weight), prepend=True).remove)
+            hooks.callback(self.module.register_forward_hook(partial(self._join, multiply), prepend=True).remove)
             yield
 
     def _split(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         wanted, self._ours = args[0].chunk(2)
         return (wanted, *args[1:])
 
-    def _join(
-        self, weight: Callable[[], Tensor], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor:
+    def _join(self, multiply: Multiply, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert self._ours is not None
         ours, self._ours = self._ours, None
-        bias = module.bias if isinstance(module.bias, Tensor) else None
-        return torch.cat([output, nn.functional.linear(ours, weight(), bias)])
+        ours = multiply(ours)
+        if isinstance(module.bias, Tensor):
+            ours += module.bias
+        return torch.cat([output, ours])
 
 
 @dataclass
@@ -132,8 +133,8 @@ def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: lis
         if capped:
             sizes = ours.square().mean(1, keepdim=True).clamp(min=TINY)
             weighted = ours * (sizes.median() / sizes).clamp(max=1.0)
-        sums[0].addmm_(weighted.T, ours)
-        sums[1].addmm_(wanted.T, weighted)
+        sums[0] += torch.ops.halfbyte.product(weighted.T, ours.T)
+        sums[1] += torch.ops.halfbyte.product(wanted.T, weighted.T)
     return Moments(*sums)
 
 

@@ -61,14 +61,19 @@ class Moments:
     @cached_property
     def inverse_factor(self) -> Tensor:
         """(in, in): the upper Cholesky factor of the inverse of `damped`, both in `order`."""
-        lower = torch.linalg.cholesky(self.damped[self.order][:, self.order])
-        factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return factor
+        backwards = self.order.flip(0)
+        root = torch.linalg.cholesky(self.damped[backwards][:, backwards]).flip(0, 1)  # upper, times its transpose
+        factor: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
+        return factor.contiguous()
 
     def wanted(self, target: Tensor) -> Tensor:
         """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
-        shift = target @ (self.cross - self.own)
+        shift = torch.ops.halfbyte.product(target, (self.cross - self.own).T)
         return target + torch.cholesky_solve(shift.T, self.factor).T
+
+    def error(self, wrong: Tensor) -> float:
+        """The sum of squares of x wrong^T, for `wrong` (out, in), over the text."""
+        return float((torch.ops.halfbyte.product(wrong, self.own) * wrong).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +163,7 @@ def _steps(weight: QuantizedWeight) -> Tensor:
 
 def _error(wanted: Tensor, ranks: Tensor, grid: Grid, moments: Moments) -> float:
     wrong = wanted - grid.levels[ranks.int()] * grid.scales
-    return float((wrong @ moments.damped * wrong).sum())
+    return float((torch.ops.halfbyte.product(wrong, moments.damped) * wrong).sum())
 
 
 def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
@@ -172,7 +177,8 @@ def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
         ranks[part], errors = torch.ops.halfbyte.choose_codes(
             columns[part], None, grid.scales[part], upper[part, part], grid.levels
         )
-        columns[stop:].addmm_(upper[part, stop:].T, errors, alpha=-1)
+        if stop < len(columns):
+            columns[stop:] -= torch.ops.halfbyte.product(upper[part, stop:].T, errors.T)
     return ranks
 
 
@@ -182,7 +188,7 @@ def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: 
         wanted -= grid.offsets
     values = grid.levels[ranks.int()] * grid.scales
     for _ in range(sweeps):
-        pull = damped @ (wanted - values)
+        pull = torch.ops.halfbyte.product(damped, (wanted - values).T)
         for start in range(0, len(values), MOST):
             stop = min(start + MOST, len(values))
             part = slice(start, stop)
@@ -190,4 +196,5 @@ def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: 
                 pull[part], values[part], grid.scales[part], damped[part, part], grid.levels
             )
             values[part] += changes
-            pull[stop:].addmm_(damped[stop:, part], changes, alpha=-1)
+            if stop < len(values):
+                pull[stop:] -= torch.ops.halfbyte.product(damped[stop:, part], changes.T)

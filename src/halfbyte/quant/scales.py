@@ -93,7 +93,7 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
     Args:
         wanted: (out, in) float32, in a multiple of `blocksize`.
         values: (out, in) float32, what its codes mean.
-        moments: (in, in) float32, x^T x.
+        moments: (in, in) float32, x^T x: symmetric.
 
     Returns:
         (out * in / blocksize,) float32.
@@ -108,8 +108,8 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
         squares = torch.empty(len(part), count, count)
         for b in range(count):
             block = slice(b * size, (b + 1) * size)
-            squares[:, b] = (part[:, block] @ moments[block] * part).view(blocks).sum(2)
-        goal = (wanted[start : start + step] @ moments * part).view(blocks).sum(2)
+            squares[:, b] = (_product(part[:, block], moments[:, block]) * part).view(blocks).sum(2)
+        goal = (_product(wanted[start : start + step], moments) * part).view(blocks).sum(2)
         diagonal = squares.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
         scales[start : start + step] = torch.linalg.solve(squares, goal)
@@ -136,6 +136,11 @@ def _best(w: Tensor, h: Tensor | None, table: Codebook, signed: bool) -> Tensor:
         best = gain.where(better, best)
         scales = (along / norm).where(better, scales)
     return scales.where(peak.isfinite(), peak)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    result: Tensor = torch.ops.halfbyte.product(a, b)
+    return result
 
 
 def _inverse(scales: Tensor) -> Tensor:

@@ -89,14 +89,14 @@ def match_start(config: RunConfig, base: Path, say: Callable[[str], None] = lamb
 
 
 def _settings(config: RunConfig, base: Path) -> RunConfig:
-    """Of a run that begins at the start and learns all of it alike."""
+    """Of a run on the CPU, where the 16-bit model is, that begins at the start and learns all of it alike."""
     steps, text = config.lora.match_steps, config.quant.calibrate
     length = load_data(text, load_tokenizer(config.model.path), config.data).lengths.mean()
     samples = max(min(BATCH, int(TEXT / steps / length)), 1)
     return replace(
-        config, model=replace(config.model, path=str(base)), quant=replace(config.quant, calibrate=""),
+        config, model=replace(config.model, path=str(base), device="cpu"), quant=replace(config.quant, calibrate=""),
         lora=replace(config.lora, dropout=0.0), data=replace(config.data, train=text, eval="", packing=False),
-        optim=OptimConfig(lr=RATE, schedule="linear", warmup_steps=WARMUP),
+        optim=OptimConfig(lr=RATE, schedule="linear", warmup_steps=min(WARMUP, steps // 2)),
         train=TrainConfig(output=str(base), steps=steps, resume="never", micro_batch_size=samples),
     )  # fmt: skip
 
