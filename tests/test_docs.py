@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from halfbyte.checkpoint import adapter, compare, manifest, shards
 from halfbyte.cli.main import app
 from halfbyte.config import config_from_dict, field_help, load_config, to_dict
 from halfbyte.config.base import BLOCKSIZES
+from halfbyte.config.formats import QUANT_TYPES
 from halfbyte.config.load import SECTIONS
 from halfbyte.config.schema import RunConfig
 from halfbyte.data import RecordReader, records
@@ -192,6 +194,58 @@ def test_every_setting_stands_once_with_its_default_and_help() -> None:
     ]
     assert len(expected) == sum(map(len, defaults.values())), "a field has no docstring"
     assert [line for line in text_of("config.md").splitlines() if re.match(r"\| `\w+\.\w+` \| `", line)] == expected
+
+
+def test_every_flag_stands_with_its_setting_and_its_commands() -> None:
+    """What a flag sets is read from the commands' sources, which options there are from the commands themselves."""
+    found = dict(_leaves(typer.main.get_command(app)))
+    sets: dict[tuple[str, str], list[str]] = {}
+    own: dict[str, list[str]] = {}
+    everywhere = {"--json", "--debug"}
+    for name, command in found.items():
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        settings = _flags(SOURCE.parent / Path(*command.callback.__module__.split(".")).with_suffix(".py"), options)
+        for pair in settings.items():
+            sets.setdefault(pair, []).append(f"`{name}`")
+        assert everywhere <= options, name
+        assert ("--set" in options) == bool(settings), name
+        assert ("--config" in options) == (bool(settings) and name not in ("demo", "init")), name
+        own[name] = sorted(options - settings.keys() - everywhere - {"--set", "--config"})
+    stated = {(flag.strip("`"), key.strip("`")): names.split(", ") for flag, key, names in table("config.md", "flags")}
+    assert stated == sets
+    others = {
+        name.strip("`"): re.findall(r"`([^`]+)`", options) for name, options in table("config.md", "other options")
+    }
+    assert others == {name: options for name, options in own.items() if options}
+
+
+def _leaves(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands by name, without the groups that only hold others."""
+    if not hasattr(command, "commands") or command.invoke_without_command:
+        yield name, command
+    for part, inner in getattr(command, "commands", {}).items():
+        yield from _leaves(inner, f"{name} {part}".strip())
+
+
+def _flags(file: Path, options: set[str]) -> dict[str, str]:
+    """The setting of each of `options`: what load_run is given, {"--steps": ("train.steps", steps)}."""
+    return {
+        key.value: value.elts[0].value
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value in options
+        if isinstance(value, ast.Tuple) and isinstance(value.elts[0], ast.Constant)
+    }
+
+
+def test_the_formats_stand_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    (help_text,) = (
+        parameter.help
+        for parameter in dict(_leaves(typer.main.get_command(app)))["quantize"].params
+        if "--quant-type" in parameter.opts
+    )
+    assert set(re.findall(r"[a-z]+\d[-s]*", help_text)) == set(QUANT_TYPES)
 
 
 def test_settings_named_in_text_exist() -> None:

@@ -57,25 +57,28 @@ def test_figures_are_those_of_the_tensors(
         assert all(layer.clipped > 0 and 0.2 < layer.negative < 0.8 for layer in report.layers)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_command_writes_page_and_json(
-    make_llama: Callable[..., Path], eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, make_llama: Callable[..., Path], eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "report.html"
     command = ["quantize", "--model", str(make_llama()), "--output", str(tmp_path / "four"), "--report", str(page)]
-    assert main([*command, "--eval-data", str(eval_file), "--json"]) == 0
+    assert main([*command, "--quant-type", kind, "--eval-data", str(eval_file), "--json"]) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["report"]
     found = json.loads(page.with_suffix(".json").read_text())
     assert found["perplexity"] == said["perplexity"] > 1
     assert found["perplexity"] != found["perplexity_16bit"] > 1
     text = page.read_text()
     assert text.count("<svg") == 2
+    assert f"<b>{found['perplexity']:.3f}</b> in {kind.upper()} (" in text
+    assert "4 bits" not in text
     assert text.count("self_attn.q_proj") >= 2
     assert "<script" not in text
 
 
 def test_models_that_do_not_belong_together(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     run = load_config(model__path=str(make_llama()))
-    with pytest.raises(ModelError, match="has no 4-bit weight"):
+    with pytest.raises(ModelError, match="has no quantized weight"):
         weight_report(run, make_llama())
 
 

@@ -252,12 +252,12 @@ def test_auto_takes_the_base_that_was_trained_on_and_says_both_figures(
 
 def test_onto_the_original_weights(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     hb.quantize_model(str(tiny_llama), tmp_path / "base4", QuantConfig())
-    with pytest.raises(hb.HalfbyteError, match="holds 4-bit weights"):
+    with pytest.raises(hb.HalfbyteError, match="holds quantized weights"):
         hb.merge(run(tmp_path / "base4"), tiny_adapter, tmp_path / "out", base="original")
     given = {"base": "original", "original": str(tiny_llama), "max_drift": 5.0}
     result = hb.merge(run(tmp_path / "base4"), tiny_adapter, tmp_path / "out", **given)
     assert result.base == "original"
-    assert "16-bit weights that the 4-bit base was made of" in (tmp_path / "out" / "README.md").read_text()
+    assert "16-bit weights that the quantized base was made of" in (tmp_path / "out" / "README.md").read_text()
     name = "model.layers.1.mlp.up_proj.weight"
     a, b = (load_adapter(tiny_adapter).state[f"base_model.model.{name[:-7]}.lora_{x}.weight"] for x in "AB")
     wanted = (SafetensorsFolder(tiny_llama).read(name).float() + 2 * b @ a).bfloat16()

@@ -48,7 +48,7 @@ def test_compute_dtype_by_dtype_or_name(dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"load_in_8bit": True}, "load_in_8bit: True asks for 8 bits.*BitsAndBytesConfig"),
+        ({"load_in_8bit": True}, "load_in_8bit: True asks for LLM.*int8.*BitsAndBytesConfig"),
         ({"llm_int8_threshold": 3.0}, "llm_int8_threshold"),
         ({"load_in_4bit": False}, "Leave quantization_config out"),
         ({"bnb_4bit_quant_typ": "nf4"}, "Did you mean bnb_4bit_quant_type"),

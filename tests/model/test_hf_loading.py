@@ -110,7 +110,7 @@ def test_a_prequantized_folder_that_contradicts_its_config_is_refused(llama: Any
     def drop_absmax(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[key + ".absmax"]
 
-    for change, message in ((keep_codes_only, "is not stored in 4 bits"), (drop_absmax, "has the keys")):
+    for change, message in ((keep_codes_only, "is not stored quantized"), (drop_absmax, "has the keys")):
         folder = edit_weights(tmp_path / "good", tmp_path / change.__name__, change)
         with pytest.raises(ModelError, match=f"{key}: {message}"):
             llama.case.load(folder, config=prequantized_config(folder))
@@ -179,8 +179,8 @@ def test_the_inventory_counts_every_byte_once(save_tiny: Any, caplog: Any) -> No
     expected = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert found.bytes == expected
     rows = {(row.group, row.dtype): row for row in found.rows}
-    assert rows["4-bit linears", "nf4"].tensors == 14
-    assert rows["4-bit linears", "nf4"].parameters == sum(
+    assert rows["quantized linears", "nf4"].tensors == 14
+    assert rows["quantized linears", "nf4"].parameters == sum(
         m.in_features * m.out_features for m in layers(model).values()
     )
     assert ("head", "float32") not in rows  # tied: counted with the embeddings

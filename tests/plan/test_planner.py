@@ -57,7 +57,7 @@ def test_the_base_is_counted_to_the_byte(tiny_llama: Path, embeddings: str) -> N
     for row in inventory.rows:
         by_group[row.group] = by_group.get(row.group, 0) + row.bytes
     assert base.exact
-    assert base.linears == by_group["4-bit linears"]
+    assert base.linears == by_group["quantized linears"]
     assert base.embeddings == by_group["embeddings"]
     assert base.head == by_group.get("head", 0)
     assert base.other == by_group["norms and biases"]
@@ -313,7 +313,7 @@ def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["stream", "mmap"])
 def test_a_base_that_is_not_stored_in_4_bits_cannot_stay_on_disk(tiny_llama: Path, weights: str) -> None:
-    with pytest.raises(ConfigError, match=r"not stored in 4 bits.*halfbyte quantize"):
+    with pytest.raises(ConfigError, match=r"not stored quantized.*halfbyte quantize"):
         plan(config_of(str(tiny_llama), memory__weights=weights), machine=MACHINE)
 
 

@@ -586,7 +586,7 @@ def test_decisions_are_told(make_run: MakeRun, eval_file: Path) -> None:
     train(make_run(train__steps=1, data__eval=str(eval_file)), observer=observer)
     told = "\n".join(observer.notes)
     for text in (
-        "training data: 40 of 40 samples in format messages", "compute dtype float32: as set", "4-bit linears",
+        "training data: 40 of 40 samples in format messages", "compute dtype float32: as set", "quantized linears",
         "attention: each sequence by itself", "loss: in chunks", "fresh start: no checkpoint",
     ):  # fmt: skip
         assert text in told

@@ -34,7 +34,7 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 
 app = typer.Typer(
-    help="QLoRA fine-tuning on the machine you have: the base model in 4 bits, adapters on top.",
+    help="QLoRA fine-tuning on the machine you have: the base model quantized, adapters on top.",
     epilog="Start with: halfbyte demo. Every command has --help, and --json for scripts.",
     no_args_is_help=True,
     add_completion=False,

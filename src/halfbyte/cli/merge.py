@@ -20,12 +20,17 @@ Adapters = Annotated[
     typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="An adapter folder, and how much of it; repeatable."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="Folder to write; must not be there yet.")]
-Format = Annotated[str, typer.Option("--format", metavar="16bit|4bit|gguf|gguf-lora|adapter", help="What to write.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", metavar="16bit|4bit|gguf|gguf-lora|adapter", help="What to write; 4bit: in the base's own format."
+    ),
+]
 Base = Annotated[
     str, typer.Option("--base", metavar="quantized|original|auto", help="Weights the update is added to.")
 ]
 Original = Annotated[
-    str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds 4-bit ones.")
+    str, typer.Option("--original", metavar="MODEL", help="The 16-bit weights, where MODEL holds quantized ones.")
 ]
 GgufType = Annotated[str, typer.Option("--gguf-type", metavar="F16|Q8_0|Q4_0|...", help="Of --format gguf.")]
 Way = Annotated[

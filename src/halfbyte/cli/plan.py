@@ -76,8 +76,11 @@ def describe(made: Plan, steps: int) -> str:
     from halfbyte.dtypes import format_bytes
     from halfbyte.plan.behind import disk_text
     from halfbyte.plan.time import time_text
+    from halfbyte.report.run import TERMS
 
-    lines = [f"{format_bytes(size):>10}  {name.replace('_', ' ')}" for name, size in _sorted(made.terms)]
+    lines = [
+        f"{format_bytes(size):>10}  {TERMS.get(name, name.replace('_', ' '))}" for name, size in _sorted(made.terms)
+    ]
     lines.append(f"{format_bytes(made.peak_memory):>10}  at most, in {made.fullest}")
     if made.ranks > 1:
         lines.append(f"{format_bytes(made.machine_peak):>10}  in all {made.ranks} ranks of the machine")

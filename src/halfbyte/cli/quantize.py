@@ -22,7 +22,12 @@ def quantize(
     model: Model = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write.")] = None,
     quant_type: Annotated[
-        str | None, typer.Option("--quant-type", metavar="TYPE", help="The codebook: nf4, fp4, int4, af4...")
+        str | None,
+        typer.Option(
+            "--quant-type",
+            metavar="TYPE",
+            help="In 4 bits nf4, fp4, int4, af4, bof4, bof4-s; in 8, 3 and 2 int8, nf3, nf2. Default: nf4.",
+        ),
     ] = None,
     report: Annotated[
         Path | None,
@@ -37,7 +42,9 @@ def quantize(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model in 4 bits; halfbyte loads the folder, and with nf4 or fp4 transformers with bitsandbytes.
+    """Write a model quantized, in 4 bits or as --quant-type says; halfbyte loads the folder.
+
+    With nf4 or fp4 transformers with bitsandbytes loads it, too.
 
     Reads tensor by tensor, large ones slice by slice: memory holds one tensor at a time. With quant.calibrate
     scales and codes are chosen on a text, layer by layer; lora.init adds an adapter to begin at.

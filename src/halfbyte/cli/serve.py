@@ -48,7 +48,7 @@ def serve(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """An OpenAI-compatible server: adapters by name over one 4-bit base, batched together."""
+    """An OpenAI-compatible server: adapters by name over one quantized base, batched together."""
     from dataclasses import replace
 
     _check_extra()

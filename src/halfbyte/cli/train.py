@@ -60,7 +60,7 @@ def train(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model: the base is quantized to 4 bits as it loads, and adapters train on top.
+    """Fine-tune a model: the base is quantized as it loads (quant.quant_type), and adapters train on top.
 
     The adapter lands in OUTPUT/adapter, where PEFT, halfbyte eval, generate and chat read it.
     """

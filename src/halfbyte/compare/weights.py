@@ -99,7 +99,7 @@ def weight_report(run: RunConfig, folder: Path) -> WeightReport:
         use += codes.bincount(minlength=len(use))
         histogram += (ratios / table.top).histc(BINS, -LIMIT, LIMIT)
     if not layers:
-        raise ModelError("has no 4-bit weight", where=str(folder))
+        raise ModelError("has no quantized weight", where=str(folder))
     values, use, histogram = max(kinds.values(), key=lambda kind: int(kind[1].sum()))
     found = WeightReport(
         run.model.path, str(folder), layers, total / norm, values.tolist(), (use / use.sum()).tolist(),

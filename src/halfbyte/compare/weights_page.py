@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 def weights_page(report: WeightReport) -> str:
     """The whole page."""
-    first = report.layers[0]
     lead = (
-        f"{len(report.layers)} layers in {first.quant_type.upper()}, blocks of {first.blocksize}: squared error "
+        f"{len(report.layers)} layers in {_formats(report)}, blocks of {report.layers[0].blocksize}: squared error "
         f"{report.error:.3e} of the weights' squared norm."
     )
     rows = [
@@ -26,7 +25,7 @@ def weights_page(report: WeightReport) -> str:
     ]  # fmt: skip
     head = ("layer", "shape", "error", "worst block", "clipped", "negative scales")
     parts = [
-        f"<h1>{escape(report.model)} in 4 bits</h1><p class=soft>{escape(report.folder)}</p><p>{lead}</p>",
+        f"<h1>{escape(report.model)} in {_formats(report)}</h1><p class=soft>{escape(report.folder)}</p><p>{lead}</p>",
         _text(report),
         "<h2>Where the weights lie</h2>", codes_picture(report.values, report.histogram, report.use),
         "<p class=soft>Weights divided by their block's scale; lines are the codebook's values, bars below are how "
@@ -39,11 +38,16 @@ def weights_page(report: WeightReport) -> str:
     return page("halfbyte quantize", parts)
 
 
+def _formats(report: WeightReport) -> str:
+    return ", ".join(dict.fromkeys(layer.quant_type.upper() for layer in report.layers))
+
+
 def _text(report: WeightReport) -> str:
     if report.perplexity is None or report.perplexity_16bit is None:
         return f"<p class=soft>Perplexity: {escape(report.note)}</p>"
     change = report.perplexity / report.perplexity_16bit - 1
+    here = f"<b>{report.perplexity:.3f}</b> in {_formats(report)} ({change:+.1%})"
     return (
         f"<p>Perplexity on <code>{escape(report.text)}</code>: <b>{report.perplexity_16bit:.3f}</b> in 16 bits, "
-        f"<b>{report.perplexity:.3f}</b> in 4 ({change:+.1%}); loss {report.loss_16bit:.4f} and {report.loss:.4f}.</p>"
+        f"{here}; loss {report.loss_16bit:.4f} and {report.loss:.4f}.</p>"
     )

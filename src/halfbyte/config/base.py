@@ -1,4 +1,4 @@
-"""The sections that say what is trained: the base model, its 4 bits, the adapters. schema.py has the rules."""
+"""The sections that say what is trained: the base, how it is quantized, the adapters. schema.py has the rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModelConfig:
     """[model]: the base model."""
 
     path: str = ""
-    """A local folder (safetensors, 16-bit or bitsandbytes 4-bit), a .gguf file, or a hub id."""
+    """A local folder (safetensors, in 16 bits or quantized), a .gguf file, or a hub id."""
     device: Device = "auto"
     """Where it computes: cpu, cuda, or auto, which is cuda where torch sees such a device."""
 
@@ -32,7 +32,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """[quant]: how the base is held in 4 bits."""
+    """[quant]: how the base is held, in 4 bits or in 8, 3 or 2."""
 
     quant_type: QuantType = "nf4"
     """nf4 (the paper's), fp4; files of our own: int4, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
@@ -41,7 +41,7 @@ class QuantConfig:
     blocksize: int = 64
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
-    """Quantize the scales themselves to 8 bits: 4.127 instead of 4.5 bits per weight."""
+    """Quantize the scales themselves to 8 bits: 0.127 instead of 0.5 bits for each weight."""
     scale: Scale = "auto"
     """absmax (largest magnitude), mse (least error), mse-signed (either sign: auto if calibrated or below 4 bits)."""
     calibrate: str = ""
@@ -91,7 +91,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input (the paper: 0.1 up to 13B, 0.05 above; small runs do better without)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (every layer in 4 bits: not the head, not quant.skip_modules), or names, in full or last parts."""
+    """all-linear (every quantized layer: not the head, not quant.skip_modules), or names, in full or last parts."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
     use_dora: bool = False

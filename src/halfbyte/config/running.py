@@ -171,7 +171,7 @@ class MemoryConfig:
     host_budget: str = ""
     """The same for the host's RAM beside a GPU; on the CPU both mean its RAM, and the smaller one holds."""
     weights: Weights = "resident"
-    """The base's 4-bit bytes: resident (in memory), mmap (shared, droppable) or stream (read as a layer computes)."""
+    """The base's quantized bytes: resident (in memory), mmap (shared, droppable), stream (read as layers compute)."""
     resident_layers: int = 0
     """Of streamed weights: decoder layers that stay in memory all the same."""
     activations: Activations = "resident"

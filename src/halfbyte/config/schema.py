@@ -38,7 +38,7 @@ def check_stored(weights: str, path: str, *, in_4_bits: bool) -> None:
     """
     if weights != "resident" and not in_4_bits:
         raise ConfigError(
-            f"is not stored in 4 bits, so its weights cannot be left on disk ({weights})", where=path,
+            f"is not stored quantized, so its weights cannot be left on disk ({weights})", where=path,
             fix=f"Run: halfbyte quantize --model {path} --output DIR, and train on DIR",
         )  # fmt: skip
 

@@ -81,7 +81,8 @@ def open_original(base: MergeBase, path: str) -> MergeBase:
     original = open_base(path, base.quant) if path else base
     if original.in_4_bits:
         raise ModelError(
-            "holds 4-bit weights", where=original.source.label, why="the update is to be added to the original ones",
+            "holds quantized weights", where=original.source.label,
+            why="the update is to be added to the original ones",
             fix="Give the 16-bit model with --original, or merge with --base quantized",
         )  # fmt: skip
     wrong = set(base.names) ^ set(original.names)

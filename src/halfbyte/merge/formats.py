@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shard_writer import ShardWriter, write_shards
 from halfbyte.checkpoint.shards import SafetensorsFolder
+from halfbyte.config.formats import bits_of
 from halfbyte.data import calibration_text
 from halfbyte.errors import ConfigError
 from halfbyte.merge import gguf_blocks
@@ -57,7 +58,7 @@ class SixteenBit:
 
 
 class FourBit:
-    """A folder in bitsandbytes' 4-bit format, in the recipe of the base."""
+    """A folder in bitsandbytes' 4-bit format or our own, in the recipe of the base."""
 
     max_drift, mapped_bytes = 0.2, 0
 
@@ -66,12 +67,12 @@ class FourBit:
         text = training_text(job)
         if text is None:
             raise ConfigError(
-                "is not set", where="data.train", why="4-bit codes are chosen on text like that which was trained on",
+                "is not set", where="data.train", why="codes are chosen on text like that which was trained on",
                 fix="Give --set data.train=FILE",
             )  # fmt: skip
         self._text = text
         self.work_bytes = text_bytes(job.fold.base, self._text[0].numel())
-        self.form = f"4bit {self._recipe.quant_type}"
+        self.form = f"{bits_of(self._recipe.quant_type)}bit {self._recipe.quant_type}"
         self.expected_bytes = sum(p.numel() for p in job.fold.base.model.parameters())
 
     def write(self, fold: Fold, folder: Path, on_progress: Progress | None) -> Written:

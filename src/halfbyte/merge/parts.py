@@ -90,7 +90,7 @@ def refuse_start(parts: tuple[Part, ...]) -> None:
         init = info.get("init") or info.get("config", {}).get("lora", {}).get("init", "random")
         if init != "random":
             raise AdapterError(
-                f"began at {init}, which makes up for the 4-bit base", where=part.label,
+                f"began at {init}, which makes up for the quantized base", where=part.label,
                 why="the original weights lack nothing of it", fix="Merge with --base quantized",
             )  # fmt: skip
 

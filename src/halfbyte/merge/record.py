@@ -102,8 +102,8 @@ def card(merged: dict[str, Any], drift: dict[str, Any], use: str) -> str:
             for part in merged["adapters"]
         ),
         "added to": {
-            "quantized": "the 4-bit base, decoded: the weights that the adapter was trained on",
-            "original": "the 16-bit weights that the 4-bit base was made of",
+            "quantized": "the quantized base, decoded: the weights that the adapter was trained on",
+            "original": "the 16-bit weights that the quantized base was made of",
         }[merged["onto"]],
         "written as": merged["format"],
         "by": ", ".join(f"{name} {version}" for name, version in merged["versions"].items()),

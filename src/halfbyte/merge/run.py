@@ -186,7 +186,7 @@ def _choose(job: Job, meter: DriftMeter, base: str, path: str, say: Say) -> tupl
         return job.fold, {}
     original = open_original(job.fold.base, path)
     distance = check_near(job.fold.base, original)
-    say(f"original: {original.source.label}, its weights {distance:.1%} of their norm from the 4-bit ones")
+    say(f"original: {original.source.label}, its weights {distance:.1%} of their norm from the quantized ones")
     onto_original = replace(job.fold, original=original)
     if base == "original":
         return onto_original, {}

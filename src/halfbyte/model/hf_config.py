@@ -91,7 +91,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if load_in_4bit is not True:
             raise ConfigError(
                 f"{load_in_4bit!r} is not possible", where="load_in_4bit",
-                why="halfbyte holds weights in 4 bits", fix="Leave quantization_config out to load a model as it is",
+                why="halfbyte quantizes weights", fix="Leave quantization_config out to load a model as it is",
             )  # fmt: skip
         _require_choice("bnb_4bit_quant_type", bnb_4bit_quant_type, QUANT_TYPES)
         _require_choice("bnb_4bit_use_double_quant", bnb_4bit_use_double_quant, (True, False))
@@ -205,8 +205,8 @@ def _refuse_other(key: str, value: object) -> None:
     if key in _EIGHT_BIT:
         if value == _EIGHT_BIT[key]:
             return
-        fix = f"Leave {key} out, or use transformers.BitsAndBytesConfig for 8 bits"
-        raise ConfigError(f"{value!r} asks for 8 bits", where=key, why="halfbyte quantizes to 4 bits", fix=fix)
+        fix = f'Leave {key} out and give bnb_4bit_quant_type="int8", or use transformers.BitsAndBytesConfig'
+        raise ConfigError(f"{value!r} asks for LLM.int8()", where=key, why="8 bits are another format here", fix=fix)
     near = difflib.get_close_matches(key, _KEYWORDS, n=1, cutoff=0.5)
     fix = f"Did you mean {near[0]}" if near else f"It has {', '.join(_KEYWORDS)}"
     raise ConfigError("HalfbyteConfig has no such setting", where=key, fix=fix)

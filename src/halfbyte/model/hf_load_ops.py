@@ -80,10 +80,10 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         try:
             if layer is None:
                 why = "its config.json lists this layer under llm_int8_skip_modules, or it is the output head"
-                raise ModelError("is stored in 4 bits, against its config", where=full_layer_name, why=why)
+                raise ModelError("is stored quantized, against its config", where=full_layer_name, why=why)
             if stored is None or not tensors:
                 why = "its config.json does not list this layer under llm_int8_skip_modules"
-                raise ModelError("is not stored in 4 bits, against its config", where=full_layer_name, why=why)
+                raise ModelError("is not stored quantized, against its config", where=full_layer_name, why=why)
             weight = QuantizedWeight.from_bnb_tensors(stored, tensors, name=full_layer_name)
             return {"weight": _keep(self.hf_quantizer, layer, full_layer_name, weight)}
         except HalfbyteError as error:

@@ -1,4 +1,4 @@
-"""What a loaded model holds: dtypes and bytes by group, and every large weight that is not in 4 bits."""
+"""What a loaded model holds: dtypes and bytes by group, and every large weight that is not quantized."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from halfbyte.nn.experts import ExpertStack
 LARGE = 1_000_000
 """Bytes above which a weight that is not quantized is listed with its reason."""
 
-LINEARS, EMBEDDINGS, HEAD, NORMS, OTHER = "4-bit linears", "embeddings", "head", "norms and biases", "other"
+LINEARS, EMBEDDINGS, HEAD, NORMS, OTHER = "quantized linears", "embeddings", "head", "norms and biases", "other"
 GROUPS = (LINEARS, EMBEDDINGS, HEAD, NORMS, OTHER)
 
-EXPERTS = "fused expert weights (one 3-D tensor), stored so beside 4-bit layers or of a kind not supported in 4 bits"
+EXPERTS = "fused expert weights (one 3-D tensor), stored so beside quantized layers or of a kind not supported"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,12 @@ class Row:
 
     group: str
     dtype: str
-    """torch's name, or the 4-bit codebook ("nf4")."""
+    """torch's name, or the codebook ("nf4")."""
     tensors: int
     parameters: int
-    """Weights: a packed byte holds two."""
+    """Weights: a packed byte holds several."""
     bytes: int
-    """With the scales of 4-bit weights."""
+    """With the scales of quantized weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Inventory:
 
     rows: tuple[Row, ...]
     unquantized: list[tuple[str, int, str]]
-    """(name, bytes, reason) of every weight matrix over `LARGE` bytes that is not in 4 bits."""
+    """(name, bytes, reason) of every weight matrix over `LARGE` bytes that is not quantized."""
 
     @property
     def bytes(self) -> int:

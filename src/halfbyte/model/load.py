@@ -67,7 +67,7 @@ class LoadedModel:
         recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {scales}"
         if self.source.stored_quantization is None:
             return f"base: quantized while loading to {recipe}"
-        return f"base: already in 4 bits ({recipe}) and taken as it is, what [quant] says of them is not applied"
+        return f"base: already quantized ({recipe}) and taken as it is, what [quant] says of them is not applied"
 
     @property
     def stream_text(self) -> str:
@@ -155,7 +155,7 @@ def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> N
     if (quant.calibrate or quant.bits) and source.stored_quantization is None:
         key, value = ("calibrate", "FILE") if quant.calibrate else ("bits", f"{quant.bits:g}")
         raise ConfigError(
-            "is chosen once, when the model is written in 4 bits", where=f"quant.{key}",
+            "is chosen once, when the model is quantized to a folder", where=f"quant.{key}",
             fix=f"Run: halfbyte quantize --model {source.label} --output DIR --set quant.{key}={value}, and use DIR",
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ class QuantizeResult:
     bytes_out: int
     bits_per_weight: float
     quantized: int
-    """Layers in 4 bits, or in the bits of their formats."""
+    """Layers that are."""
     formats: dict[str, str] = field(default_factory=dict)
     """Of each layer, where a budget of bits is spread."""
     peak_memory: int
@@ -96,7 +96,7 @@ def open_unquantized(path: str, output: str | Path, quant: QuantConfig) -> Unqua
 
     Raises:
         ModelError: the model cannot be read.
-        ConfigError: it is already in 4 bits, or `output` is there already, or has no folder to lie in.
+        ConfigError: it is already quantized, or `output` is there already, or has no folder to lie in.
     """
     check_new(Path(output))
     source = open_source(path)
@@ -116,7 +116,7 @@ def quantize_model(
 
     Raises:
         ModelError: the model cannot be read, or has NaN or Inf.
-        ConfigError: it is already in 4 bits, or `output` is there already, or has no folder to lie in.
+        ConfigError: it is already quantized, or `output` is there already, or has no folder to lie in.
         ResourceError: the disk is full or not writable; nothing is left under the final name.
     """
     started = time.perf_counter()
@@ -162,7 +162,7 @@ def quantize_model(
 
 def _check_wish(source: Source, quant: QuantConfig) -> None:
     if source.stored_quantization is not None:
-        raise ConfigError("is already in 4 bits", where=source.label, fix="Give the 16-bit model")
+        raise ConfigError("is already quantized", where=source.label, fix="Give the 16-bit model")
     if quant.embeddings != "as_stored":
         raise ConfigError(
             f"{quant.embeddings!r} is not written", where="quant.embeddings",

@@ -264,11 +264,11 @@ def _notes(
             "cautiously, from Llama's"
         )
     if arch.experts:
-        notes.append(f"{arch.experts} experts a layer are not held in 4 bits")
+        notes.append(f"{arch.experts} experts a layer are not quantized")
     if not base.exact:
         notes.append(f"sizes are from config.json alone, weights taken to be stored in {arch.dtype}")
     if machine.ranks > 1 and not base.in_4_bits and not on_gpu(config, machine):
-        notes.append(f"each of {machine.ranks} ranks holds a copy of the base; stored in 4 bits, they would share one")
+        notes.append(f"each of {machine.ranks} ranks holds a copy of the base; stored quantized, they would share one")
     longest = config.data.max_seq_len
     if arch.context and longest > arch.context:
         notes.append(f"data.max_seq_len {longest} is more than the {arch.context} positions the model was made for")
@@ -276,7 +276,7 @@ def _notes(
     if ram and budget is None and peak > ram:
         notes.append(f"this machine has {format_bytes(ram)}: give --memory, and the plan finds what fits")
     if budget and peak > budget.bytes and base.exact and not base.in_4_bits:
-        notes.append("stored in 4 bits (halfbyte quantize), its layers could be streamed, which takes less")
+        notes.append("stored quantized (halfbyte quantize), its layers could be streamed, which takes less")
     if work is None:
         notes.append("the data is not looked at: full packs of which every token is learned")
     return tuple(notes)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from halfbyte.data import Token
 
 TERMS = {
-    "linears_4bit": "4-bit layers", "linears_16bit": "16-bit layers", "norms_and_other": "norms, biases, buffers",
+    "linears_4bit": "quantized layers", "linears_16bit": "16-bit layers", "norms_and_other": "norms, biases, buffers",
     "runtime": "Python and libraries", "stream_ring": "buffers of streamed layers", "kv_cache": "keys and values",
     "activations_saved": "activations kept for the backward pass", "activations_temporary": "activations in passing",
 }  # fmt: skip
