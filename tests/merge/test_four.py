@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import halfbyte as hb
+from halfbyte.cli.main import main
 from halfbyte.config import QuantConfig
 from halfbyte.errors import ConfigError
 from halfbyte.merge.run import MergeResult
@@ -54,6 +56,24 @@ def test_most_of_the_update_is_kept_and_said_layer_by_layer(merged: tuple[Path, 
     assert {layer.name for layer in result.survived} >= {"model.layers.0.self_attn.q_proj.weight"}
     shares = torch.tensor([layer.outputs for layer in result.survived])
     assert 0.5 < shares.mean() < 1.3
+
+
+def test_the_drift_is_the_last_line_and_the_table_is_short(
+    merged: tuple[Path, MergeResult, Path], model: Path, tmp_path: Path, chat_file: Path, eval_file: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output, result, adapter = merged
+    recorded = json.loads((output / "halfbyte.json").read_text())["survived"]
+    assert [layer["name"] for layer in recorded] == [layer.name for layer in result.survived]
+    monkeypatch.setattr("halfbyte.cli.merge.WORST", 3)
+    command = ["merge", "--model", str(model), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    command += ["--format", "4bit", "--max-drift", "1", "--data", str(eval_file), "--set", f"data.train={chat_file}"]
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr()
+    worst = sorted(result.survived, key=lambda layer: -layer.error)
+    assert [layer.name in said.err for layer in worst] == [True] * 3 + [False] * 11
+    assert said.out.splitlines()[-1] == f"drift from base + adapter on {result.drift.on}: {result.drift}"
 
 
 def test_transformers_with_bitsandbytes_reads_it(merged: tuple[Path, MergeResult, Path], model: Path) -> None:

@@ -116,9 +116,10 @@ def merge(
     fold, candidates = _choose(job, meter, base, original, say)
     with write_folder(output, expected_bytes=chosen.expected_bytes) as writer:
         written = chosen.write(fold, writer.path, on_progress)
-        drift = _measure(meter, written, chosen.max_drift if max_drift is None else max_drift, say)
+        drift = _measure(meter, written, chosen.max_drift if max_drift is None else max_drift)
         merged = job.record(chosen.form, fold.onto)
-        writer.write_json("halfbyte.json", {**written.info, "merged": merged, "drift": drift.to_dict()})
+        survived = {"survived": [asdict(layer) for layer in written.survived]} if written.survived else {}
+        writer.write_json("halfbyte.json", {**written.info, **survived, "merged": merged, "drift": drift.to_dict()})
         writer.write_bytes("README.md", card(merged, drift.to_dict(), written.use).encode())
     return MergeResult(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
@@ -204,9 +205,8 @@ def _choose(job: Job, meter: DriftMeter, base: str, path: str, say: Say) -> tupl
     return folds[chosen], {fold.onto: drift for fold, drift in zip(folds, drifts, strict=True)}
 
 
-def _measure(meter: DriftMeter, written: Written, most: float, say: Say) -> Drift:
+def _measure(meter: DriftMeter, written: Written, most: float) -> Drift:
     drift = meter.measure(written.weights)[0]
-    say(f"drift from base + adapter on {drift.on}: {drift}")
     if not drift.kl <= most:
         raise NumericsError(
             "the merged model is not what was trained", where="--max-drift",
