@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +43,24 @@ def test_the_first_of_a_machine_speaks(rank: str, said: bool) -> None:
     with pytest.raises(ConfigError) as caught, one_voice({"LOCAL_RANK": rank}, ConfigError):
         raise ConfigError("is not set")
     assert caught.value.said is said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_cannot_be_sharded_is_refused_before_ranks_meet(
+    tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    """Under torchrun: one line of ours, from one rank, and torchrun's account names our exit code."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "halfbyte", "train", "--model",
+        str(tiny_llama), "--data", str(chat_file), "--output", str(tmp_path / "run"), "--set", "train.sharding=full",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("halfbyte: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("halfbyte: train.sharding: 'full' shares the stored bytes of a base")
+    assert re.search(r"exitcode *: 2\b", done.stderr)
+    assert done.stderr.rindex("halfbyte: train.sharding") > done.stderr.index("Root Cause")
+    assert "1970" not in done.stderr
+    assert "Gloo" not in done.stderr
+    assert "process group" not in done.stderr
+    assert not (tmp_path / "run").exists()

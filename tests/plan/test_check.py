@@ -53,6 +53,20 @@ def settings(tiny_llama: Path, chat_file: Path, tmp_path: Path) -> dict[str, Any
         ),
         ({"lora__target_modules": ("lm_head",)}, ConfigError, "lm_head name no layer that can have an adapter"),
         ({"quant__skip_modules": ("qq",)}, ConfigError, "quant.skip_modules: 'qq' names no linear layer"),
+        (
+            {"quant__bits": 4.5},
+            ConfigError,
+            "quant.bits: is chosen once, .*quantize .*quant.bits=4.5, and use",
+        ),
+        ({"quant__calibrate": "generic"}, ConfigError, "quant.calibrate: is chosen once, .*quant.calibrate=FILE"),
+        ({"lora__init": "loftq"}, ConfigError, "lora.init: needs a start.*start. Run: halfbyte quantize"),
+        ({"memory__weights": "mmap"}, ConfigError, "not stored quantized.*left on disk .mmap.*halfbyte quantize"),
+        ({"train__sharding": "full"}, ConfigError, "train.sharding: 'full' shares the stored.*Run: halfbyte quantize"),
+        (
+            {"train__sharding": "full", "memory__weights": "stream"},
+            ConfigError,
+            "memory.weights: 'stream' and train.sharding=full are not possible together",
+        ),
     ],
 )
 def test_what_is_refused(
@@ -77,6 +91,9 @@ def test_no_torch_is_needed_to_refuse(settings: dict[str, Any]) -> None:
     runs = [
         (2, given), (3, [*given, "--data", "/nope.jsonl"]), (2, [*given, "--data", data, "--memory", "9XB"]),
         (2, [*given, "--data", data, "--set", "lora.target_modules=qq"]),
+        (2, [*given, "--data", data, "--set", "lora.init=pissa"]),
+        (2, [*given, "--data", data, "--set", "quant.bits=4.5"]),
+        (2, [*given, "--data", data, "--set", "train.sharding=full"]),
         (3, ["train", "--model", "/nope", "--data", data, "--output", output]),
         (2, ["plan", "--model", model, "--set", "lora.target_modules=qq"]),
     ]  # fmt: skip

@@ -18,12 +18,12 @@ from halfbyte.checkpoint import versions, write_folder
 from halfbyte.checkpoint.shard_writer import ShardWriter
 from halfbyte.config import LoraConfig, RunConfig
 from halfbyte.errors import ConfigError
-from halfbyte.model.adapt import CONFIG_KEY
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
 from halfbyte.model.quantize import QuantizeResult, open_unquantized
 from halfbyte.model.source import load_tokenizer, tokenizer_sha256
+from halfbyte.plan.start import CONFIG_KEY
 from halfbyte.quant import QuantizedWeight
 
 Nearest = Callable[[Tensor], QuantizedWeight]

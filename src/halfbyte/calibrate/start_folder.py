@@ -12,8 +12,9 @@ from halfbyte.checkpoint.adapter import write_adapter
 from halfbyte.checkpoint.durable import FolderWriter
 from halfbyte.config import LoraConfig
 from halfbyte.config.names import matches
-from halfbyte.model.adapt import START, peft_config
+from halfbyte.model.adapt import peft_config
 from halfbyte.model.quantize import Unquantized
+from halfbyte.plan.start import START
 
 
 def ranks_of(job: Unquantized, lora: LoraConfig) -> dict[str, int]:

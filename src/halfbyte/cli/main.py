@@ -23,6 +23,7 @@ from halfbyte.cli.init import init
 from halfbyte.cli.merge import merge
 from halfbyte.cli.plan import plan
 from halfbyte.cli.quantize import quantize
+from halfbyte.cli.ranks import tell_torchrun
 from halfbyte.cli.runs import runs_app
 from halfbyte.cli.selftest import selftest
 from halfbyte.cli.serve import serve
@@ -124,7 +125,9 @@ def _peak() -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print("halfbyte: " + " ".join(message.split()), file=sys.stderr)
+    line = "halfbyte: " + " ".join(message.split())
+    print(line, file=sys.stderr)
+    tell_torchrun(os.environ, line)
     return code
 
 

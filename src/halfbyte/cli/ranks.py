@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import ConfigError, HalfbyteError
@@ -48,10 +51,26 @@ def share_threads(environment: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def one_voice(environment: Mapping[str, str], *kinds: type[HalfbyteError]) -> Iterator[None]:
-    """Around what ends every rank alike, with errors of these `kinds`: the first one of a machine speaks for all."""
+def one_voice(environment: Mapping[str, str], *kinds: type[HalfbyteError], patience: float = 0.0) -> Iterator[None]:
+    """Around what ends every rank alike, with errors of these `kinds`: the first one of a machine speaks for all.
+
+    Args:
+        patience: seconds in which the first one is to have spoken and torchrun to have ended the others. Without, one
+            that is quicker to fail has torchrun end the first before it speaks. Who is still there then speaks too.
+    """
     try:
         yield
     except kinds as error:
-        error.said = error.said or environment.get("LOCAL_RANK", "0") != "0"
+        if environment.get("LOCAL_RANK", "0") != "0" and not error.said:
+            time.sleep(patience)
+            error.said = not patience
         raise
+
+
+def tell_torchrun(environment: Mapping[str, str], line: str) -> None:
+    """Leave `line` where torchrun looks for the cause, so that its account of the ranks ends with it."""
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        found = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": found}), encoding="utf-8")

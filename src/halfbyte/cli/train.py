@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from halfbyte.train import TrainResult
 
 
+PATIENCE = 20.0
+"""Seconds in which torchrun ends the ranks when the first one has refused a run."""
+
+
 def train(
     model: Model = None,
     data: Annotated[Path | None, typer.Option("--data", help="Training samples, JSON lines or .parquet.")] = None,
@@ -68,7 +72,7 @@ def train(
     from halfbyte.plan import check_run
 
     share_threads(os.environ)
-    with one_voice(os.environ, HalfbyteError):
+    with one_voice(os.environ, HalfbyteError, patience=PATIENCE):
         _check_port(port, dashboard)
         run = load_run(config, settings, {
             "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),

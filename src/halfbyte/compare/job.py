@@ -97,7 +97,7 @@ def compare(
     started = time.perf_counter()
     if not run.data.eval:
         raise ConfigError("is not set", where="data.eval", why="held-out loss is compared", fix="Give --eval-data")
-    check_run(run)
+    check_run(load_config(None, [*settings_of(run), "quant.calibrate=", "quant.bits=0", "lora.init=random"]))
     run = load_config(None, [*settings_of(run), "train.output="])  # each has a folder of its own
     ways = [Way(variant, variant_run(run, variant)) for variant in variants]
     for way in ways:

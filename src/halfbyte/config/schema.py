@@ -43,6 +43,20 @@ def check_stored(weights: str, path: str, *, in_4_bits: bool) -> None:
         )  # fmt: skip
 
 
+def check_chosen(quant: QuantConfig, path: str, *, in_4_bits: bool) -> None:
+    """See that what `halfbyte quantize` chooses is not asked of a base that is quantized while it is loaded.
+
+    Raises:
+        ConfigError: it is, for the base called `path`.
+    """
+    if (quant.calibrate or quant.bits) and not in_4_bits:
+        key, value = ("calibrate", "FILE") if quant.calibrate else ("bits", f"{quant.bits:g}")
+        raise ConfigError(
+            "is chosen once, when the model is quantized to a folder", where=f"quant.{key}",
+            fix=f"Run: halfbyte quantize --model {path} --output DIR --set quant.{key}={value}, and use DIR",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One fine-tuning run. Sections are the tables of the TOML file; see each for its keys."""

@@ -17,11 +17,6 @@ from halfbyte.model.dora import reset_magnitudes, use_dora
 from halfbyte.model.targets import modules_to_adapt
 from halfbyte.nn.lora_linear import fuse_lora_layers
 
-START = "start"
-"""Folder beside a base's files: the adapter that training may begin at (lora.init)."""
-CONFIG_KEY = "halfbyte_start"
-"""In config.json of a base that was written with a start: {"init": "pissa" or "loftq", "r": ...}."""
-
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.PeftModel:
     """Put a fresh adapter (A uniform, B zero, float32) on the layers that `lora` names; only it is trainable.

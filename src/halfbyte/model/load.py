@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
-from halfbyte.config.schema import check_stored
+from halfbyte.config.schema import check_chosen, check_stored
 from halfbyte.dtypes import format_bytes
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import ModelError
 from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
@@ -152,12 +152,7 @@ def _targets(
 
 def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> None:
     check_stored(placement.weights, source.label, in_4_bits=source.stored_quantization is not None)
-    if (quant.calibrate or quant.bits) and source.stored_quantization is None:
-        key, value = ("calibrate", "FILE") if quant.calibrate else ("bits", f"{quant.bits:g}")
-        raise ConfigError(
-            "is chosen once, when the model is quantized to a folder", where=f"quant.{key}",
-            fix=f"Run: halfbyte quantize --model {source.label} --output DIR --set quant.{key}={value}, and use DIR",
-        )  # fmt: skip
+    check_chosen(quant, source.label, in_4_bits=source.stored_quantization is not None)
 
 
 def skeleton(source: Source) -> PreTrainedModel:

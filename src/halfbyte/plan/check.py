@@ -7,11 +7,13 @@ from pathlib import Path
 
 from halfbyte.config import RunConfig
 from halfbyte.config.names import check_skipped, check_targets
+from halfbyte.config.schema import check_chosen, check_stored
 from halfbyte.config.target import check_parent, check_target
 from halfbyte.errors import ConfigError, DataError, FileError, ModelError
 from halfbyte.plan.architecture import FUSED
 from halfbyte.plan.base import HEADS, Base, read_base
 from halfbyte.plan.files import locate
+from halfbyte.plan.start import check_start
 
 FLAGS = {"model.path": "--model", "data.train": "--data", "train.output": "--output"}
 
@@ -35,11 +37,14 @@ def check_run(config: RunConfig) -> None:
         raise FileError(
             "no such checkpoint", where=resume, fix="Give its folder, or auto for the newest in train.output"
         )
-    locate(config.model.path)
+    folder = locate(config.model.path)
     with suppress(ModelError):  # who reads the whole model says it better
         base = read_base(config.model.path, config.quant, "float32")
         check_layers(config, base)
         _check_rank(config.lora.r, base)
+        if base.exact:
+            _check_stored(config, base)
+            check_start(config.lora, folder)
     if config.lora.r > config.limits.rank:
         raise ConfigError(
             f"{config.lora.r} is not possible", where="lora.r", why=f"limits.rank is {config.limits.rank}",
@@ -65,6 +70,23 @@ def check_layers(config: RunConfig, base: Base) -> None:
         wanted = wanted if isinstance(wanted, str) else tuple(map(_last, wanted))
     check_skipped(skipped, {*names, *HEADS})
     check_targets(wanted, names)
+
+
+def _check_stored(config: RunConfig, base: Base) -> None:
+    """ConfigError where settings are for a base that is stored quantized, and this one is not."""
+    path, weights = config.model.path, config.memory.weights
+    if config.train.sharding == "full" and weights != "resident":
+        raise ConfigError(
+            f"{weights!r} and train.sharding=full are not possible together", where="memory.weights",
+            fix="Set memory.weights to resident, or train.sharding to none",
+        )  # fmt: skip
+    if config.train.sharding == "full" and not base.in_4_bits:
+        raise ConfigError(
+            f"'full' shares the stored bytes of a base, and {path} is not stored quantized", where="train.sharding",
+            fix=f"Run: halfbyte quantize --model {path} --output DIR, and train on DIR",
+        )  # fmt: skip
+    check_stored(weights, path, in_4_bits=base.in_4_bits)
+    check_chosen(config.quant, path, in_4_bits=base.in_4_bits)
 
 
 def _check_rank(rank: int, base: Base) -> None:

@@ -25,12 +25,13 @@ from halfbyte.data import Batch, join_batches, load_data, to_padded
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.kernels.buffers import steady_memory
-from halfbyte.model.adapt import START, adapter_state
+from halfbyte.model.adapt import adapter_state
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import match_names
 from halfbyte.model.read import read_unquantized
 from halfbyte.model.source import load_tokenizer, open_source
 from halfbyte.nn import IGNORE_INDEX
+from halfbyte.plan.start import START
 from halfbyte.train.guard import Guard
 from halfbyte.train.loop import update
 from halfbyte.train.observer import Observer

@@ -22,13 +22,14 @@ from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
-from halfbyte.model.adapt import CONFIG_KEY, START, attach_lora, begin_at
+from halfbyte.model.adapt import attach_lora, begin_at
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement, shard_layers
 from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
+from halfbyte.plan.start import START
 from halfbyte.store import ActivationStore, LayerStore, memory_of
 from halfbyte.train.gpu import give_back, host_share, where_to_compute
 from halfbyte.train.objective import Objective
@@ -210,11 +211,6 @@ def _check_sharding(config: RunConfig, ranks: Ranks) -> None:
             "'full' needs several ranks", where="train.sharding",
             fix="Start them with: torchrun --nproc-per-node N -m halfbyte train, or set it to none",
         )  # fmt: skip
-    if config.memory.weights != "resident":
-        raise ConfigError(
-            f"{config.memory.weights!r} and train.sharding=full are not possible together", where="memory.weights",
-            fix="Set memory.weights to resident, or train.sharding to none",
-        )  # fmt: skip
 
 
 def _check_steps(config: RunConfig, data: TokenizedData, ranks: Ranks) -> None:
@@ -239,7 +235,6 @@ def _checkpoint_of(config: RunConfig, ranks: Ranks) -> Path | None:
 
 def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
-    _check_init(loaded, config)
     if config.lora.init != "random":
         begin_at(model, _start(loaded, config), config.lora.scaling)
         observer.note(f"adapter: begins at {loaded.source.path / START}")
@@ -258,37 +253,9 @@ def _activations(config: RunConfig, device: torch.device) -> ActivationStore | N
     return ActivationStore(offload_dir(config), memory_of(device), host_share(config, device))
 
 
-def _check_init(loaded: LoadedModel, config: RunConfig) -> None:
-    """ConfigError where the base is what a start left of the model, and the run begins elsewhere."""
-    written = getattr(loaded.source.config, CONFIG_KEY, {})
-    if written.get("init") == "pissa" and config.lora.init != "pissa":
-        raise ConfigError(
-            f"is {config.lora.init}, the base was written for pissa", where="lora.init",
-            why=f"without {loaded.source.path / START} it lacks the largest part of every weight",
-            fix="Give --set lora.init=pissa, or another base",
-        )  # fmt: skip
-
-
 def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
     """What `halfbyte quantize` left beside the base to begin at."""
-    folder, init = loaded.source.path / START, config.lora.init
-    if not folder.is_dir():
-        text = "quant.calibrate=FILE --set " if init == "cloq" else ""
-        raise ConfigError(
-            "needs a start that was written with the base", where="lora.init", why=f"there is no {folder}",
-            fix=f"Run: halfbyte quantize --model MODEL --output DIR --set {text}lora.init={init}, and use DIR",
-        )  # fmt: skip
-    start = load_adapter(folder)
-    written = start.info.get("init", "cloq")  # the first there was, when nothing said which
-    if written != init:
-        raise ConfigError(
-            f"is {init}, {folder} is {written}", where="lora.init", fix=f"Give --set lora.init={written}"
-        )
-    if start.config["r"] != config.lora.r:
-        raise ConfigError(
-            f"is {config.lora.r}", where="lora.r", why=f"{folder} has rank {start.config['r']}",
-            fix=f"Give --set lora.r={start.config['r']}, or quantize with --set lora.r={config.lora.r}",
-        )  # fmt: skip
+    start = load_adapter(loaded.source.path / START)
     check_base(start, loaded.base_sha256, base=config.model.path)
     return start
 
