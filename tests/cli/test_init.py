@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from halfbyte.cli import init as room
 from halfbyte.cli.main import main
-from halfbyte.config import load_config
+from halfbyte.config import QuantConfig, load_config
 from halfbyte.plan import Samples, first_settings, read_base, sequence_length
 
 Capture = pytest.CaptureFixture[str]
@@ -135,3 +136,22 @@ def test_little_memory_is_met_with_the_same_numbers_first_and_shorter_samples_la
     planned = told(run(capsys, "plan", "--config", file, "--json")[1])
     assert planned["fits"]
     assert not planned["changes"]
+
+
+def test_a_reason_says_why_a_number_is_what_it_is(tiny_llama: Path) -> None:
+    base = read_base(str(tiny_llama), QuantConfig(), "float32")
+    base = replace(base, architecture=replace(base.architecture, context=4096))
+    few = Samples(path="a.jsonl", format="prompt", lengths=[20] * 40)
+    length = sequence_length(base, few)
+    assert length.value == 512
+    assert length.why.endswith("No less than 512: several samples share a sequence, and short ones fill badly")
+    settings, steps = first_settings(base, 512, few, held_out=True)
+    assert steps == 6
+    assert settings["train.save_every"].value == settings["train.eval_every"].value == 1
+    assert settings["train.save_every"].why.startswith("a checkpoint after each step, for the run has about 6;")
+    many = Samples(path="a.jsonl", format="prompt", lengths=[1000] * 1000)
+    assert "No less" not in sequence_length(base, many).why
+    settings, steps = first_settings(base, 1024, many, held_out=True)
+    every = settings["train.save_every"]
+    assert every.value == steps // 10
+    assert every.why.startswith(f"a checkpoint each {every.value} steps, some {steps // every.value} in the run;")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def test_the_drift_is_the_last_line_and_the_table_is_short(
     said = capsys.readouterr()
     worst = sorted(result.survived, key=lambda layer: -layer.error)
     assert [layer.name in said.err for layer in worst] == [True] * 3 + [False] * 11
-    assert said.out.splitlines()[-1] == f"drift from base + adapter on {result.drift.on}: {result.drift}"
+    assert said.out.splitlines()[-1] == f"drift from base + adapter, in float32, on {result.drift.on}: {result.drift}"
+    assert re.search(r"on all \d+ samples of ", said.out)
 
 
 def test_transformers_with_bitsandbytes_reads_it(merged: tuple[Path, MergeResult, Path], model: Path) -> None:

@@ -109,7 +109,7 @@ def merge(
     text = (
         f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} as "
         f"{result.form}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}\n"
-        f"drift from base + adapter on {result.drift.on}: {result.drift}"
+        f"drift from base + adapter, in float32, on {result.drift.on}: {result.drift}"
     )
     if result.survived:
         out.print(survival(result.survived))

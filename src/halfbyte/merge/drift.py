@@ -63,7 +63,8 @@ def probe_of(path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, 
     examples = [data[i] for i in range(min(prompts, len(data)))]
     ids = [torch.from_numpy(e.input_ids).long() for e in examples]
     counts = [torch.from_numpy(e.labels != -100).roll(-1) for e in examples]
-    return Probe(ids, counts, f"{len(ids)} samples of {path}")
+    which = f"the first {len(ids)} of {len(data)}" if len(ids) < len(data) else f"all {len(ids)}"
+    return Probe(ids, counts, f"{which} samples of {path}")
 
 
 def joined(probes: Sequence[Probe]) -> Probe:

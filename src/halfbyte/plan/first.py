@@ -48,7 +48,10 @@ def sequence_length(base: Base, samples: Samples | None) -> Setting:
     value = min(max(-(-need // ROUND) * ROUND, SHORTEST), context)
     over = sum(length > value for length in ordered)
     left_out = f"{over / len(ordered):.1%} of the samples are longer and left out" if over else "holds every sample"
-    return Setting(value=value, why=f"{left_out}; the longest has {ordered[-1]} tokens")
+    why = f"{left_out}; the longest has {ordered[-1]} tokens"
+    if value == SHORTEST > need:
+        why += f". No less than {SHORTEST}: several samples share a sequence, and short ones fill badly"
+    return Setting(value=value, why=why)
 
 
 def first_settings(
@@ -88,10 +91,20 @@ def first_settings(
         found["train.epochs"] = Setting(value=epochs, why=f"about {steps} steps: {count:,} samples, {tokens:,} tokens")
     why = f"{batch * length:,} tokens a step, one sequence at a time"
     found["train.gradient_accumulation_steps"] = Setting(value=batch, why=why)
-    found["train.save_every"] = Setting(value=max(1, steps // SAVED), why="the same command goes on from the newest")
+    every, why = _every(steps, SAVED, "checkpoint")
+    found["train.save_every"] = Setting(value=every, why=f"{why}; the same command goes on from the newest")
     if held_out:
-        found["train.eval_every"] = Setting(value=max(1, steps // EVALUATED), why="steps between held-out losses")
+        every, why = _every(steps, EVALUATED, "held-out loss")
+        found["train.eval_every"] = Setting(value=every, why=why)
     return found, steps
+
+
+def _every(steps: int, wanted: int, what: str) -> tuple[int, str]:
+    """So many steps between two of some `wanted` in a run, and why."""
+    every = max(1, steps // wanted)
+    if every == 1:
+        return every, f"a {what} after each step, for the run has about {steps}"
+    return every, f"a {what} each {every} steps, some {steps // every} in the run"
 
 
 def to_fit(made: Plan, settings: dict[str, Setting]) -> dict[str, Setting]:
