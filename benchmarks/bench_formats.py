@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path
         row["seconds"] = {str(rows): product_seconds(name, rows) for rows in ROWS}
         row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
     for key, more in [("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])][: 2 if train else 1]:
+        shutil.rmtree(base, ignore_errors=True)  # of the format before
         made = halfbyte("quantize", "--model", model, "--output", str(base), *settings, *more)
         row["bits"] = made["bits_per_weight"]
         error = weight_report(load_config(None, [f"model.path={model}"]), base).error

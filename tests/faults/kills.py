@@ -108,6 +108,7 @@ def main() -> None:
     settings, kills, seed = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
     warnings.simplefilter("ignore")
     where = Path(settings["train__output"])
+    where.mkdir(parents=True, exist_ok=True)
     whole = load_config(**settings | {"train__output": str(where / "whole")})
     config = load_config(**settings | {"train__output": str(where / "killed")})
     finished(whole)
