@@ -144,7 +144,10 @@ def test_the_cap_holds() -> None:
 
 
 def test_peaks_are_within_the_plan(make_run: MakeRun) -> None:
-    """Tensors that are nearly nothing: what is planned and measured here is CUDA's own. The rest: bench_gpu_train."""
+    """Tensors that are nearly nothing: what is planned and measured here is CUDA's own. The rest: bench_gpu_train.
+
+    Alone on the device: what others take of it meanwhile counts as this run's.
+    """
     result = train(make_run(model__device="cuda", quant__compute_dtype="auto"))
     assert 0 < result.peak_memory <= result.taken_memory <= result.predicted_peak_memory
 
@@ -179,7 +182,7 @@ def test_eval_generate_and_merge_read_what_it_left(
 def test_variants_have_the_losses_of_the_cpu(
     settings: dict[str, Any], make_run: MakeRun, make_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every format and kind of adapter, in float32; measured on an H100: within MEASURED."""
+    """Every format and kind of adapter, in float32."""
     base = tmp_path / "base"
     config = make_run("first", model__path=str(make_llama()), **settings)
     if config.lora.init == "random":
