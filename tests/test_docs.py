@@ -250,15 +250,11 @@ def test_the_formats_stand_in_the_help(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_settings_named_in_text_exist() -> None:
     known = {f"{section}.{key}" for section, part in to_dict(RunConfig()).items() for key in part}
-    planned = {
-        "lora.modules_to_save",
-    }  # fmt: skip
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         named = set(re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+)[ =`]", text))
         named = {name for name in named if not name.endswith((".safetensors", ".jsonl", ".md"))}
-        assert named <= known | (planned if page.name == "design.md" else set()), page.name
-    assert not planned & known, "docs/design.md says these are not there"
+        assert named <= known, page.name
 
 
 def test_toml_examples_load(tmp_path: Path) -> None:

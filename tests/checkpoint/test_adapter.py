@@ -133,7 +133,7 @@ FAULTS = [
     (flat, r"is \(0,\) torch.float32, not a matrix"),
     (set_to("peft_type", "IA3"), "only LORA"),
     (set_to("use_dora", True), "has no magnitude, use_dora is true"),
-    (set_to("modules_to_save", ["lm_head"]), "modules_to_save is not supported"),
+    (set_to("modules_to_save", ["lm_head"]), "lm_head of modules_to_save is not there"),
     (set_to("bias", "all"), "bias 'all'"),
     (set_to("init_lora_weights", "pissa_niter_4"), "needs a changed base"),
     (set_to("r", 0), "r is 0"),

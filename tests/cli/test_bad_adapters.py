@@ -56,7 +56,7 @@ ADAPTERS: dict[str, Change] = {
     ],
     "no alpha": adapter_config(lora_alpha=...),
     "DoRA without magnitudes": adapter_config(use_dora=True),
-    "whole modules": adapter_config(modules_to_save=["lm_head"]),
+    "a whole module without its table": adapter_config(modules_to_save=["lm_head"]),
     "biases": adapter_config(bias="all"),
     "another kind": adapter_config(peft_type="IA3"),
     "A without B": adapter_tensors(lambda s: s.pop(next(k for k in s if "lora_B" in k))),

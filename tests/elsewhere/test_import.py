@@ -280,3 +280,14 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(name: str, tmp_path: Pa
         translate(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_new_tokens_and_whole_tables() -> None:
+    rules = SOURCES["axolotl"].rules
+    assert rules["tokens"](["<|a|>"], {}).settings == {"lora.trainable_tokens": ["<|a|>"]}
+    both = rules["lora_modules_to_save"](["embed_tokens", "lm_head"], {})
+    assert both.settings == {"lora.modules_to_save": ["embed_tokens", "lm_head"]}
+    assert "only the input embedding" in rules["lora_modules_to_save"](["norm"], {}).missing
+    other = SOURCES["llamafactory"].rules
+    assert other["add_tokens"]("<|a|>, <|b|>", {}).settings == {"lora.trainable_tokens": ["<|a|>", "<|b|>"]}
+    assert other["additional_target"]("embed_tokens,lm_head", {}).settings == both.settings

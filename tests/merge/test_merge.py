@@ -175,7 +175,7 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         (lambda s: s.update({Q_PROJ.format("A"): torch.zeros(4, 63)}), {}, r"has shape \(4, 63\)"),
         (lambda s: None, {"r": 8}, "has rank 4 in lora_A"),
         (lambda s: None, {"use_dora": True}, "has no magnitude, use_dora is true"),
-        (lambda s: None, {"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
+        (lambda s: None, {"modules_to_save": ["lm_head"]}, "lm_head of modules_to_save is not there"),
         (lambda s: None, {"bias": "all"}, "bias 'all' is not supported"),
         (
             lambda s: [s.update({k.replace("layers", "blocks"): s.pop(k)}) for k in list(s)],

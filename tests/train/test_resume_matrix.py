@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "memory__weights": "stream", "memory__activations": "disk", "train__gradient_checkpointing": True,
     },
     "DoRA, streamed": {"lora__use_dora": True, "memory__weights": "stream"},
+    "tokens, streamed": {"lora__trainable_tokens": ["After", "<|im_end|>"], "memory__weights": "stream"},
+    "whole tables, 8-bit": {"lora__modules_to_save": ["lm_head", "embed_tokens"], "optim__bits": 8},
     "bfloat16": {"quant__compute_dtype": "bfloat16", "lora__dropout": 0.2},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from halfbyte.config import RunConfig
 from halfbyte.data import Batch
-from halfbyte.model.adapt import adapter_state, load_adapter_state
+from halfbyte.model.adapt import adapter_state
 from halfbyte.nn import Linear4bit
 from halfbyte.optim import AdamW, clip_grad_norm, lora_param_groups
 from halfbyte.train import Observer, train
@@ -60,12 +60,14 @@ class PlainObjective:
 def plain(run: Run) -> Run:
     """`run` on the same decoded weights in nn.Linear, with PEFT's wrappers and the same adapter."""
     model = hf.AutoModelForCausalLM.from_pretrained(run.config.model.path, dtype=torch.float32)
+    model.resize_token_embeddings(max(run.tokens.rows, SIZES["vocab_size"]))
     for name, module in run.loaded.model.named_modules():
         if isinstance(module, Linear4bit):
             layer = model.get_submodule(name.replace(".base_layer", ""))
             layer.weight.data.copy_(module.dequantize(torch.float32))
     adapted = peft.get_peft_model(model, run.model.peft_config["default"]).train()
-    load_adapter_state(adapted, adapter_state(run.model))
+    result = peft.set_peft_model_state_dict(adapted, adapter_state(run.model))
+    assert not result.unexpected_keys
     assert not any(type(module).__module__.startswith("halfbyte") for module in adapted.modules())
     optim = run.config.optim
     groups = lora_param_groups(adapted.named_parameters(), optim.lr, optim.lr_b_ratio, optim.weight_decay)
@@ -86,18 +88,28 @@ def losses_of(run: Run) -> list[float]:
     return losses
 
 
+TOKENS = {"lora__trainable_tokens": ["<|tool|>", "<|im_end|>", "<|call|>"]}
+WHOLE = {"lora__modules_to_save": ["lm_head", "embed_tokens"]}
+
+
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [("llama", False), ("llama", True), ("qwen3", True), ("gemma3", False)]
-)
+    ("family", "settings"),
+    [
+        ("llama", {}), ("llama", {"train__gradient_checkpointing": True}), ("gemma3", {}),
+        ("qwen3", {"train__gradient_checkpointing": True}), ("llama", TOKENS), ("gemma3", TOKENS), ("llama", WHOLE),
+        ("gemma3", WHOLE), ("llama", {**TOKENS, "lora__modules_to_save": ["lm_head"]}), ("qwen3", {**TOKENS, **WHOLE}),
+    ],
+)  # fmt: skip
 def test_twenty_steps_are_those_of_the_plain_path(
-    family: str, checkpointing: bool, make_run: Callable[..., RunConfig], tmp_path: Path, tiny_tokenizer: Any
-) -> None:
+    family: str, settings: dict[str, Any], make_run: Callable[..., RunConfig], tmp_path: Path, tiny_tokenizer: Any,
+    tool_file: Path,
+) -> None:  # fmt: skip
     """To 1e-5 of losses from 6 down to 4, in float32; measured 1e-6, two units in the last place of a loss."""
     torch.manual_seed(0)
     folder = tmp_path / "model"
     hf.AutoModelForCausalLM.from_config(FAMILIES[family]()).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    config = make_run(model__path=str(folder), train__steps=STEPS, train__gradient_checkpointing=checkpointing)
+    config = make_run(model__path=str(folder), train__steps=STEPS, data__train=str(tool_file), **settings)
     run = prepare(config, Observer())
     assert "2 decoder layers run as one function each" in " ".join(run.objective.decisions)
     expected = losses_of(plain(run))

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 SAMPLES, STEPS, R = 12, 3, 8
+TOKENS = {"lora__trainable_tokens": ["After", "<|im_end|>"]}  # the first is in every answer, and no token so far
 VARIANTS: dict[str, dict[str, Any]] = {
     "NF4": {},
     "FP4": {"quant__quant_type": "fp4"},
@@ -34,6 +35,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA+": {"optim__lr_b_ratio": 4.0},
     "DoRA": {"lora__use_dora": True},
     "DoRA from LoftQ": {"lora__use_dora": True, "lora__init": "loftq"},
+    "new tokens": TOKENS,
+    "new tokens, int8 tables": TOKENS | {"quant__embeddings": "int8"},
+    "new tokens, DoRA from LoftQ": TOKENS | {"lora__use_dora": True, "lora__init": "loftq"},
+    "embedding and head whole": TOKENS | {"lora__modules_to_save": ["embed_tokens", "lm_head"]},
     "8-bit states": {"optim__bits": 8, "lora__r": 64},
     "paged": {"optim__paged": True, "memory__optimizer_budget": "40kB"},
     "gradient checkpointing": {"train__gradient_checkpointing": True},
@@ -64,7 +69,7 @@ def written(config: RunConfig, folder: Path) -> Path:
     return folder
 
 
-QUICK = ("NF4", "DoRA", "LoftQ")
+QUICK = ("NF4", "DoRA", "LoftQ", "new tokens")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_streaming_and_packing_change_no_loss(
         "lora__r": R, "lora__lora_alpha": 16.0, "optim__lr": 5e-3, "train__steps": STEPS, "data__max_seq_len": 2048,
         "train__micro_batch_size": 1, "train__save_every": 0,
     } | {key: str(samples) if value == "DATA" else value for key, value in VARIANTS[variant].items()}  # fmt: skip
-    base = written(load_config(**settings), tmp_path / "base")
+    base = written(load_config(**settings | {"quant__embeddings": "as_stored"}), tmp_path / "base")
     settings |= {"model__path": str(base), "quant__calibrate": ""}
     found = []
     for number, way in enumerate(WAYS):

@@ -1,9 +1,10 @@
 """PEFT's adapter folder: what `PeftModel.from_pretrained` reads, with halfbyte's record of where it came from beside.
 
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), ....lora_B.weight (out, r),
-                            of DoRA ....lora_magnitude_vector (out)
+                            of DoRA ....lora_magnitude_vector (out), rows of tokens and whole tables: rows.py
 adapter_config.json         PEFT's LoraConfig
 halfbyte.json               base_sha256, base, quant, chat_template, tokenizer_sha256, mask_policy, config, versions
+tokenizer.json, ...         where tokens were added to the base's
 manifest.json               sizes and sha256 of the above
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.durable import FolderWriter, recover, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
+from halfbyte.checkpoint.rows import module_of, row_problems
 from halfbyte.config.limits import check_limit
 from halfbyte.errors import AdapterError, FileError, NumericsError, read_error
 
@@ -37,10 +39,10 @@ MAGNITUDE = ".lora_magnitude_vector"
 """How the name of a magnitude ends, (out,): DoRA's."""
 _SHOWN = 5
 _UNSUPPORTED = (
-    "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
-    "monteclora_config",
+    "lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+Beside = Callable[[Path], None]
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -55,8 +57,9 @@ class Adapter:
 
 
 def save_adapter(
-    folder: str | Path, state: Mapping[str, Tensor], peft_config: Mapping[str, Any], info: Mapping[str, Any]
-) -> None:
+    folder: str | Path, state: Mapping[str, Tensor], peft_config: Mapping[str, Any], info: Mapping[str, Any],
+    beside: Beside | None = None,
+) -> None:  # fmt: skip
     """Write an adapter folder, durably; an older one of ours is replaced.
 
     Args:
@@ -64,6 +67,7 @@ def save_adapter(
         state: A (r, in) and B (out, r) by PEFT's names (`base_model.model.<module>.lora_A.weight`), any float dtype.
         peft_config: `LoraConfig.to_dict()`.
         info: what halfbyte.json says (module docstring); plain JSON values.
+        beside: writes into the folder what it is to hold besides.
 
     Raises:
         NumericsError: a tensor is not finite; nothing is written.
@@ -72,15 +76,18 @@ def save_adapter(
     """
     check_adapter(folder, state, peft_config)
     with write_folder(folder, expected_bytes=sum(tensor.nbytes for tensor in state.values())) as writer:
-        write_adapter(writer, state, peft_config, info)
+        write_adapter(writer, state, peft_config, info, beside)
 
 
 def write_adapter(
-    writer: FolderWriter, state: Mapping[str, Tensor], peft_config: Mapping[str, Any], info: Mapping[str, Any]
-) -> None:
-    """The three files of an adapter, into a folder that is being written (a checkpoint is an adapter with more)."""
+    writer: FolderWriter, state: Mapping[str, Tensor], peft_config: Mapping[str, Any], info: Mapping[str, Any],
+    beside: Beside | None = None,
+) -> None:  # fmt: skip
+    """The files of an adapter, into a folder that is being written (a checkpoint is an adapter with more)."""
     write_peft(writer, state, peft_config)
     writer.write_json(INFO, info)
+    if beside is not None:
+        beside(writer.path)
 
 
 def write_peft(writer: FolderWriter, state: Mapping[str, Tensor], peft_config: Mapping[str, Any]) -> None:
@@ -208,11 +215,13 @@ def read_tensors(path: Path, *, error: type[FileError] = FileError) -> dict[str,
 
 def problems(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
     """What keeps `state` and `config` from being LoRA on linear layers, a phrase each; empty when nothing does."""
-    found = _config_problems(config)
+    found = _config_problems(config) + row_problems(state, config)
     dora = bool(config.get("use_dora"))
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = _KEY.fullmatch(name)
+        if match is None and module_of(name, config) is not None:
+            continue
         if dora and name.endswith(MAGNITUDE):
             other = state.get(name.removesuffix(MAGNITUDE) + ".lora_B.weight")
             if other is None or tensor.shape != other.shape[:1] or not tensor.is_floating_point():

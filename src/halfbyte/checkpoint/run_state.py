@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.adapter import CONFIG, INFO, WEIGHTS, check_adapter, read_tensors, versions, write_adapter
+from halfbyte.checkpoint.adapter import (
+    CONFIG,
+    INFO,
+    WEIGHTS,
+    Beside,
+    check_adapter,
+    read_tensors,
+    versions,
+    write_adapter,
+)
 from halfbyte.checkpoint.durable import recover, remove_folder, write_folder
 from halfbyte.checkpoint.manifest import read_json, verify_folder
 from halfbyte.checkpoint.shard_writer import Pieces, write_one
@@ -71,6 +80,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     hashes: Mapping[str, str],
     ranks: int = 1,
+    beside: Beside | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` under `output`, durably; an older one is replaced (set aside if it is not ours).
 
@@ -84,6 +94,7 @@ def save_checkpoint(
         config: `to_dict(RunConfig)`.
         hashes: sha256 by name: base, tokenizer, data.
         ranks: processes that trained together.
+        beside: as `save_adapter`.
 
     Raises:
         NumericsError: the adapter is not finite; nothing is written.
@@ -99,7 +110,7 @@ def save_checkpoint(
     parts: tuple[Mapping[str, Tensor | Pieces], ...] = adapter, tensors, rng
     expected = sum(tensor.nbytes for part in parts for tensor in part.values())
     with write_folder(path, expected_bytes=expected, set_aside=True) as writer:
-        write_adapter(writer, adapter, adapter_config, info)
+        write_adapter(writer, adapter, adapter_config, info, beside)
         write_one(writer.path / OPTIMIZER, tensors)
         writer.write_tensors(RNG, rng)
         writer.write_json(RUN_STATE, state)

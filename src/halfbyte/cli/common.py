@@ -187,13 +187,18 @@ def with_base_of(run: RunConfig, saved: SavedAdapter | None) -> RunConfig:
     return replace(run, quant=run.quant.with_recipe(recipe)) if recipe else run
 
 
-def load_base(run: RunConfig, out: Console) -> tuple[LoadedModel, list[str]]:
-    """The base that `run` names, and notes for the user; on a GPU memory.budget holds from here on."""
+def load_base(
+    run: RunConfig, out: Console, saved: SavedAdapter | None = None
+) -> tuple[LoadedModel, list[str]]:  # fmt: skip
+    """The base that `run` names, with rows for the tokens of `saved`, and notes for the user; on a GPU memory.budget
+    holds from here on."""
     from halfbyte.cli.progress import LoadBar
     from halfbyte.dtypes import parse_bytes
     from halfbyte.model import choose_compute_dtype, load_model
     from halfbyte.model.device import choose_device
     from halfbyte.model.placement import Placement
+    from halfbyte.model.tokens import NONE
+    from halfbyte.model.trained_rows import tokens_of
     from halfbyte.store import memory_of
 
     device, why = choose_device(run.model.device)
@@ -209,7 +214,7 @@ def load_base(run: RunConfig, out: Console) -> tuple[LoadedModel, list[str]]:
         )
         loaded = load_model(
             run.model.path, run.quant, compute_dtype=dtype, placement=placement, device=device,
-            on_progress=bar.update,
+            on_progress=bar.update, tokens=NONE if saved is None else tokens_of(saved),
         )  # fmt: skip
     return loaded, notes + [text for text in (loaded.origin, loaded.stream_text) if text]
 
@@ -229,6 +234,20 @@ def check_adapter_fits(run: RunConfig, saved: SavedAdapter, loaded: LoadedModel,
     return notes
 
 
+def read_adapter(run: RunConfig, adapter: Path | None) -> tuple[SavedAdapter | None, Any]:
+    """The adapter, if one is given, and the tokenizer to use: its own, or that of the base that `run` names.
+
+    Raises:
+        ConfigError: no base is named.
+    """
+    from halfbyte.checkpoint import load_adapter
+    from halfbyte.model.source import adapter_tokenizer
+
+    saved = load_adapter(adapter) if adapter is not None and run.model.path else None
+    with_base_of(run, saved)
+    return saved, adapter_tokenizer(run.model.path, saved)
+
+
 def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[LoadedModel, Any, Any, list[str]]:
     """Load the base that `run` names, and an adapter onto it after checking that it was trained on these very bytes.
 
@@ -237,14 +256,10 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
     Returns:
         the loaded base, the model to run, its tokenizer, and notes for the user.
     """
-    from halfbyte.checkpoint import load_adapter
-    from halfbyte.model import load_tokenizer
     from halfbyte.model.adapt import attach_saved
 
-    saved = load_adapter(adapter) if adapter is not None and run.model.path else None
-    as_trained = with_base_of(run, saved)
-    tokenizer = load_tokenizer(run.model.path)
-    loaded, notes = load_base(as_trained, out)
+    saved, tokenizer = read_adapter(run, adapter)
+    loaded, notes = load_base(with_base_of(run, saved), out, saved)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes
     notes += check_adapter_fits(run, saved, loaded, tokenizer)

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.common import Adapter, AsJson, Config, Debug, Device, Model, Set, console, emit, load_run, open_model
+from halfbyte.cli.common import (
+    Adapter,
+    AsJson,
+    Config,
+    Debug,
+    Device,
+    Model,
+    Set,
+    console,
+    emit,
+    load_run,
+    open_model,
+    read_adapter,
+)
 
 
 def evaluate(
@@ -28,12 +41,11 @@ def evaluate(
     if not run.data.eval:
         raise ConfigError("is not set", where="data.eval", fix="Give --data")
     from halfbyte.data import load_data
-    from halfbyte.model import load_tokenizer
     from halfbyte.train.evaluate import evaluate as run_evaluation
     from halfbyte.train.objective import Objective
 
     out = console()
-    tokenized = load_data(run.data.eval, load_tokenizer(run.model.path), run.data)
+    tokenized = load_data(run.data.eval, read_adapter(run, adapter)[1], run.data)
     loaded, adapted, _, notes = open_model(run, adapter, out)
     notes += [f"{count} samples dropped: {reason}" for reason, count in tokenized.report.dropped.items()]
     for note in notes:

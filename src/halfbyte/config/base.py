@@ -96,6 +96,10 @@ class LoraConfig:
     """Scale by lora_alpha / sqrt(r) instead, so that a large r helps."""
     use_dora: bool = False
     """DoRA: train the length of each row of W + BA apart from its direction."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose rows in embeddings and head are trained; those that the tokenizer has not are added to it."""
+    modules_to_save: tuple[str, ...] = ()
+    """Trained whole, in float32, and saved with the adapter: the input embedding and the output head, by name."""
     init: Init = "random"
     """random (A uniform, B zero); cloq, pissa, loftq: as `halfbyte quantize` with it left a start."""
     loftq_rounds: int = 1
@@ -112,6 +116,9 @@ class LoraConfig:
         require_choice("lora.init", self.init, get_args(Init))
         require(self.loftq_rounds >= 1, "lora.loftq_rounds", self.loftq_rounds, "at least 1")
         require(self.match_steps >= 0, "lora.match_steps", self.match_steps, "0 or more")
+        for key, names in (("trainable_tokens", self.trainable_tokens), ("modules_to_save", self.modules_to_save)):
+            require(all(map(str.strip, names)), f"lora.{key}", names, "one of them is empty")
+            require(len({*names}) == len(names), f"lora.{key}", names, "one of them stands there twice")
         require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "name at least one layer")
 
     @property

@@ -19,7 +19,9 @@ from halfbyte.elsewhere.trainer import (
     WORKERS,
     schedule,
     targets,
+    tokens,
     when_counted,
+    whole,
 )
 
 INSTRUCT = "stands in the model's own chat template, not after 'Below is an instruction'"
@@ -203,7 +205,7 @@ AXOLOTL = Source(
         "lora_target_modules": targets,
         "lora_target_linear": _linear,
         "lora_fan_in_fan_out": nothing("weights are those of Linear layers"),
-        "lora_modules_to_save": nothing("see docs/adapters.md"),
+        "lora_modules_to_save": whole,
         "lora_model_dir": nothing("training begins at a new adapter; train.resume goes on from a checkpoint"),
         "peft_use_rslora": flag("lora.use_rslora"),
         "peft_use_dora": flag("lora.use_dora"),
@@ -235,7 +237,7 @@ AXOLOTL = Source(
         "chat_template_jinja": nothing("the tokenizer's own chat template is used: write it there"),
         "default_system_message": nothing("write it into the data"),
         "special_tokens": nothing("they are the tokenizer's: set them in its tokenizer_config.json"),
-        "tokens": nothing("see docs/adapters.md"),
+        "tokens": tokens,
         "sequence_len": same("data.max_seq_len"),
         "sample_packing": _packing,
         "eval_sample_packing": nothing("held-out samples are batched as data.packing says"),

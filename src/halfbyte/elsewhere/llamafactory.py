@@ -19,6 +19,8 @@ from halfbyte.elsewhere.trainer import (
     WORKERS,
     base_bits,
     targets,
+    tokens,
+    whole,
 )
 
 INFO = "dataset_info.json"
@@ -122,7 +124,9 @@ LLAMAFACTORY = Source(
         "lora_dropout": LORA["lora_dropout"],
         "lora_target": targets,
         "loraplus_lr_ratio": same("optim.lr_b_ratio"),
-        "additional_target": nothing("see docs/adapters.md"),
+        "additional_target": whole,
+        **dict.fromkeys(("add_tokens", "add_special_tokens", "new_special_tokens"), tokens),
+        "resize_vocab": always(True, "tables grow where new tokens need it"),
         "pissa_init": nothing("see lora.init"),
         "pissa_iter": nothing("see lora.init"),
         "pissa_convert": nothing("see lora.init"),

@@ -134,6 +134,35 @@ def warmup(value: Any, config: Mapping[str, Any]) -> Outcome:
     return Outcome(settings={"optim.warmup_steps": config.get("warmup_steps") or config.get("warmup_ratio") or value})
 
 
+TABLES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+"""Input embeddings and output heads, as architectures call them."""
+
+
+def _names(value: Any) -> list[str]:
+    """A list of names, or a text of them with commas; none of another value."""
+    names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [name.strip() for name in names if isinstance(name, str) and name.strip()]
+
+
+def whole(value: Any, _: Mapping[str, Any]) -> Outcome:
+    """lora.modules_to_save, of embedding and head."""
+    names = _names(value)
+    if bool(value) > bool(names) or any(name.rpartition(".")[2] not in TABLES for name in names):
+        return Outcome(missing="only the input embedding and the output head are trained whole")
+    return Outcome(settings={"lora.modules_to_save": names} if names else {})
+
+
+def tokens(value: Any, config: Mapping[str, Any]) -> Outcome:
+    """lora.trainable_tokens, from tokens that are to be added."""
+    names = _names(value)
+    if not names:
+        return Outcome(missing="not a list of texts" if value else "")
+    return Outcome(
+        settings={"lora.trainable_tokens": names},
+        differs="plain tokens, no special ones; their rows are trained, and begin as the mean of their pieces'",
+    )
+
+
 LORA: Mapping[str, Rule] = {
     "lora_alpha": same("lora.lora_alpha"),
     "lora_dropout": same("lora.dropout"),
@@ -142,7 +171,7 @@ LORA: Mapping[str, Rule] = {
     "bias": always("none", "biases stay frozen"),
     "init_lora_weights": choice(LORA_INIT, lambda value: Outcome(missing=f"the start {value!r}: see lora.init")),
     "task_type": always("CAUSAL_LM", "halfbyte train trains causal language models; others through PEFT (README)"),
-    "modules_to_save": nothing("see docs/adapters.md"),
+    "modules_to_save": whole,
     "use_dora": flag("lora.use_dora"),
     "loftq_config": nothing("see lora.init, and docs/fidelity.md"),
     "layers_to_transform": nothing("name the layers in lora.target_modules"),

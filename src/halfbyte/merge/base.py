@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class MergeBase:
         names: the stored name of every parameter.
         targets: parameters that training holds in 4 bits.
         quant: how they are quantized where they are not stored in 4 bits.
+        stored_rows: of embedding and head, where the model has more.
         remembered: how many of the 4-bit weights read last are kept, for those who read them several times.
     """
 
@@ -38,6 +39,7 @@ class MergeBase:
     names: dict[str, str]
     targets: frozenset[str]
     quant: QuantConfig
+    stored_rows: int | None = None
     remembered: int = 0
     _recent: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
 
@@ -72,7 +74,11 @@ class MergeBase:
 
     def unquantized(self, name: str) -> Tensor:
         """Parameter `name`, none of `targets`, as it is stored."""
-        return read_unquantized(self.reader, self.names[name], self.model.get_parameter(name), self.source.label)
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        expected = self.model.get_parameter(name)
+        if module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            expected = cast(torch.nn.Parameter, expected[: self.stored_rows])
+        return read_unquantized(self.reader, self.names[name], expected, self.source.label)
 
     def is_transposed(self, name: str) -> bool:
         """Whether files hold `name` as (in, out)."""

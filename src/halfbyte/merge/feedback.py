@@ -76,7 +76,7 @@ class FeedbackWriter:
         for name in base.names:
             if name not in self._names:
                 self._output.keep(name)
-        trained = Fold(replace(base, remembered=REMEMBERED), self._fold.updates)
+        trained = Fold(replace(base, remembered=REMEMBERED), self._fold.updates, tables=self._fold.tables)
         run_side_by_side(model, ids, counts, trained.weight, self._names, self._round, chunk_tokens=CHUNK_TOKENS)
         for name in base.names:
             if name in self._names and name not in self._done:

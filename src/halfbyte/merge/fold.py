@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import ModelError
 from halfbyte.merge.base import MergeBase, open_base
+from halfbyte.merge.tables import Tables, with_rows
 from halfbyte.merge.update import Updates
 
 NEAR = 0.25
@@ -23,11 +24,13 @@ class Fold:
 
     Attributes:
         original: whose 16-bit weights the updates are added to; None: the decoded 4-bit weights of `base`.
+        tables: the trained rows of embedding and head.
     """
 
     base: MergeBase
     updates: Updates
     original: MergeBase | None = None
+    tables: Tables = field(default_factory=dict)
 
     @property
     def onto(self) -> str:
@@ -56,8 +59,10 @@ class Fold:
         return values if update is None else update.add_to(values)
 
     def unquantized(self, name: str) -> Tensor:
-        """Parameter `name`, none of the targets, as it is stored; in float32 with its update if it has one."""
+        """Parameter `name`, none of the targets, as it is stored; in float32 with an update or trained rows."""
         stored = (self.original or self.base).unquantized(name)
+        if name in self.tables:
+            return with_rows(stored, self.tables[name])
         update = self.updates.get(name)
         if update is None:
             return stored

@@ -21,7 +21,7 @@ from halfbyte.errors import ConfigError, ModelError
 from halfbyte.merge.base import MergeBase
 from halfbyte.merge.fold import Fold
 from halfbyte.merge.gguf_blocks import blocks_with_feedback
-from halfbyte.merge.gguf_tokenizer import tokenizer_fields
+from halfbyte.merge.gguf_tokenizer import USER_DEFINED, tokenizer_fields
 from halfbyte.merge.record import GGUF_KEY
 from halfbyte.merge.update import Update, Updates
 from halfbyte.model.gguf_source import ARCHITECTURES, permuted_heads, row_order
@@ -96,7 +96,7 @@ class ModelFile:
         self._fold, self._plan, self._file = fold, plan, file
         base = fold.base
         writer = gguf.GGUFWriter(file, plan.architecture)
-        add_fields(writer, _copied(base) or _described(base, tokenizer))
+        add_fields(writer, _copied(base, tokenizer) or _described(base, tokenizer))
         add_fields(writer, [(GGUF_KEY, json.dumps(merged, sort_keys=True))])
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{plan.kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -204,13 +204,23 @@ def add_fields(writer: gguf.GGUFWriter, fields: Iterable[tuple[str, Any]]) -> No
         add(key, value)
 
 
-def _copied(base: MergeBase) -> list[tuple[str, Any]]:
-    """The fields of a base that is itself a .gguf file, but those that are of its own numbers."""
+def _copied(base: MergeBase, tokenizer: Any) -> list[tuple[str, Any]]:
+    """The fields of a base that is itself a .gguf file, but those that are of its own numbers; with the tokens that
+    `tokenizer` has more."""
     if not base.source.is_gguf:
         return []
     own = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version", GGUF_KEY)
     fields = gguf.GGUFReader(base.source.path).fields
-    return [(key, field.contents()) for key, field in fields.items() if not key.startswith(own)]
+    copied = {key: field.contents() for key, field in fields.items() if not key.startswith(own)}
+    rows = int(base.source.config.vocab_size)
+    new = range(base.stored_rows or rows, rows)
+    texts = [str(tokenizer.convert_ids_to_tokens(number)) for number in new]
+    for key, more in (("tokens", texts), ("token_type", [USER_DEFINED] * len(new)), ("scores", [0.0] * len(new))):
+        if f"tokenizer.ggml.{key}" in copied:
+            copied[f"tokenizer.ggml.{key}"] = [*copied[f"tokenizer.ggml.{key}"], *more]
+    if new and f"{base.source.config.model_type}.vocab_size" in copied:
+        copied[f"{base.source.config.model_type}.vocab_size"] = rows
+    return list(copied.items())
 
 
 def _described(base: MergeBase, tokenizer: Any) -> Iterator[tuple[str, Any]]:

@@ -23,11 +23,12 @@ from halfbyte.merge.memory import check_budget, predicted_peak
 from halfbyte.merge.parts import Part, read_parts, refuse_dora, refuse_start, template_hash
 from halfbyte.merge.record import card, check_output, refuse_merged
 from halfbyte.merge.sixteen import rounded
+from halfbyte.merge.tables import refuse_rows, tables_of, tokenizer_of
 from halfbyte.merge.update import sum_of, updates_of
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
-from halfbyte.model.source import load_tokenizer, locate
+from halfbyte.model.source import locate
 
 BASES = ("quantized", "original", "auto")
 PROMPTS = 50
@@ -145,6 +146,7 @@ def _check_choices(format: str, base: str, combine: Combine) -> None:
 def _parts(weights: Mapping[str, float], base: str, format: str) -> tuple[Part, ...]:
     parts = read_parts(weights)
     refuse_dora(parts, alone=format in ADAPTERS)
+    refuse_rows(parts, alone=format in ADAPTERS)
     if base != "quantized":
         refuse_start(parts)
     return parts
@@ -157,7 +159,7 @@ def _prepare(
     recipe: dict[str, Any] = next((part.adapter.info["quant"] for part in parts if part.adapter.info.get("quant")), {})
     base = open_base(config.model.path, config.quant.with_recipe(recipe) if recipe else config.quant)
     parts = tuple(replace(part, updates=updates_of(part.adapter, base.model)) for part in parts)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = tokenizer_of(parts, config.model.path)
     hashes = [template_hash(part, tokenizer, base.source.label, any_template=any_template) for part in parts]
     digest = base.sha256(on_progress)
     for part, tokens in zip(parts, hashes, strict=True):
@@ -169,7 +171,8 @@ def _prepare(
             say(note)
     recorded = next((part.data for part in parts if part.data), {})
     data = replace(config.data, **{key: recorded[key] for key in ("max_seq_len", "mask_prompt") if key in recorded})
-    fold = Fold(base, sum_of([(part.weight, part.updates) for part in parts]))
+    tables, base = tables_of(parts[0], base)
+    fold = Fold(base, sum_of([(part.weight, part.updates) for part in parts]), tables=tables)
     return Job(fold=fold, base_sha256=digest, parts=parts, tokenizer=tokenizer, data=data, say=say)
 
 

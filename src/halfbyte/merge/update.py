@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.checkpoint import Adapter
 from halfbyte.checkpoint.adapter import MAGNITUDE
+from halfbyte.checkpoint.rows import module_of
 from halfbyte.errors import AdapterError
 
 
@@ -87,7 +88,8 @@ def updates_of(adapter: Adapter, model: PreTrainedModel) -> Updates:
     from halfbyte.model.adapt import adapter_state, check_fit, wrap
 
     adapted = wrap(model, adapter, on_meta=True)
-    check_fit(adapter_state(adapted), adapter.state, str(adapter.folder))
+    updating = {name: tensor for name, tensor in adapter.state.items() if module_of(name, adapter.config) is None}
+    check_fit(adapter_state(adapted), updating, str(adapter.folder))
     updates = {}
     for name, layer in adapted.base_model.model.named_modules():
         if not isinstance(layer, LoraLayer):

@@ -10,18 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint.adapter import MAGNITUDE, Adapter, pairs
+from halfbyte.checkpoint.adapter import Adapter, pairs
 from halfbyte.config import LoraConfig
 from halfbyte.errors import AdapterError
 from halfbyte.model.dora import reset_magnitudes, use_dora
 from halfbyte.model.targets import modules_to_adapt
+from halfbyte.model.tokens import NONE, Tokens
+from halfbyte.model.trained_rows import load_rows, place_rows, rows_state, train_rows
 from halfbyte.nn.lora_linear import fuse_lora_layers
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.PeftModel:
-    """Put a fresh adapter (A uniform, B zero, float32) on the layers that `lora` names; only it is trainable.
+def attach_lora(
+    model: PreTrainedModel, lora: LoraConfig, *, seed: int, tokens: Tokens = NONE
+) -> peft.PeftModel:  # fmt: skip
+    """Put a fresh adapter (A uniform, B zero, float32) on the layers that `lora` names, and have the rows of `tokens`
+    and the tables that it names trained; nothing else is trainable.
 
     The random numbers come from `seed` alone, whatever ran before.
+
+    Raises:
+        ConfigError: what `lora` names is not there, or cannot be trained.
     """
     config = peft_config(model, lora, modules_to_adapt(model, lora.target_modules))
     with torch.random.fork_rng(devices=[]):
@@ -30,6 +38,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> peft.
     if lora.use_dora:
         use_dora(adapted, "default")
     fuse_lora_layers(adapted)
+    for key, value in train_rows(model, lora, tokens).items():
+        setattr(adapted.peft_config["default"], key, value)
     return adapted
 
 
@@ -48,8 +58,9 @@ def begin_at(model: peft.PeftModel, start: Adapter, scaling: float) -> None:
         AdapterError: it is of other layers or of another rank.
     """
     factors = {module: own / scaling for module, (_, _, own) in pairs(start).items()}
-    state = adapter_state(model)  # of magnitudes, which a start has none of
-    load_adapter_state(model, {name: state[name] for name in state if name.endswith(MAGNITUDE)} | {
+    state = adapter_state(model)  # of magnitudes and rows of tokens, which a start has none of
+    own = {name: tensor for name, tensor in state.items() if ".lora_A." not in name and ".lora_B." not in name}
+    load_adapter_state(model, own | {
         name: tensor * factors[name.removeprefix("base_model.model.").rpartition(".lora_")[0]] if ".lora_B." in name
         else tensor for name, tensor in start.state.items()
     })  # fmt: skip
@@ -64,6 +75,7 @@ def attach_saved(model: PreTrainedModel | peft.PeftModel, adapter: Adapter, name
         AdapterError: its tensors and the model's layers do not match one to one.
     """
     adapted = wrap(model, adapter, name)
+    place_rows(adapted.get_base_model(), adapter)
     load_adapter_state(adapted, adapter.state, name, where=str(adapter.folder))
     fuse_lora_layers(adapted)
     return adapted
@@ -81,6 +93,8 @@ def wrap(
     config = peft.LoraConfig(**{key: value for key, value in adapter.config.items() if key in known})
     config.inference_mode = True
     dora, config.use_dora = config.use_dora, False
+    config.trainable_token_indices = config.modules_to_save = None  # ours, not PEFT's modules
+    config.ensure_weight_tying = False
     config.base_model_name_or_path = None  # the base is known by its hash; PEFT would warn of another path
     try:
         if isinstance(model, peft.PeftModel):
@@ -98,7 +112,8 @@ def wrap(
 
 def adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under the names of PEFT's files."""
-    return dict(peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: tensor for key, tensor in state.items() if ".lora_" in key} | rows_state(model)
 
 
 def load_adapter_state(
@@ -110,7 +125,7 @@ def load_adapter_state(
         AdapterError: names or shapes differ, listing the first five of each.
     """
     check_fit(adapter_state(model, name), state, where)
-    peft.set_peft_model_state_dict(model, state, adapter_name=name)
+    peft.set_peft_model_state_dict(model, load_rows(model, state), adapter_name=name)
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str = "") -> None:

@@ -18,7 +18,7 @@ from halfbyte.model.source import TensorReader
 from halfbyte.nn import FrozenLinear
 from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant.blocks import INT8_BLOCK, num_blocks
-from halfbyte.quant.int8 import quantize_int8
+from halfbyte.quant.int8 import TINY, quantize_int8
 from halfbyte.quant.memory import lasting
 
 AT_ONCE = 128 * 1024
@@ -53,17 +53,21 @@ def int8_names(model: PreTrainedModel, quant: QuantConfig) -> set[str]:
 
 
 def read_int8(
-    model: nn.Module, name: str, reader: TensorReader, stored_name: str, path: str, base: BaseHash
-) -> Int8Weight:
+    model: nn.Module, name: str, reader: TensorReader, stored_name: str, path: str, base: BaseHash,
+    least: int = 0,
+) -> Int8Weight:  # fmt: skip
     """Parameter `name` of `model` from tensor `stored_name`, quantized slice by slice; `base` hashes what is stored.
+
+    Args:
+        least: rows it has at least; those beyond the tensor's are zeros.
 
     Raises:
         ModelError: as `read_unquantized`.
     """
     expected = model.get_parameter(name)
-    rows, cols = expected.shape
+    rows, cols = max(expected.shape[0], least), expected.shape[1]
     codes, done = lasting(rows * cols).view(torch.int8).view(rows, cols), 0
-    scales = torch.empty(rows, num_blocks(cols, INT8_BLOCK))
+    scales = torch.full((rows, num_blocks(cols, INT8_BLOCK)), TINY)
     for part in base.through(name, unquantized_slices(reader, stored_name, expected, path)):
         for few in part.split(max(AT_ONCE // cols, 1)):
             to = slice(done, done + few.shape[0])

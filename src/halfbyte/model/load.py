@@ -24,6 +24,7 @@ from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_la
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, first_line, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
+from halfbyte.model.tokens import NONE, Tokens, fill_grown, read_grown, tables_to_grow
 from halfbyte.nn import FrozenLinear, Linear4bit
 from halfbyte.nn.experts import WEIGHTS
 from halfbyte.nn.int8_embedding import Int8Embedding
@@ -81,7 +82,7 @@ class LoadedModel:
 
 def load_model(
     path: str, quant: QuantConfig, *, compute_dtype: torch.dtype, placement: Placement = RESIDENT,
-    device: torch.device = CPU, on_progress: Progress | None = None,
+    device: torch.device = CPU, on_progress: Progress | None = None, tokens: Tokens = NONE,
 ) -> LoadedModel:  # fmt: skip
     """Load the causal language model called `path`, quantizing every linear layer but the head on the way.
 
@@ -92,6 +93,7 @@ def load_model(
         placement: where the 4-bit bytes live; all of them are read once, here, to check and to hash them.
         device: where the model computes. A tensor is read and quantized on the CPU, so to the same bytes, and moved
             before the next one is read.
+        tokens: that embeddings and head have rows for, whatever the files have.
 
     Raises:
         ModelError: files are missing, damaged, or do not fit the config; a weight has NaN or Inf.
@@ -106,6 +108,7 @@ def load_model(
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
     int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
+    grow = dict.fromkeys(tables_to_grow(model, tokens.rows) - {row_table}, tokens.rows)
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
             if on_progress:
@@ -118,20 +121,18 @@ def load_model(
                     weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
                 _place_linear4bit(model, module_name, weight.to(device), compute_dtype)
             elif name in int8:
-                held.append(read_int8(model, name, reader, stored_name, path, base))
+                held.append(read_int8(model, name, reader, stored_name, path, base, grow.get(name, 0)))
             else:
-                tensor = read_unquantized(reader, stored_name, model.get_parameter(name), path)
-                base.add(name, tensor)  # as stored: the base is the same in every compute dtype
-                if name == row_table:
-                    continue
-                if tensor.is_floating_point() and tensor.dim() < 2:
-                    tensor = tensor.to(compute_dtype)
-                _place(model, name, tensor.to(device))
+                tensor = _unquantized(model, name, reader, stored_name, path, base, grow.get(name, 0))
+                if name != row_table:
+                    is_vector = tensor.is_floating_point() and tensor.dim() < 2
+                    _place(model, name, tensor.to(device, compute_dtype if is_vector else tensor.dtype))
     if row_table:
-        stream_rows(model, reader, names[row_table], compute_dtype, int8=quant.embeddings == "int8")
+        stream_rows(model, reader, names[row_table], compute_dtype, tokens.rows, int8=quant.embeddings == "int8")
     model.tie_weights()
     use_int8(model, held, compute_dtype)
     _finish(model, compute_dtype, device)
+    fill_grown(model, tokens)
     store = stream_layers(model, reader, streamed, names, placement) if streamed else None
     if on_progress:
         on_progress(len(names), len(names), "")
@@ -139,6 +140,17 @@ def load_model(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
         quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
     )  # fmt: skip
+
+
+def _unquantized(
+    model: nn.Module, name: str, reader: TensorReader, stored: str, path: str, base: BaseHash, least: int
+) -> Tensor:
+    """Parameter `name`, hashed and as it is stored: the base is the same in every compute dtype."""
+    if least:
+        return read_grown(reader, stored, model.get_parameter(name), least, path, base, name)
+    tensor = read_unquantized(reader, stored, model.get_parameter(name), path)
+    base.add(name, tensor)
+    return tensor
 
 
 def _targets(

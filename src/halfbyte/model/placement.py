@@ -117,18 +117,22 @@ def shard_layers(model: nn.Module, store: LayerStore, mesh: DeviceMesh) -> Shard
 
 
 def stream_rows(
-    model: PreTrainedModel, stored: TensorReader, name: str, compute_dtype: torch.dtype, *, int8: bool
-) -> None:
+    model: PreTrainedModel, stored: TensorReader, name: str, compute_dtype: torch.dtype, least: int, *,
+    int8: bool,
+) -> None:  # fmt: skip
     """Have the input embedding look up its rows in the tensor `name` of `stored`, a safetensors folder.
 
     Args:
+        least: rows it has at least; those beyond the tensor's are zeros, in memory.
         int8: give them the values that they would have in int8.
     """
     assert isinstance(stored, SafetensorsFolder)
     info = stored.tensors[name]
     count, width = info.shape
     rows = RowStore(_extent(info), width * info.dtype.itemsize)
-    model.set_input_embeddings(RowEmbedding(rows, count, width, info.dtype, compute_dtype, int8=int8))
+    model.set_input_embeddings(
+        RowEmbedding(rows, max(count, least), width, info.dtype, compute_dtype, int8=int8, stored=count)
+    )
 
 
 def _extent(info: TensorInfo) -> Extent:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from halfbyte.checkpoint.adapter import Adapter
+from halfbyte.checkpoint.rows import has_rows
 from halfbyte.checkpoint.shards import PICKLE_SUFFIXES, SafetensorsFolder
 from halfbyte.config.gguf_header import read_gguf_header
 from halfbyte.config.model_config import check_links, check_sizes, read_model_config
@@ -128,13 +130,28 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     folder, kwargs = (local.parent, {"gguf_file": local.name}) if local.is_file() else (local, {})
     if not kwargs:
         open_source(path)  # transformers reads the config for it, and does not say so well what is wrong there
+    return _tokenizer(folder, path, **kwargs)
+
+
+def _tokenizer(folder: Path, where: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     except Exception as error:  # as above
         raise ModelError(
-            "no usable tokenizer", where=path, why=first_line(error),
+            "no usable tokenizer", where=where, why=first_line(error),
             fix="Put the model's tokenizer.json and tokenizer_config.json beside its config.json",
         ) from error  # fmt: skip
+
+
+def adapter_tokenizer(path: str, adapter: Adapter | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model called `path`, or the one that `adapter` has beside it because it added tokens.
+
+    Raises:
+        ModelError: as `load_tokenizer`.
+    """
+    if adapter is None or not has_rows(adapter.config) or not (adapter.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(path)
+    return _tokenizer(adapter.folder, str(adapter.folder))
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

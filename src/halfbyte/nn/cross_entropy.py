@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
 from halfbyte.nn.frozen_linear import FrozenLinear
+from halfbyte.nn.trained_rows import TrainedHead
 
 IGNORE_INDEX = -100
 """The label of a token that is not learned."""
@@ -61,7 +62,7 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, int]:
     """Summed cross-entropy of predicting each token from the hidden state before it.
 
-    Rows whose next label is IGNORE_INDEX never reach the head. The head is frozen: it gets no gradient.
+    Rows whose next label is IGNORE_INDEX never reach the head. The head is frozen, but for a `TrainedHead`'s rows.
 
     Args:
         hidden: (batch, tokens, hidden_size), what the head takes.
@@ -79,6 +80,10 @@ def chunked_cross_entropy(
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
     rows_per_chunk = max((CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * vocab_size), 16)
     total: Tensor
+    if isinstance(head, TrainedHead):
+        if not head.disable_adapters:
+            return head.loss_sum(rows, targets, rows_per_chunk), int(kept.numel())
+        head = head.base_layer
     if _is_plain(head):
         need_dx = torch.is_grad_enabled() and rows.requires_grad
         total, _ = torch.ops.halfbyte.linear_cross_entropy(

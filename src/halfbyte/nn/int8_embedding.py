@@ -44,8 +44,12 @@ class Int8Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., embedding_dim) in the compute dtype."""
-        rows = dequantize_int8(self.weight[ids], self.scales[ids], self._dtype)
+        rows = self.rows_of(ids)
         if self._lookup is not None:
             places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
             rows = functional_call(self._lookup, {"weight": rows.flatten(0, -2)}, (places,))
         return rows.to(self._compute_dtype)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., embedding_dim) in the dtype of the table, a copy."""
+        return dequantize_int8(self.weight[ids], self.scales[ids], self._dtype)

@@ -19,7 +19,7 @@ TOKENIZER_FILE = "tokenizer.json"
 _SCALES = (".absmax", ".nested_absmax")
 _TABLES = (".quant_map", ".nested_quant_map", *(f".{key}" for key in STATE_KEYS))
 INT8_BLOCK = 64
-_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in")
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in")
 HEADS = ("lm_head", "embed_out", "output")
 
 
@@ -146,7 +146,7 @@ def _stored_linears(tensors: dict[str, StoredTensor]) -> frozenset[str]:
         name.removesuffix(".weight") for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
     )  # fmt: skip
-    return frozenset(name for name in modules if name.rpartition(".")[2] not in _EMBEDDINGS and name not in HEADS)
+    return frozenset(name for name in modules if name.rpartition(".")[2] not in EMBEDDINGS and name not in HEADS)
 
 
 def _base(
@@ -165,7 +165,7 @@ def _base(
             nested += tensor.nbytes if name.endswith(".nested_absmax") else 0
         elif len(tensor.shape) < 2:
             other += tensor.elements * ITEMSIZE[compute_dtype]
-        elif last in _EMBEDDINGS:
+        elif last in EMBEDDINGS:
             embeddings, embedding_dtype = embeddings + _table_bytes(tensor, last, int8), tensor.dtype
             extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif last in HEADS and "." not in module:

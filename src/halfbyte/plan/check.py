@@ -11,7 +11,7 @@ from halfbyte.config.schema import check_chosen, check_stored
 from halfbyte.config.target import check_parent, check_target
 from halfbyte.errors import ConfigError, DataError, FileError, ModelError
 from halfbyte.plan.architecture import FUSED
-from halfbyte.plan.base import HEADS, Base, read_base
+from halfbyte.plan.base import EMBEDDINGS, HEADS, Base, read_base
 from halfbyte.plan.files import locate
 from halfbyte.plan.start import check_start
 
@@ -60,6 +60,12 @@ def check_layers(config: RunConfig, base: Base) -> None:
     Raises:
         ConfigError: a name matches none.
     """
+    for name in map(_last, config.lora.modules_to_save):
+        if name not in (*EMBEDDINGS, *HEADS):
+            raise ConfigError(
+                f"{name!r} cannot be trained whole", where="lora.modules_to_save",
+                fix="Name the input embedding (embed_tokens) and the output head (lm_head), or either",
+            )  # fmt: skip
     names, skipped, wanted = set(base.linear_names), config.quant.skip_modules, config.lora.target_modules
     if not names:
         return

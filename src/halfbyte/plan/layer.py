@@ -38,6 +38,7 @@ class Sizes:
         offloaded: what is saved for the backward pass goes to disk.
         on_gpu: computed by CUDA's kernels.
         dora: adapters have a magnitude of each row.
+        embedding_rows, head_rows: of embedding and output head, how many are trained; shared where these are tied.
     """
 
     arch: Architecture
@@ -52,6 +53,14 @@ class Sizes:
     offloaded: bool = False
     on_gpu: bool = False
     dora: bool = False
+    embedding_rows: int = 0
+    head_rows: int = 0
+
+    @property
+    def tables(self) -> list[int]:
+        """Elements of the trained rows, parameter by parameter."""
+        rows = [self.embedding_rows] if self.arch.tied else [self.embedding_rows, self.head_rows]
+        return [self.arch.hidden * count for count in rows if count]
 
     def kept(self, features: float, itemsize: int | None = None) -> int:
         """Bytes of (tokens, features), in the compute dtype or of `itemsize`, that wait for the backward pass."""

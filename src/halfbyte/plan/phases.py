@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from halfbyte.config import RunConfig
 from halfbyte.dtypes import ITEMSIZE, parse_bytes
 from halfbyte.plan import gpu, step, workspace
-from halfbyte.plan.base import Base
+from halfbyte.plan.base import HEADS, Base
 from halfbyte.plan.budget import on_gpu
-from halfbyte.plan.layer import GROUPS, Sizes
+from halfbyte.plan.layer import GROUPS, TEMPORARY, Sizes
 from halfbyte.plan.ledger import Ledger, Moment
 from halfbyte.plan.machine import TOKENIZER, Machine, default_runtime
 
@@ -68,12 +68,14 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
         tokens, together = tokens * together, 1
     wanted = config.lora.target_modules
     adapted = LINEAR_NAMES if wanted == "all-linear" else tuple(name.rpartition(".")[2] for name in wanted)
+    embedding_rows, head_rows = trained_rows(config, base)
     return Sizes(
         arch=replace(base.architecture, fused=runs_fused(config, base)), tokens=tokens,
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
         checkpoint=config.train.gradient_checkpointing,
         pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
         offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine), dora=config.lora.use_dora,
+        embedding_rows=embedding_rows, head_rows=head_rows,
     )  # fmt: skip
 
 
@@ -103,8 +105,22 @@ def speed_key(config: RunConfig, machine: Machine) -> str:
 
 
 def adapter_parameters(s: Sizes) -> int:
-    """r (in + out) of every adapted layer, and out with DoRA."""
-    return s.arch.layers * sum(s.adapter_bytes(group) for group in GROUPS) // 4
+    """r (in + out) of every adapted layer, and out with DoRA; and the trained rows of embedding and head."""
+    return s.arch.layers * sum(s.adapter_bytes(group) for group in GROUPS) // 4 + sum(s.tables)
+
+
+def trained_rows(config: RunConfig, base: Base) -> tuple[int, int]:
+    """Of input embedding and output head, how many rows are trained. Every token is taken to be a new one."""
+    lora, arch = config.lora, base.architecture
+    tokens = len(lora.trainable_tokens)
+    whole = {name.rpartition(".")[2] in HEADS for name in lora.modules_to_save}
+    return tuple(arch.vocab + tokens if head in whole else tokens for head in (False, True))  # type: ignore[return-value]
+
+
+def grown_bytes(config: RunConfig, base: Base) -> int:
+    """Of embedding and head, rows for new tokens."""
+    width = base.architecture.hidden * ITEMSIZE[base.embedding_dtype]
+    return len(config.lora.trainable_tokens) * width * (1 if base.architecture.tied else 2)
 
 
 def _row_squares(s: Sizes) -> int:
@@ -114,24 +130,27 @@ def _row_squares(s: Sizes) -> int:
 
 def states_in_memory(config: RunConfig, s: Sizes, machine: Machine) -> int:
     """All of the optimizer's states that are this rank's, or of paged ones their budget."""
-    states = state_bytes(s, config.optim.bits) // (machine.world if config.train.sharding == "full" else 1)
+    states = state_bytes(s, config.optim.bits)
+    if config.train.sharding == "full":  # no tensor's are cut
+        states = max([states // machine.world, *(_states_of(count, config.optim.bits) for count in s.tables)])
     return min(states, parse_bytes(config.memory.optimizer_budget)) if config.optim.paged else states
 
 
 def state_bytes(s: Sizes, bits: int) -> int:
     """Two moments a parameter: 4 bytes each, or 1 and a float32 scale for 256; small tensors stay in 32 bits."""
-    total = 0
-    for count in _adapter_sizes(s):
-        eight = bits == 8 and count >= LEAST_8BIT
-        total += 2 * (count + 4 * -(-count // STATE_BLOCK) if eight else 4 * count)
-    return s.arch.layers * total
+    layer = sum(_states_of(count, bits) for count in _adapter_sizes(s))
+    return s.arch.layers * layer + sum(_states_of(count, bits) for count in s.tables)
+
+
+def _states_of(count: int, bits: int) -> int:
+    return 2 * (count + 4 * -(-count // STATE_BLOCK) if bits == 8 and count >= LEAST_8BIT else 4 * count)
 
 
 def state_blocks(s: Sizes, bits: int) -> dict[int, int]:
     """How many blocks the states have, by their bits: what pages are filled with."""
     blocks = {8: 0, 32: 0}
-    for count in _adapter_sizes(s):
-        blocks[8 if bits == 8 and count >= LEAST_8BIT else 32] += s.arch.layers * -(-count // STATE_BLOCK)
+    for count, times in [(count, s.arch.layers) for count in _adapter_sizes(s)] + [(count, 1) for count in s.tables]:
+        blocks[8 if bits == 8 and count >= LEAST_8BIT else 32] += times * -(-count // STATE_BLOCK)
     return blocks
 
 
@@ -171,6 +190,9 @@ def phases(config: RunConfig, base: Base, machine: Machine, work: Work, *, histo
         led.hold("gradients", gradients=4 * adapter_parameters(own))
     targets = max(work.targets, 1)
     step.train(led, step.Pass(base=base, sizes=own, targets=targets, accumulate=accumulates))
+    if machine.world > 1 and own.tables:  # a copy of one at a time is summed over ranks
+        led.where = "sum of gradients"
+        led.hold(TEMPORARY, summed=4 * max(own.tables))
     found["train"] = led
     after_step = states_in_memory(config, own, machine)
     if config.data.eval:
@@ -230,7 +252,7 @@ def static(config: RunConfig, base: Base, machine: Machine, work: Work) -> Ledge
     else:
         led.hold("linears_4bit", linears=base.linears)
     by_rows = apart(config) and not base.architecture.tied
-    led.hold("embeddings", embeddings=0 if by_rows else base.embeddings)
+    led.hold("embeddings", embeddings=0 if by_rows else base.embeddings, grown=grown_bytes(config, base))
     led.hold("head", head=base.head)
     led.hold("norms_and_other", other=base.other)
     return led

@@ -69,6 +69,8 @@ def train(led: Ledger, p: Pass) -> None:
             middle.exchange(led, s, accumulate=p.accumulate)
         layers.backward(led, s, number, accumulate=p.accumulate)
     led.drop("angles", "on_the_way")
+    led.where = "backward of embedding"
+    led.hold(GRADIENTS, embedding_gradient=4 * s.embedding_rows * s.arch.hidden)
 
 
 def _on_the_way(s: Sizes) -> int:
@@ -96,7 +98,7 @@ def evaluate(led: Ledger, p: Pass) -> None:
 def _begin(led: Ledger, p: Pass) -> None:
     """The embedding's rows, in the compute dtype, and cosines and sines of the positions."""
     s = p.sizes
-    stored = ITEMSIZE[p.base.embedding_dtype]
+    stored = 4 if s.embedding_rows >= s.arch.vocab else ITEMSIZE[p.base.embedding_dtype]
     if p.base.int8_embeddings:  # codes and their float32 values, beside these in the dtype of the file
         led.hold(TEMPORARY, decoded=s.tokens * s.arch.hidden * (1 + 4 + stored))
         led.drop("decoded")
@@ -118,6 +120,7 @@ def _loss(led: Ledger, p: Pass) -> None:
     rows = p.targets * h * s.itemsize
     led.hold(TEMPORARY, rows=rows)
     led.hold(SAVED, d_rows=rows)
+    led.hold(GRADIENTS, head_gradient=4 * s.head_rows * h)
     if s.arch.whole_logits:
         led.hold(LOGITS, logits=s.rows(s.arch.vocab) + 3 * s.floats(s.arch.vocab))
     else:
@@ -142,7 +145,7 @@ def _loss_backward(led: Ledger, p: Pass) -> None:
     s, h = p.sizes, p.sizes.arch.hidden
     rows = p.targets * h * s.itemsize
     led.hold(TEMPORARY, scaled=rows)
-    led.drop("d_rows")
+    led.drop("d_rows", *(["head_gradient"] if p.accumulate and not s.arch.tied else []))  # tied: waits
     led.hold(TEMPORARY, placed=s.rows(h))
     led.drop("scaled")
     led.hold(TEMPORARY, padded=s.rows(h))

@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.checkpoint import Adapter, load_adapter
 from halfbyte.checkpoint.adapter import pairs, stored_size
+from halfbyte.checkpoint.rows import has_rows
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import AdapterError, ResourceError
 from halfbyte.serve.sequence import ServedAdapter
@@ -89,6 +90,9 @@ class Adapters:
             saved = load_adapter(folder)
             if saved.config.get("use_dora"):
                 raise AdapterError("is DoRA, which is not served", where=name, fix="Merge it: halfbyte merge")
+            if has_rows(saved.config):
+                what = "has trained rows of embedding or head, which are not served"
+                raise AdapterError(what, where=name, fix="Merge it: halfbyte merge")
             notes = self._check(saved)
             served = ServedAdapter(name, content_hash(saved), self._lay_out(saved), int(time.time()))
             self._in_memory.append((weakref.ref(served), getattr(served.adapter, "nbytes", size)))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from halfbyte.data import Batch
 from halfbyte.errors import NumericsError
+from halfbyte.model.trained_rows import rare_rows
 from halfbyte.train.objective import Objective
 
 
@@ -18,7 +19,8 @@ class FirstStepCheck:
     """
 
     def __init__(self, model: nn.Module, objective: Objective, batch: Batch) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rare = rare_rows(model)  # the samples of two steps may have none of their tokens
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in rare}
         self._model, self._objective, self._batch = model, objective, batch
         self._loss_before = self._loss()
 

@@ -160,7 +160,8 @@ def _train(
     release_unused()  # what the steps took is not needed any more, and pictures and answers take some of their own
     story.on_phase("save")
     if ranks.leads:
-        save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, run.adapter_info())
+        info = run.adapter_info()
+        save_adapter(output / "adapter", adapter_state(run.model), run.peft_config, info, run.beside_adapter)
         story.on_save(output / "adapter")
     return finish(run, output, metrics, started, largest, guard.skipped, story)
 
@@ -245,7 +246,7 @@ def _save_checkpoint(run: Run, output: Path, step: int, cursor: Cursor, moments:
     path = save_checkpoint(
         output, step, adapter=adapter_state(run.model), adapter_config=run.peft_config, info=run.adapter_info(),
         optimizer=moments, rng=capture_rng(), cursor=asdict(cursor),
-        config=to_dict(run.config), hashes=run.hashes, ranks=run.ranks.world,
+        config=to_dict(run.config), hashes=run.hashes, ranks=run.ranks.world, beside=run.beside_adapter,
     )  # fmt: skip
     prune_checkpoints(output, run.config.train.keep, step=step)
     return path

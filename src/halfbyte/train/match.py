@@ -96,7 +96,8 @@ def _settings(config: RunConfig, base: Path) -> RunConfig:
     samples = max(min(BATCH, int(TEXT / steps / length)), 1)
     return replace(
         config, model=replace(config.model, path=str(base), device="cpu"), quant=replace(config.quant, calibrate=""),
-        lora=replace(config.lora, dropout=0.0), data=replace(config.data, train=text, eval="", packing=False),
+        lora=replace(config.lora, dropout=0.0, trainable_tokens=(), modules_to_save=()),
+        data=replace(config.data, train=text, eval="", packing=False),
         optim=OptimConfig(lr=RATE, schedule="linear", warmup_steps=min(WARMUP, steps // 2)),
         train=TrainConfig(output=str(base), steps=steps, resume="never", micro_batch_size=samples),
     )  # fmt: skip

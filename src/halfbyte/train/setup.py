@@ -14,7 +14,7 @@ import peft
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.checkpoint import Adapter, check_base, latest_checkpoint, load_adapter, versions
+from halfbyte.checkpoint import latest_checkpoint, versions
 from halfbyte.checkpoint.disk import folder_for
 from halfbyte.config import RunConfig, to_dict
 from halfbyte.config.schema import check_warmup
@@ -22,15 +22,15 @@ from halfbyte.data import BatchLoader, TokenizedData, Worst, count_overlap, load
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import panel_rule
-from halfbyte.model.adapt import attach_lora, begin_at
 from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.load import LoadedModel, load_model
 from halfbyte.model.placement import Placement, shard_layers
 from halfbyte.model.source import check_weights, load_tokenizer, tokenizer_sha256
+from halfbyte.model.tokens import NONE, Tokens, choose_tokens
 from halfbyte.optim import AdamW, lora_param_groups
 from halfbyte.plan import Machine, Plan, check_run, this_machine
-from halfbyte.plan.start import START
 from halfbyte.store import ActivationStore, LayerStore, memory_of
+from halfbyte.train.attach import attach, note_unseen
 from halfbyte.train.gpu import give_back, host_share, where_to_compute
 from halfbyte.train.objective import Objective
 from halfbyte.train.observer import Observer
@@ -52,6 +52,7 @@ class Run:
         checkpoint: the one to go on from; None: a fresh start.
         ranks: the processes that train together.
         owners: which of them keeps which moments, where they are sharded.
+        tokens: whose rows are trained.
         model: the base with its adapter, in PEFT's wrapper.
         steps: optimizer steps of the whole run.
         hashes: sha256 of base, tokenizer and data: what a resumed run must find unchanged.
@@ -75,6 +76,12 @@ class Run:
     checkpoint: Path | None
     ranks: Ranks = ALONE
     owners: Owners | None = None
+    tokens: Tokens = NONE
+
+    def beside_adapter(self, folder: Path) -> None:
+        """Write into an adapter's folder what it needs beside its tensors: the tokenizer, where tokens were added."""
+        if self.tokens.pieces:
+            self.tokenizer.save_pretrained(folder)
 
     def moments(self) -> dict[str, Any]:
         """The optimizer's state for a checkpoint, to be read before the next step; where sharded, all ranks ask."""
@@ -132,9 +139,11 @@ def _prepare(
     np.random.seed(config.train.seed % 2**32)  # which takes no more
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.path)
+    tokens = choose_tokens(tokenizer, config.lora.trainable_tokens)
     data = load_data(config.data.train, tokenizer, config.data)
     eval_data = load_data(config.data.eval, tokenizer, config.data) if config.data.eval else None
     _report_data(observer, data, eval_data)
+    note_unseen(config, tokens, data, observer)
     _check_steps(config, data, ranks)
     _check_sharding(config, ranks)
     checkpoint = _checkpoint_of(config, ranks)
@@ -142,8 +151,8 @@ def _prepare(
     planned = plan_run(config, data, machine, observer, device, ranks)
     config = planned.config
     on_planned(planned.plan)
-    loaded = _load(config, planned.plan, device, observer, ranks)
-    model = _attach(loaded, config, observer)
+    loaded = _load(config, planned.plan, device, observer, ranks, tokens)
+    model = attach(loaded, config, observer, tokens)
     objective = Objective(loaded.model, _activations(config, device))
     if loaded.store is not None:
         objective.require_fused_layers()
@@ -167,11 +176,13 @@ def _prepare(
         hashes={
             "base": loaded.base_sha256, "tokenizer": tokenizer_sha256(tokenizer), "data": data.report.sha256,
         },
-        checkpoint=checkpoint, ranks=ranks,
+        checkpoint=checkpoint, ranks=ranks, tokens=tokens,
     )  # fmt: skip
 
 
-def _load(config: RunConfig, made: Plan, device: torch.device, observer: Observer, ranks: Ranks) -> LoadedModel:
+def _load(
+    config: RunConfig, made: Plan, device: torch.device, observer: Observer, ranks: Ranks, tokens: Tokens
+) -> LoadedModel:  # fmt: skip
     """The base as planned, and what is worth knowing of it."""
     compute_dtype, reason = choose_compute_dtype(config.quant.compute_dtype, device.type)
     observer.note(f"compute dtype {str(compute_dtype).removeprefix('torch.')}: {reason}")
@@ -186,7 +197,7 @@ def _load(config: RunConfig, made: Plan, device: torch.device, observer: Observe
             resident_layers=config.memory.resident_layers, memory=memory_of(device),
             host_budget=0 if sharded else host_share(config, device),
         ),
-        on_progress=observer.load_progress,
+        on_progress=observer.load_progress, tokens=tokens,
     )  # fmt: skip
     observer.note(loaded.origin)
     if made.shared:
@@ -233,31 +244,10 @@ def _checkpoint_of(config: RunConfig, ranks: Ranks) -> Path | None:
     return None if resume == "never" else Path(resume)
 
 
-def _attach(loaded: LoadedModel, config: RunConfig, observer: Observer) -> peft.PeftModel:
-    model = attach_lora(loaded.model, config.lora, seed=config.train.seed)
-    if config.lora.init != "random":
-        begin_at(model, _start(loaded, config), config.lora.scaling)
-        observer.note(f"adapter: begins at {loaded.source.path / START}")
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    layers = sum("lora_A" in name for name in trainable)
-    observer.note(
-        f"adapter: {layers} layers, {sum(p.numel() for p in trainable.values()):,} parameters in float32, "
-        f"scaling {config.lora.scaling:g}{', DoRA' if config.lora.use_dora else ''}"
-    )
-    return model
-
-
 def _activations(config: RunConfig, device: torch.device) -> ActivationStore | None:
     if config.memory.activations != "disk":
         return None
     return ActivationStore(offload_dir(config), memory_of(device), host_share(config, device))
-
-
-def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
-    """What `halfbyte quantize` left beside the base to begin at."""
-    start = load_adapter(loaded.source.path / START)
-    check_base(start, loaded.base_sha256, base=config.model.path)
-    return start
 
 
 def _make_optimizer(
