@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data__packing": False, "train__micro_batch_size": 8, "train__gradient_accumulation_steps": 2,
         "optim__weight_decay": 0.1,
     },
+    "new tokens": {"train__micro_batch_size": 4, "lora__trainable_tokens": ["After", "<|im_end|>"]},
+    "sharded, whole tables": {"train__micro_batch_size": 4, "lora__modules_to_save": ["embed_tokens", "lm_head"]},
 }  # fmt: skip
 
 
