@@ -24,8 +24,9 @@ from halfbyte.nn import Linear4bit
 from halfbyte.nn.row_embedding import RowEmbedding
 from halfbyte.store import LayerStore
 from halfbyte.store.tiers import STAGING_BYTES
-from halfbyte.train import train
+from halfbyte.train import Observer, train
 from halfbyte.train.objective import Objective
+from halfbyte.train.setup import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
@@ -140,10 +141,16 @@ def test_weights_that_are_quantized_on_loading_have_no_file(
         train(make_run(memory__weights="stream"))
 
 
-def test_plain_layers_are_not_trained_while_streamed(folder: Path) -> None:
-    """What they would save for the backward pass would be another layer's bytes by then."""
-    model = load_model(
-        str(folder), QuantConfig(), compute_dtype=torch.float32, placement=Placement(weights="stream")
-    ).model
-    with pytest.raises(ConfigError, match="cannot be trained while they are streamed"):
-        model(torch.arange(12)[None])
+def test_plain_layers_are_computed_again_where_they_are_streamed(
+    folder: Path, make_run: Callable[..., RunConfig]
+) -> None:
+    """What they save for the backward pass would be another layer's bytes by then. Dropout: the same both times."""
+    settings = {"model__path": str(folder), "lora__dropout": 0.2, "train__gradient_accumulation_steps": 2}
+    numbers, adapter = outcome(make_run("resident", **settings))
+    assert numbers != outcome(make_run("without", **settings | {"lora__dropout": 0.0}))[0]
+    for name, more in {"stream": {}, "again": {"train__gradient_checkpointing": True}}.items():
+        config = make_run(name, **settings, **more, memory__weights="stream")
+        assert not prepare(config, Observer()).objective.fused
+        found, other = outcome(config)
+        assert found == numbers
+        assert all(torch.equal(other[name], tensor) for name, tensor in adapter.items())

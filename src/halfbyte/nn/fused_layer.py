@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from halfbyte.nn.decoder_layer import DecoderCall, DecoderLayer, Group
 from halfbyte.nn.fused_norm import FusedNorm, fused_norm
 from halfbyte.nn.layer_spec import LayerSpec, describe, linear_groups, projection
-from halfbyte.nn.streamed import StreamedLayer
 
 _STATES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 """What torch and transformers set on layers: a fused one keeps it in the layer it stands for."""
@@ -159,14 +158,8 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def _hooked(layer: nn.Module) -> bool:
-    """Whether anyone but `StreamedLayer`, which a fused layer asks itself, waits for calls of the modules."""
-    hooks = (
-        h
-        for m in layer.modules()
-        for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
-        for h in d.values()
-    )
-    return any(not isinstance(getattr(hook, "__self__", None), StreamedLayer) for hook in hooks)
+    """Whether anyone waits for calls of the modules."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())
 
 
 def unfuse_layers(model: nn.Module) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from halfbyte.errors import ConfigError
 from halfbyte.nn.linear4bit import Linear4bit
@@ -35,7 +37,6 @@ class StreamedLayer:
     def __init__(self, store: Store, index: int, linears: Sequence[Linear4bit]) -> None:
         self._store, self._index, self._linears = store, index, tuple(linears)
         self._away = [(linear.codes.new_empty(0), linear.absmax.new_empty(0)) for linear in linears]
-        self._open: list[AbstractContextManager[None]] = []
         self._take_away()
 
     @contextmanager
@@ -59,27 +60,56 @@ class StreamedLayer:
         self._store = store
 
     def attach(self, layer: nn.Module) -> None:
-        """Have `layer`, a decoder layer as transformers made it, enter `in_memory` on every call without gradients."""
+        """Have `layer`, a decoder layer as transformers made it, compute `in_memory` whenever it is called."""
         layer.streamed = self  # type: ignore[assignment]
-        layer.register_forward_pre_hook(self.before_forward)
-        layer.register_forward_hook(self.after_forward, always_call=True)
+        layer.forward = partial(self._forward, layer, layer.forward)
 
-    def before_forward(self, layer: nn.Module, args: Any) -> None:
-        """Hook of the plain layer: what it saves for a backward pass would be other bytes by then."""
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "this model's layers cannot be trained while they are streamed", where="memory.weights",
-                why="only decoder layers that run as one function each can be", fix="Set memory.weights to mmap",
-            )  # fmt: skip
-        block = self.in_memory()
-        block.__enter__()
-        self._open.append(block)
-
-    def after_forward(self, layer: nn.Module, args: Any, output: Any) -> None:
-        """Hook of the plain layer, called also when its forward failed."""
-        if self._open:
-            self._open.pop().__exit__(None, None, None)
+    def _forward(
+        self, layer: nn.Module, plain: Callable[..., Any], hidden_states: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        """What autograd would save of a plain layer would be other bytes by the time of the backward pass."""
+        if not torch.is_grad_enabled():
+            with self.in_memory():
+                return plain(hidden_states, *args, **kw)
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        return _ComputedAgain.apply(self, lambda x: plain(x, *args, **kw), hidden_states, *trained)  # type: ignore[no-untyped-call]
 
     def _take_away(self) -> None:
         for linear, (codes, absmax) in zip(self._linears, self._away, strict=True):
             linear.place_bytes(codes, absmax)
+
+
+class _ComputedAgain(torch.autograd.Function):
+    """A streamed layer as transformers wrote it: keeps its input only, and is computed again in the backward pass,
+    with the same random numbers, for the gradients of its input and of what is trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, streamed: StreamedLayer, run: Callable[[Tensor], Any], hidden_states: Tensor, *trained: Tensor
+    ) -> Tensor:
+        ctx.streamed, ctx.run, ctx.trained = streamed, run, trained
+        ctx.random, (ctx.devices, ctx.states) = torch.get_rng_state(), get_device_states(hidden_states)
+        ctx.save_for_backward(hidden_states)
+        with streamed.in_memory(turns=True):
+            return _only_tensor(run(hidden_states))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[2]
+        x = ctx.saved_tensors[0].detach().requires_grad_(wanted)
+        with ctx.streamed.in_memory(backward=True), torch.enable_grad(), torch.random.fork_rng(devices=ctx.devices):
+            torch.set_rng_state(ctx.random)
+            set_device_states(ctx.devices, ctx.states)
+            y = _only_tensor(ctx.run(x))
+            inputs = [x, *ctx.trained] if wanted else ctx.trained
+            found = torch.autograd.grad(y, inputs, grads[0], allow_unused=True)
+        return None, None, *(() if wanted else (None,)), *found
+
+
+def _only_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ConfigError(
+            "this architecture's layers cannot be trained while they are streamed", where="memory.weights",
+            why="they give more than hidden states", fix="Set memory.weights to mmap",
+        )  # fmt: skip
+    return output

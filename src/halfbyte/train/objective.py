@@ -16,7 +16,7 @@ from halfbyte.data import Batch, TokenizedData, compact, join_batches, to_padded
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.model.fuse import same_rows
 from halfbyte.nn import IGNORE_INDEX, chunked_cross_entropy, chunked_divergence
-from halfbyte.nn.fused_layer import fuse_layers, unfuse_layers
+from halfbyte.nn.fused_layer import FusedLayer, fuse_layers, unfuse_layers
 from halfbyte.nn.packed_attention import enable_packed_attention, supports_packed_attention
 from halfbyte.store import ActivationStore
 
@@ -49,7 +49,7 @@ class Objective:
         self._head = model.get_output_embeddings()
         self._vocab_size = int(self._head.weight.shape[0])
         self._device = self._head.weight.device
-        self._fuse, self._num_fused, self._compact = False, 0, False
+        self._fuse, self._num_fused, self._fuse_all, self._compact = False, 0, False, False
         self._wanted: Tensor | None = None
         was_training = model.training
         model.eval()  # dropout, the adapter's too, would make two passes differ
@@ -96,7 +96,8 @@ class Objective:
         fused = self._hidden(batch)
         self._fuse = self._num_fused > 0 and same_rows(fused, hidden)
         layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
-        if self._fuse and self._num_fused == layers:  # others may have dropout, which would be shared too
+        self._fuse_all = self._fuse and self._num_fused == layers
+        if self._fuse_all:  # others may have dropout, which would be shared too
             self._try_compact(batch, hidden)
 
     def _try_compact(self, batch: Batch, hidden: Tensor) -> None:
@@ -140,20 +141,8 @@ class Objective:
 
     @property
     def fused(self) -> bool:
-        """Whether the decoder layers run as one function each."""
-        return self._fuse
-
-    def require_fused_layers(self) -> None:
-        """See that layers which borrow their bytes can be trained.
-
-        Raises:
-            ConfigError: they run as transformers wrote them, which saves weights for the backward pass.
-        """
-        if not self._fuse:
-            raise ConfigError(
-                "'stream' is not possible for this architecture", where="memory.weights",
-                why=self._fusion_decision(), fix="Set memory.weights to mmap or resident",
-            )  # fmt: skip
+        """Whether all decoder layers run as one function each."""
+        return self._fuse_all
 
     def _compact_decision(self) -> str:
         if self._compact:
@@ -172,6 +161,14 @@ class Objective:
                 f"token {largest} is not in the model's vocabulary of {self._vocab_size}", where=data.report.path,
                 why="the tokenizer is larger than the model", fix="Use the tokenizer that belongs to the model",
             )  # fmt: skip
+
+    def checkpoint_layers(self) -> None:
+        """Have layers keep their inputs only; plain ones that are streamed do so anyway."""
+        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with self.ready():
+            for layer in self._model.modules():
+                if getattr(layer, "streamed", None) is not None and not isinstance(layer, FusedLayer):
+                    layer.gradient_checkpointing = False
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -199,7 +196,7 @@ class Objective:
 
     def loss_sums(self, batches: list[Batch]) -> list[Tensor]:
         """`loss_sum` of each batch, computed together: every layer takes all of them before the next layer begins."""
-        if len(batches) == 1 or not (self._fuse and self._chunks):
+        if len(batches) == 1 or not (self._fuse_all and self._chunks):
             return [self.loss_sum(batch) for batch in batches]
         batches = [self._needed(batch) for batch in batches]
         joined, bounds = join_batches(batches)

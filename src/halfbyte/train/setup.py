@@ -154,17 +154,17 @@ def _prepare(
     loaded = _load(config, planned.plan, device, observer, ranks, tokens)
     model = attach(loaded, config, observer, tokens)
     objective = Objective(loaded.model, _activations(config, device))
-    if loaded.store is not None:
-        objective.require_fused_layers()
     for part in (data, eval_data):
         if part is not None:
             objective.check_tokens(part)
     for decision in objective.decisions:
         observer.note(decision)
+    if loaded.store is not None and not objective.fused:
+        observer.note("layers: each is computed again in the backward pass, when its 4-bit bytes are there again")
     planned = plan_as_found(planned, data, observer, ranks, fused=objective.fused)
     config = planned.config
     if config.train.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        objective.checkpoint_layers()
     loader = make_loader(config, data, ranks)
     steps = steps_of(config, loader)
     observer.note(_steps_text(config, loader, steps))
