@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 from halfbyte.config import LimitsConfig, hold_to
 
@@ -33,6 +42,19 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["XDG_STATE_HOME"] = _CACHE.name  # nor runs of tests the list of theirs
 
 MakeLlama = Callable[..., Path]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 2,
+    "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, intermediate_size=128, moe_intermediate_size=48, num_experts=8, head_dim=16, mlp_only_layers=[1]
+    ),
+    "olmoe": lambda: OlmoeConfig(**SIZES, intermediate_size=40, num_experts=4),
+}
+"""The second has a layer without experts."""
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -107,6 +129,25 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
             tiny_tokenizer.save_pretrained(folder)
             made[key] = folder
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_mixture(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """`make_mixture(family)`: the folder of a tiny random mixture of experts in bf16, made once each."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            torch.manual_seed(0)
+            made[family] = tmp_path_factory.mktemp(family)
+            model = AutoModelForCausalLM.from_config(MIXTURES[family]()).to(torch.bfloat16)
+            model.save_pretrained(made[family])
+            tiny_tokenizer.save_pretrained(made[family])
+        return made[family]
 
     return make
 

@@ -1,8 +1,9 @@
-"""Mixtures of experts that transformers holds in 3-D tensors: in 4 bits expert by expert, trained and saved."""
+"""Mixtures through `from_pretrained`: in 4 bits expert by expert, trained, saved and read again."""
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from halfbyte.config import QuantConfig
@@ -18,7 +20,8 @@ from halfbyte.errors import ModelError
 from halfbyte.model import load_model
 from halfbyte.model.hf_config import HalfbyteConfig, prequantized_config
 from halfbyte.model.inventory import EXPERTS, inventory
-from halfbyte.nn.experts import ExpertStack
+from halfbyte.nn import Linear4bit
+from halfbyte.nn.experts import layers_of
 from halfbyte.quant import quantize
 
 SMALL: dict[str, Any] = {
@@ -60,8 +63,9 @@ def load(folder: Path, **kwargs: Any) -> Any:
     return hf.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
-def stacks(model: nn.Module) -> dict[str, ExpertStack]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
+def in_4_bits(model: nn.Module) -> dict[str, Linear4bit]:
+    """The experts' layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and ".experts." in n}
 
 
 def losses(model: Any, steps: int = 3) -> tuple[list[float], Tensor]:
@@ -86,19 +90,22 @@ def losses(model: Any, steps: int = 3) -> tuple[list[float], Tensor]:
 
 def test_each_expert_is_quantized_by_itself(folder: Path) -> None:
     model, plain = load(folder, quantization_config=HalfbyteConfig()), load(folder)
-    found = stacks(model)
-    assert len(found) == 4
-    for name, stack in found.items():
-        for number, weight in enumerate(plain.get_parameter(name)):
-            mine, wanted = stack.expert(number), quantize(weight.detach())
-            assert torch.equal(mine.codes, wanted.codes)
-            assert torch.equal(mine.dequantize(torch.float32), wanted.dequantize(torch.float32))
+    found = in_4_bits(model)
+    assert len(found) == 2 * 4 * 3
+    for place, module in model.named_modules():
+        if not layers_of(module):
+            continue
+        (gate, up, down), mlp = layers_of(module), plain.get_submodule(place)
+        for number in range(4):
+            wanted = dict(zip((gate, up), mlp.gate_up_proj[number].chunk(2), strict=True)) | {
+                down: mlp.down_proj[number]
+            }
+            for layer, weight in wanted.items():
+                mine, made = found[f"{place}.{number}.{layer}"].quantized_weight, quantize(weight.detach())
+                assert torch.equal(mine.codes, made.codes)
+                assert torch.equal(mine.dequantize(torch.float32), made.dequantize(torch.float32))
     listed = inventory(model, large=1000)
     assert not any(EXPERTS in reason for _, _, reason in listed.unquantized)
-    weights = sum(plain.get_parameter(name).numel() for name in found)
-    held = sum(stack.nbytes for stack in found.values())
-    assert held == sum(b.nbytes for stack in found.values() for b in stack.buffers())
-    assert held * 8 / weights < 4.25
     assert not any(p.dim() == 3 for p in model.parameters())
     assert sum(row.parameters for row in listed.rows) == sum(p.numel() for p in plain.parameters()) + sum(
         b.numel() for b in plain.buffers()
@@ -111,40 +118,57 @@ def test_it_trains_as_the_decoded_weights_do(folder: Path, checkpointing: bool) 
     model = load(folder, quantization_config=HalfbyteConfig())
     decoded = copy.deepcopy(model)
     decoded.dequantize()
-    assert not stacks(decoded)
-    assert len(stacks(model)) == 4
+    assert not in_4_bits(decoded)
+    assert sum(p.dim() == 3 for p in decoded.parameters()) == 4
+    assert len(in_4_bits(model)) == 24
     if checkpointing:
         model.gradient_checkpointing_enable()
-    before = [stack.codes.clone() for stack in stacks(model).values()]
+    before = [layer.codes.clone() for layer in in_4_bits(model).values()]
     (mine, gradient), (wanted, wanted_gradient) = losses(model), losses(decoded)
     assert mine[-1] < mine[0]
     assert mine == pytest.approx(wanted, abs=1e-5)
     assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 1e-5
-    assert all(torch.equal(*pair) for pair in zip(before, (s.codes for s in stacks(model).values()), strict=True))
+    assert all(torch.equal(a, s.codes) for a, s in zip(before, in_4_bits(model).values(), strict=True))
 
 
-def test_saved_it_holds_the_decoded_experts(folder: Path, tmp_path: Path) -> None:
-    """In the checkpoint's own layout, which nothing takes for 4 bits."""
+@pytest.mark.parametrize("how", ["from_pretrained", "prequantized_config", "halfbyte"])
+def test_saved_it_is_read_again_to_the_bit(folder: Path, tmp_path: Path, how: str) -> None:
+    """In a folder of our own: bitsandbytes has no experts in 4 bits, and must not take it for one of its."""
     model = load(folder, quantization_config=HalfbyteConfig())
     model.save_pretrained(tmp_path)
-    again = load(tmp_path, config=prequantized_config(tmp_path))
-    assert not stacks(again)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "halfbyte"
+    again = (
+        load(tmp_path) if how == "from_pretrained"
+        else load(tmp_path, config=prequantized_config(tmp_path)) if how == "prequantized_config"
+        else load_model(str(tmp_path), QuantConfig(), compute_dtype=torch.float32).model
+    )  # fmt: skip
+    assert len(in_4_bits(again)) == 24
     with torch.no_grad():
-        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_decoded_and_saved_it_is_a_plain_checkpoint(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, quantization_config=HalfbyteConfig())
+    model.dequantize()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as mine, safe_open(folder / "model.safetensors", "pt") as was:
+        assert set(mine.keys()) == set(was.keys())
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path)(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_casting_leaves_bytes_and_scales_alone(folder: Path) -> None:
     model = load(folder, quantization_config=HalfbyteConfig(bnb_4bit_use_double_quant=False))
-    before = {name: stack.dequantize() for name, stack in stacks(model).items()}
+    before = {name: layer.dequantize() for name, layer in in_4_bits(model).items()}
     model.to(torch.bfloat16)
-    assert all(torch.equal(stack.dequantize(), before[name]) for name, stack in stacks(model).items())
+    assert all(torch.equal(layer.dequantize(), before[name]) for name, layer in in_4_bits(model).items())
 
 
 def test_nan_names_the_expert(tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
     model.get_parameter("model.layers.1.mlp.experts.down_proj").data[2, 0, 0] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.2\.w2"):
         load(tmp_path, quantization_config=HalfbyteConfig())
 
 
@@ -152,7 +176,7 @@ def test_named_ones_and_other_kinds_stay_as_they_are_and_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     skip = HalfbyteConfig(llm_int8_skip_modules=["experts", "lm_head"])
-    assert not stacks(load(saved(CONFIGS["mixtral"](), tmp_path / "mixtral"), quantization_config=skip))
+    assert not in_4_bits(load(saved(CONFIGS["mixtral"](), tmp_path / "mixtral"), quantization_config=skip))
     with caplog.at_level(logging.WARNING, "halfbyte"):
         model = load(saved(OTHER["gpt_oss"](), tmp_path / "gpt_oss"), quantization_config=HalfbyteConfig())
     assert "4 tensors stay unquantized, model.layers.0.mlp.experts.gate_up_proj first" in caplog.text
@@ -160,7 +184,21 @@ def test_named_ones_and_other_kinds_stay_as_they_are_and_are_said(
     assert listed["model.layers.0.mlp.experts.gate_up_proj"] == EXPERTS
 
 
-def test_our_own_loader_says_which_one_to_take(tmp_path: Path) -> None:
-    folder = saved(CONFIGS["mixtral"](), tmp_path)
-    with pytest.raises(ModelError, match=r"stores experts one by one.*quantization_config=HalfbyteConfig"):
-        load_model(str(folder), QuantConfig(), compute_dtype=torch.float32)
+def test_files_may_hold_all_experts_in_one_tensor(tmp_path: Path) -> None:
+    """As some families' do: split on the way in; `halfbyte train` says how to come to a folder that it reads."""
+    apart, joined = saved(CONFIGS["mixtral"](), tmp_path / "apart"), tmp_path / "joined"
+    load(apart).save_pretrained(joined, save_original_format=False)
+    granite = hf.GraniteMoeConfig(**SMALL, intermediate_size=48, num_local_experts=4)
+    with torch.no_grad():
+        first, second = (load(path, quantization_config=HalfbyteConfig())(IDS).logits for path in (apart, joined))
+        assert torch.equal(first, second)
+        model = load(saved(granite, tmp_path / "granite"), quantization_config=HalfbyteConfig())
+        assert len(in_4_bits(model)) == 24
+        model.save_pretrained(tmp_path / "4bit")
+        again = load_model(str(tmp_path / "4bit"), QuantConfig(), compute_dtype=torch.float32).model
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    for path in (joined, tmp_path / "granite"):
+        with pytest.raises(
+            ModelError, match=r"all experts of a layer in one tensor.*quantization_config=HalfbyteConfig"
+        ):
+            load_model(str(path), QuantConfig(), compute_dtype=torch.float32)

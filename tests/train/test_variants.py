@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8-bit states": {"optim__bits": 8, "lora__r": 64},
     "paged": {"optim__paged": True, "memory__optimizer_budget": "40kB"},
     "gradient checkpointing": {"train__gradient_checkpointing": True},
+    "mixture of experts": {"model__path": "qwen3_moe"},
 }
 WAYS = [
     {"data__packing": packing, "memory__weights": weights}
@@ -69,14 +70,14 @@ def written(config: RunConfig, folder: Path) -> Path:
     return folder
 
 
-QUICK = ("NF4", "DoRA", "LoftQ", "new tokens")
+QUICK = ("NF4", "DoRA", "LoftQ", "new tokens", "mixture of experts")
 
 
 @pytest.mark.parametrize(
     "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
 def test_streaming_and_packing_change_no_loss(
-    variant: str, make_llama: Callable[..., Path], samples: Path, tmp_path: Path
+    variant: str, make_llama: Callable[..., Path], make_mixture: Callable[[str], Path], samples: Path, tmp_path: Path
 ) -> None:
     """Measured: the same bits, all of them (AVX-512)."""
     settings = {
@@ -84,6 +85,8 @@ def test_streaming_and_packing_change_no_loss(
         "lora__r": R, "lora__lora_alpha": 16.0, "optim__lr": 5e-3, "train__steps": STEPS, "data__max_seq_len": 2048,
         "train__micro_batch_size": 1, "train__save_every": 0,
     } | {key: str(samples) if value == "DATA" else value for key, value in VARIANTS[variant].items()}  # fmt: skip
+    if "model__path" in VARIANTS[variant]:
+        settings["model__path"] = str(make_mixture(VARIANTS[variant]["model__path"]))
     base = written(load_config(**settings | {"quant__embeddings": "as_stored"}), tmp_path / "base")
     settings |= {"model__path": str(base), "quant__calibrate": ""}
     found = []

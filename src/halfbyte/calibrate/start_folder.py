@@ -11,16 +11,16 @@ from torch import Tensor
 from halfbyte.checkpoint.adapter import write_adapter
 from halfbyte.checkpoint.durable import FolderWriter
 from halfbyte.config import LoraConfig
-from halfbyte.config.names import matches
 from halfbyte.model.adapt import peft_config
 from halfbyte.model.quantize import Unquantized
+from halfbyte.model.targets import modules_to_adapt
 from halfbyte.plan.start import START
 
 
 def ranks_of(job: Unquantized, lora: LoraConfig) -> dict[str, int]:
     """Of the parameters whose layers get an adapter to begin at."""
-    wanted = lora.target_modules
-    return {f"{name}.weight": lora.r for name in job.targets if wanted == "all-linear" or matches(name, tuple(wanted))}
+    wanted = set(modules_to_adapt(job.model, lora.target_modules))
+    return {f"{name}.weight": lora.r for name in job.targets if name in wanted}
 
 
 def write_start(

@@ -66,7 +66,9 @@ class FourBitWriter:
             if name not in targets:
                 slices = unquantized_slices(job.reader, stored, job.model.get_parameter(name), job.source.label)
                 slices = self._base.through(name, slices)
-                self._shards.add(name, Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices))
+                self._shards.add(
+                    job.file_name(name), Pieces(job.reader.dtype(stored), job.reader.shape(stored), slices)
+                )
 
     def stored(self, name: str) -> Tensor:
         """A parameter as it is stored."""
@@ -95,9 +97,10 @@ class FourBitWriter:
         if self._on_progress:
             self._on_progress(len(self.done), len(self._job.targets), name)
         self._base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
-        self._shards.add(name, weight.codes.view(-1, 1))
+        written = self._job.file_name(name)
+        self._shards.add(written, weight.codes.view(-1, 1))
         for key, tensor in weight.bnb_tensors().items():
-            self._shards.add(f"{name}.{key}", tensor)
+            self._shards.add(f"{written}.{key}", tensor)
 
 
 class CalibratedWriter(FourBitWriter):

@@ -15,7 +15,8 @@ from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.compare.cells import run_command
 from halfbyte.config import RunConfig, load_config, settings_of
 from halfbyte.errors import ModelError
-from halfbyte.model.load import match_names, skeleton
+from halfbyte.model.load import skeleton
+from halfbyte.model.names import match_names
 from halfbyte.model.read import read_unquantized, state_names
 from halfbyte.model.source import open_source
 from halfbyte.quant import QuantizedWeight

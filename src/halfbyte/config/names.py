@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from halfbyte.errors import ConfigError
 
@@ -12,14 +12,24 @@ def matches(name: str, wanted: Sequence[str]) -> bool:
     return any(name == want or name.endswith("." + want) for want in wanted)
 
 
-def check_targets(target_modules: str | Sequence[str], linears: Iterable[str]) -> None:
+def check_targets(target_modules: str | Sequence[str], linears: Iterable[str], experts: Collection[str] = ()) -> None:
     """See that lora.target_modules names layers among `linears`: all that may have an adapter.
 
+    Args:
+        experts: last parts of the names of a mixture's experts' layers.
+
     Raises:
-        ConfigError: a name matches none (or only the output head, whose adapter would need all logits).
+        ConfigError: a name matches none (or only the output head, whose adapter would need all logits; or experts').
     """
     linears = list(linears)
     wanted = [] if isinstance(target_modules, str) else target_modules  # "all-linear"
+    of_experts = [want for want in wanted if want.rpartition(".")[2] in experts]
+    if of_experts:
+        raise ConfigError(
+            f"{', '.join(of_experts)} name experts' layers, which get no adapter", where="lora.target_modules",
+            why="PEFT adapts experts in 16 bits only (target_parameters)",
+            fix="Name the attention's: " + ", ".join(sorted({name.rpartition(".")[2] for name in linears})),
+        )  # fmt: skip
     missing = [want for want in wanted if not any(matches(name, (want,)) for name in linears)]
     if missing:
         last_parts = sorted({name.rpartition(".")[2] for name in linears})

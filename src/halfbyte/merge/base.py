@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config import QuantConfig
 from halfbyte.model.base_hash import BaseHash
-from halfbyte.model.load import Progress, match_names, skeleton
+from halfbyte.model.load import Progress, skeleton
+from halfbyte.model.names import file_name, match_names
 from halfbyte.model.read import read_quantized, read_unquantized, state_names, weight_slices
 from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
@@ -79,6 +80,10 @@ class MergeBase:
         if module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             expected = cast(torch.nn.Parameter, expected[: self.stored_rows])
         return read_unquantized(self.reader, self.names[name], expected, self.source.label)
+
+    def file_name(self, name: str) -> str:
+        """What files that are written call parameter `name`."""
+        return file_name(self.model, name, self.names[name])
 
     def is_transposed(self, name: str) -> bool:
         """Whether files hold `name` as (in, out)."""

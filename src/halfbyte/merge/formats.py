@@ -29,6 +29,7 @@ from halfbyte.merge.job import Format, Job, Written
 from halfbyte.merge.memory import text_bytes
 from halfbyte.merge.record import CONFIG_KEY
 from halfbyte.merge.sixteen import merged_tensors
+from halfbyte.model.experts import expert_layers
 from halfbyte.model.gguf_source import GgufFile
 from halfbyte.model.hf_config import HalfbyteConfig
 from halfbyte.model.lent import LentModel
@@ -54,7 +55,8 @@ class SixteenBit:
         header = sum(2 * len(name) + 200 for name in fold.base.names)
         _, count = write_shards(folder, merged_tensors(fold, self._dtype, on_progress), header_bytes=header)
         write_config(self._job, self._dtype, self._job.record(self.form, fold.onto), folder)
-        return Written(count, SafetensorsFolder(folder).read, transformers_use(self._job.output))
+        there = SafetensorsFolder(folder)
+        return Written(count, lambda name: there.read(fold.base.file_name(name)), transformers_use(self._job.output))
 
 
 class FourBit:
@@ -89,7 +91,7 @@ class FourBit:
             bnb_4bit_quant_type=self._recipe.quant_type, bnb_4bit_use_double_quant=self._recipe.double_quant,
             blocksize=self._recipe.blocksize, llm_int8_skip_modules=skipped,
             layers={name.removesuffix(".weight"): fold.base.format_of(name) for name in fold.base.targets},
-        ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
+        ).resolve(skip_modules=skipped, model_dtype=dtype, experts=bool(expert_layers(fold.base.model)))  # fmt: skip
         write_config(self._job, dtype, merged, folder, quantization_config=quantization.to_dict())
         there = Fold(open_base(str(folder), self._recipe), {})
         use = transformers_use(self._job.output, known="load_in_4bit" in quantization.to_dict())

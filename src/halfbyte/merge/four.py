@@ -27,7 +27,7 @@ class FourBitShards:
 
     def keep(self, name: str) -> None:
         """As it is stored."""
-        self.shards.add(name, kept(self.fold, name))
+        self.shards.add(self.fold.base.file_name(name), kept(self.fold, name))
 
     def nearest(self, name: str, target: Tensor) -> None:
         """Every weight to its nearest code."""
@@ -44,7 +44,7 @@ class FourBitShards:
         return quantize_slices([target], tuple(target.shape), target.dtype, recipe, name=name)
 
     def _add(self, name: str, weight: QuantizedWeight) -> None:
-        weight = replace(weight, dtype=self.fold.base.dtype())
-        self.shards.add(name, weight.codes.view(-1, 1))
+        weight, written = replace(weight, dtype=self.fold.base.dtype()), self.fold.base.file_name(name)
+        self.shards.add(written, weight.codes.view(-1, 1))
         for key, tensor in weight.bnb_tensors().items():
-            self.shards.add(f"{name}.{key}", tensor)
+            self.shards.add(f"{written}.{key}", tensor)

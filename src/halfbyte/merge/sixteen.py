@@ -27,7 +27,8 @@ def merged_tensors(fold: Fold, dtype: torch.dtype, on_progress: Progress | None 
     for done, name in enumerate(names):
         if on_progress:
             on_progress(done, len(names), name)
-        yield name, _merged(fold, name, dtype) if name in fold.base.targets else kept(fold, name)
+        values = _merged(fold, name, dtype) if name in fold.base.targets else kept(fold, name)
+        yield fold.base.file_name(name), values
 
 
 def kept(fold: Fold, name: str) -> Tensor:

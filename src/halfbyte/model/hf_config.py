@@ -11,7 +11,8 @@ reads bitsandbytes reads it. transformers therefore opens such a folder with bit
     from_pretrained(folder, config=prequantized_config(folder))     our layers, over the bytes of the folder
 
 transformers compares the two configs' class names before any quantizer is asked; the config is the one public way in.
-A codebook that bitsandbytes does not have makes a folder of our own: from_pretrained opens it once this is imported.
+A codebook that bitsandbytes does not have, or a mixture's experts in 4 bits, make a folder of our own: from_pretrained
+opens it once this is imported.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layers = {name: kind for name, kind in (layers or {}).items() if kind != bnb_4bit_quant_type}
         for name, kind in self.layers.items():
             _require_choice(f"layers: {name}", kind, QUANT_TYPES)
+        self.is_ours = bool(self.layers) or bnb_4bit_quant_type not in BNB_TYPES
+        """Whether a folder with these settings is not one that bitsandbytes reads."""
         self._model_dtype: torch.dtype | None = None
 
     @classmethod
@@ -122,12 +125,13 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         given = {key: value for key, value in (config_dict | kwargs).items() if not key.startswith("_")}
         settings = {_OURS.get(key, key): value for key, value in given.items() if key != "quant_method"}
         config = cls(**settings)
+        config.is_ours |= "quant_type" in given
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """bitsandbytes' `quantization_config`, complete: its defaults differ from ours; or our own."""
         compute = self.bnb_4bit_compute_dtype or self._model_dtype or torch.float32
-        if self.layers or self.bnb_4bit_quant_type not in BNB_TYPES:
+        if self.is_ours:
             values = {name: getattr(self, key) for name, key in _OURS.items()}
             return {"quant_method": METHOD, **values, "compute_dtype": _dtype_name(compute)}
         settings = {
@@ -145,8 +149,13 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         # bitsandbytes has no such setting: each of its tensors says its own blocksize.
         return settings if self.blocksize == 64 else settings | {"blocksize": self.blocksize}
 
-    def resolve(self, *, skip_modules: list[str], model_dtype: torch.dtype) -> Self:
-        """Note what a loaded model turned out to be, so that `to_dict` describes it to other readers."""
+    def resolve(self, *, skip_modules: list[str], model_dtype: torch.dtype, experts: bool = False) -> Self:
+        """Note what a loaded model turned out to be, so that `to_dict` describes it to other readers.
+
+        Args:
+            experts: those of a mixture are in 4 bits, which bitsandbytes has no layers for.
+        """
+        self.is_ours |= experts
         self.llm_int8_skip_modules, self._model_dtype = skip_modules, model_dtype
         return self
 
@@ -181,7 +190,7 @@ def prequantized_config(
     # Each tensor says for itself how it was quantized and stored; this is for layers' printing and for saving again.
     renamed = {_OURS.get(key, key): value for key, value in stored.items()}
     known = {key: value for key, value in renamed.items() if key in _KEYWORDS and key != "bnb_4bit_quant_storage"}
-    settings = HalfbyteConfig(**known).to_dict()
+    settings = HalfbyteConfig.from_dict(stored if stored.get("quant_method") == METHOD else known).to_dict()
     dtype_key = next(key for key in ("bnb_4bit_compute_dtype", "compute_dtype") if key in settings)
     name = _dtype_name(compute_dtype) or settings[dtype_key]
     # A product in the model's stored dtype is what "auto" gives; "auto" also holds when it is loaded in another.

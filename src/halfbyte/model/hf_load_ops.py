@@ -1,4 +1,4 @@
-"""The two operations that transformers' loader runs on each weight of a checkpoint for our quantizer.
+"""The operations that transformers' loader runs on each weight of a checkpoint for our quantizer.
 
 What is raised in an operation, transformers turns into a line of its loading report and an unspecific RuntimeError.
 So what has to be refused is noted in the quantizer, which raises it once everything has been read.
@@ -33,13 +33,6 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         result: dict[str, Tensor] = {}
         for name, found in input_dict.items():
             value = _tensor(found)
-            if name in quantizer.experts:
-                try:
-                    quantizer.experts[name] = quantize_experts(value, name, settings)
-                except HalfbyteError as error:
-                    quantizer.refused.append(error)
-                result[name] = value.new_zeros(()).expand(value.shape)  # holds the place, no bytes
-                continue
             layer = _layer_of(model, name)
             if layer is None or not name.endswith(".weight"):
                 result[name] = value
@@ -55,6 +48,18 @@ class Quantize(ConversionOps):  # type: ignore[misc]
                 quantizer.refused.append(error)
                 result[name] = PackedCodes(torch.zeros_like(layer.weight, device="cpu"))
         return result
+
+
+class SplitExperts(ConversionOps):  # type: ignore[misc]
+    """A 3-D weight of all experts to one or two of each, where files hold them so."""
+
+    def convert(
+        self, input_dict: dict[str, Any], target_patterns: list[str] | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """``{name: (out, in)}`` of the targets, expert by expert, from the one weight (experts, out, in)."""
+        names, (whole,) = target_patterns or [], map(_tensor, input_dict.values())
+        halves = [half for expert in whole for half in expert.chunk(len(names) // len(whole))]
+        return dict(zip(names, halves, strict=True))
 
 
 class Deserialize(ConversionOps):  # type: ignore[misc]
@@ -90,17 +95,6 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
             self.hf_quantizer.refused.append(error)
             held = model.get_parameter(full_layer_name)
             return {"weight": nn.Parameter(torch.zeros_like(held, device="cpu"), held.requires_grad)}
-
-
-def quantize_experts(value: Tensor, name: str, settings: Any) -> list[QuantizedWeight]:
-    """(experts, out, in) to 4 bits, expert by expert: no block holds weights of two."""
-    return [
-        quantize(
-            expert, quant_type=settings.bnb_4bit_quant_type, blocksize=settings.blocksize,
-            double_quant=settings.bnb_4bit_use_double_quant, name=f"{name}[{number}]",
-        )
-        for number, expert in enumerate(value.detach())
-    ]  # fmt: skip
 
 
 def _tensor(found: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """The quantizer behind `HalfbyteConfig`: puts Linear4bit into a transformers model while `from_pretrained` loads it.
 
 transformers builds the model on the meta device, asks the quantizer to replace layers, then hands each tensor of the
-checkpoint to one of the two operations of `hf_load_ops`: `Quantize` for 16-bit weights, `Deserialize` for
+checkpoint to one of the operations of `hf_load_ops`: `Quantize` for 16-bit weights, `Deserialize` for
 bitsandbytes' keys.
 
 `model.is_loaded_in_4bit` stays unset: to those who ask it means bitsandbytes, and TRL casts adapters to bf16 for it.
@@ -26,11 +26,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from halfbyte.config.formats import STATE_KEYS
 from halfbyte.errors import HalfbyteError, ModelError, ResourceError
-from halfbyte.model.hf_load_ops import Deserialize, Quantize, quantize_experts
+from halfbyte.model.experts import joined_weights, joins_experts, split_experts
+from halfbyte.model.hf_load_ops import Deserialize, Quantize, SplitExperts
 from halfbyte.model.inventory import EXPERTS, Inventory, expert_weights, inventory
 from halfbyte.model.source import METHOD
 from halfbyte.nn import Linear4bit
-from halfbyte.nn.experts import ExpertStack, is_covered, stacked, use_expert_stacks
+from halfbyte.nn.experts import join, layers_of
 from halfbyte.quant import QuantizedWeight
 
 logger = logging.getLogger("halfbyte")
@@ -59,7 +60,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.loaded: dict[str, QuantizedWeight] = {}
         self.refused: list[HalfbyteError] = []
         self.merged_targets: set[tuple[str, ...]] = set()
-        self.experts: dict[str, list[QuantizedWeight]] = {}
+        self.splits_experts = False
         self.reasons: dict[str, str] = {}
         self._skip: list[str] = []
 
@@ -84,8 +85,6 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"": torch.cuda.current_device()} if device_map is None and torch.cuda.is_available() else device_map
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        if param_name in self.experts:
-            return True
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
@@ -94,6 +93,15 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_load_operations(self) -> dict[str, type[Deserialize]]:
         return {"deserialize": Deserialize}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts that have layers of their own are read one by one, or out of the weight of all."""
+        if self.splits_experts:
+            weight_conversions = [each for each in weight_conversions if not joins_experts(each)]
+            for name, parts in joined_weights(model).items():
+                weight_conversions.append(WeightConverter([name], parts, [SplitExperts()]))
+        result: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return result
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Packed bytes and scales are read as they are stored; what is not quantized gets the dtype of the model."""
@@ -109,6 +117,9 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._skip, self.reasons = self._modules_to_skip(model)
         settings = self.quantization_config
+        if not self.pre_quantized or settings.is_ours:  # bitsandbytes leaves experts in 16 bits
+            left = [name for name, _ in model.named_modules() if not should_convert_module(name, self._skip)]
+            self.splits_experts = split_experts(model, left)
         for name, module in list(model.named_modules()):
             # A subclass of nn.Linear computes something else, which Linear4bit would silently drop.
             if not (type(module) is nn.Linear or isinstance(module, Conv1D)):
@@ -126,30 +137,6 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # Initialised: no random numbers into packed bytes; taken back for each layer whose weight is found.
             vars(layer).update(from_conv1d=isinstance(module, Conv1D), _is_hf_initialized=True)
             model.set_submodule(name, layer)
-        if not self.pre_quantized:  # such a file holds its experts as they are
-            self.experts = {name: [] for name in self._stacked_experts(model)}
-
-    def _stacked_experts(self, model: Any) -> list[str]:
-        """3-D weights of experts: all of the model's, or none, for they compute in one way."""
-        modules = {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
-        if not all(is_covered(module) for module in modules.values()):
-            return []
-        names = [f"{name}.{weight}" for name, module in modules.items() for weight in stacked(module)]
-        return names if all(should_convert_module(name, self._skip) for name in (*modules, *names)) else []
-
-    def _place_experts(self, model: Any) -> None:
-        for name, weights in self.experts.items():
-            module, leaf = get_module_from_name(model, name)
-            weights = weights or quantize_experts(getattr(module, leaf), name, self.quantization_config)
-            device = getattr(module, leaf).device
-            delattr(module, leaf)
-            stack = ExpertStack(
-                [weight.to(device) for weight in weights], self.quantization_config.bnb_4bit_compute_dtype
-            )
-            module.register_module(leaf, stack)
-            weights.clear()
-        if self.experts:
-            use_expert_stacks(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.refused:
@@ -164,14 +151,15 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     module.quantized_weight = self.loaded.pop(name).to(module.weight.device)
                 else:
                     self._initialise(model, name, module)
-        self._place_experts(model)
         # What is saved has the layout of the model's layers: packed weights cannot be split back into a checkpoint's.
         model._weight_conversions = [
             entry
             for entry in getattr(model, "_weight_conversions", None) or []
             if not (isinstance(entry, WeightConverter) and _is_ours(entry, self.merged_targets))
         ]
-        self.quantization_config.resolve(skip_modules=sorted(set(self._skip)), model_dtype=model.config.dtype)
+        self.quantization_config.resolve(
+            skip_modules=sorted(set(self._skip)), model_dtype=model.config.dtype, experts=self.splits_experts
+        )
         self.inventory = inventory(model, self.reasons)
         logger.info("%s\n%s", type(model).__name__, self.inventory)
         if experts := expert_weights(model):
@@ -221,11 +209,6 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace every Linear4bit by its plain layer with the decoded weight, inside PEFT's wrappers too."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, ExpertStack):
-                parent, leaf = get_module_from_name(model, name)
-                delattr(parent, leaf)
-                parent.register_parameter(leaf, nn.Parameter(module.dequantize(dtype)))
-                model.config._experts_implementation = "eager"
             if not isinstance(module, Linear4bit):
                 continue
             plain = _plain_layer(module, module.dequantize(dtype))
@@ -235,6 +218,9 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if isinstance(plain, Conv1D):
                     wrapper.fan_in_fan_out = True
             model.set_submodule(name, plain)
+        for module in filter(layers_of, model.modules()):
+            join(module)
+            model.config._experts_implementation, model._weight_conversions = "eager", None
         return model
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import nn
 
 from halfbyte.dtypes import format_bytes
 from halfbyte.nn import Linear4bit
-from halfbyte.nn.experts import ExpertStack
 
 LARGE = 1_000_000
 """Bytes above which a weight that is not quantized is listed with its reason."""
@@ -71,9 +69,7 @@ def inventory(model: nn.Module, reasons: Mapping[str, str] | None = None, *, lar
     totals: dict[tuple[str, str], list[int]] = {}
     unquantized: list[tuple[str, int, str]] = []
     for name, tensor, module in _tensors(model):
-        if isinstance(module, ExpertStack):
-            key, count, size = (LINEARS, module.like.quant_type), len(module) * prod(module.like.shape), module.nbytes
-        elif isinstance(module, Linear4bit) and name.endswith("weight"):
+        if isinstance(module, Linear4bit) and name.endswith("weight"):
             weight = module.quantized_weight
             key, count, size = (LINEARS, weight.quant_type), module.in_features * module.out_features, weight.nbytes
         else:
@@ -109,9 +105,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
     return [
         (name, tensor, module)
         for name, tensor, module in owned
-        if isinstance(tensor, nn.Parameter)
-        or not (isinstance(module, Linear4bit | ExpertStack) or name.endswith(".scales"))
-        or (isinstance(module, ExpertStack) and tensor is module.codes)
+        if isinstance(tensor, nn.Parameter) or not (isinstance(module, Linear4bit) or name.endswith(".scales"))
     ]
 
 

@@ -18,15 +18,16 @@ from halfbyte.config.schema import check_chosen, check_stored
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ModelError
 from halfbyte.model.base_hash import BaseHash
+from halfbyte.model.experts import split_experts
 from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
+from halfbyte.model.names import match_names
 from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, first_line, open_source, stored_quant_settings
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.model.tokens import NONE, Tokens, fill_grown, read_grown, tables_to_grow
 from halfbyte.nn import FrozenLinear, Linear4bit
-from halfbyte.nn.experts import WEIGHTS
 from halfbyte.nn.int8_embedding import Int8Embedding
 from halfbyte.quant import QuantizedWeight
 from halfbyte.store import LayerStore
@@ -168,62 +169,18 @@ def _check_stored(source: Source, placement: Placement, quant: QuantConfig) -> N
 
 
 def skeleton(source: Source) -> PreTrainedModel:
-    """The model of `source` with every parameter on the meta device (buffers are real)."""
+    """The model of `source`, experts with layers of their own; parameters on the meta device, buffers real."""
     with init_empty_weights(include_buffers=False):
         try:
-            return AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
         except Exception as error:  # whatever a constructor makes of numbers that do not fit each other
             raise ModelError(
                 "no causal language model",
                 where=source.label,
                 why=f"there is no {error}" if isinstance(error, KeyError) else first_line(error),
             ) from error
-
-
-def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:
-    """The stored name of each parameter of `model`, tied ones left out.
-
-    Raises:
-        ModelError: a parameter is not stored, or a stored tensor has no place, listing the first five.
-    """
-    stored = reader.names()
-    available = set(stored)
-    tied = set(model.all_tied_weights_keys)
-    prefix = model.base_model_prefix + "."
-    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]
-    names, missing = {}, []
-    for name in wanted:
-        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in available), None)
-        if found is None:
-            missing.append(name)
-        else:
-            names[name] = found
-    if any(name.rpartition(".")[2] in WEIGHTS and ".experts." in name for name in missing):
-        raise ModelError(
-            "stores experts one by one, transformers holds them in one tensor", where=path,
-            why="only transformers' own loader joins them",
-            fix="Load it by from_pretrained(..., quantization_config=HalfbyteConfig()) and train with PEFT",
-        )  # fmt: skip
-    if missing:
-        raise ModelError(
-            f"{len(missing)} of {len(wanted)} tensors are missing, first {', '.join(missing[:5])}", where=path,
-            fix="Check that config.json and the weights belong together",
-        )  # fmt: skip
-    used = set(names.values())
-    ignored = tied | {prefix + n for n in tied} | {n.removeprefix(prefix) for n in tied}
-    buffers = {name for name, _ in model.named_buffers()}
-    accounted = used | ignored | buffers
-    extra = [
-        n for n in stored
-        if n not in accounted and n.partition(".weight.")[0] + ".weight" not in used
-        and not n.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
-    ]  # fmt: skip
-    if extra:
-        raise ModelError(
-            f"{len(extra)} tensors have no place in the model, first {', '.join(extra[:5])}", where=path,
-            fix="Check that config.json and the weights belong together",
-        )  # fmt: skip
-    return names
+    split_experts(model)
+    return model
 
 
 def _place_linear4bit(model: nn.Module, name: str, weight: QuantizedWeight, compute_dtype: torch.dtype) -> None:

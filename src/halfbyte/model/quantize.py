@@ -20,10 +20,12 @@ from halfbyte.config import QuantConfig
 from halfbyte.config.formats import bits_of
 from halfbyte.config.target import check_new
 from halfbyte.errors import ConfigError
+from halfbyte.model.experts import expert_layers
 from halfbyte.model.hf_config import HalfbyteConfig
-from halfbyte.model.load import Progress, match_names, skeleton
+from halfbyte.model.load import Progress, skeleton
 from halfbyte.model.memory import peak_memory
 from halfbyte.model.mix import mixed_formats
+from halfbyte.model.names import file_name, match_names
 from halfbyte.model.read import unquantized_slices, weight_slices
 from halfbyte.model.source import Source, TensorReader, load_tokenizer, open_source
 from halfbyte.model.targets import linear_names, modules_to_quantize
@@ -76,6 +78,10 @@ class Unquantized:
     def quant_of(self, layer: str) -> QuantConfig:
         """How one of `targets` is quantized."""
         return replace(self.quant, quant_type=self.formats.get(layer, self.quant.quant_type))  # type: ignore[arg-type]
+
+    def file_name(self, name: str) -> str:
+        """What the files that are written call parameter `name`."""
+        return file_name(self.model, name, self.names[name])
 
     @property
     def header_bytes(self) -> int:
@@ -131,7 +137,7 @@ def quantize_model(
             module_name, _, leaf = name.rpartition(".")
             if module_name not in job.targets or leaf != "weight":
                 slices = unquantized_slices(reader, stored_name, model.get_parameter(name), path)
-                yield name, Pieces(reader.dtype(stored_name), reader.shape(stored_name), slices)
+                yield job.file_name(name), Pieces(reader.dtype(stored_name), reader.shape(stored_name), slices)
                 continue
             module = model.get_submodule(module_name)
             parts, shape = weight_slices(reader, stored_name, module, quant, path)
@@ -141,12 +147,13 @@ def quantize_model(
             written = torch.empty(
                 num_code_bytes(prod(shape), bits_of(kind.quant_type)), dtype=torch.uint8, device="meta"
             )
-            yield name, Pieces(torch.uint8, (written.numel(), 1), quantizer.codes())
+            written_name = job.file_name(name)
+            yield written_name, Pieces(torch.uint8, (written.numel(), 1), quantizer.codes())
             weight = quantizer.finish(written)
             counts["weights"] += prod(weight.shape)
             counts["bytes"] += weight.nbytes
             for key, tensor in weight.bnb_tensors().items():
-                yield f"{name}.{key}", tensor
+                yield f"{written_name}.{key}", tensor
 
     with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as writer:
         _, bytes_out = write_shards(writer.path, tensors(), header_bytes=job.header_bytes)
@@ -182,7 +189,7 @@ def _write_config(job: Unquantized, folder: Path) -> None:
     settings = HalfbyteConfig(
         bnb_4bit_quant_type=quant.quant_type, bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=compute, blocksize=quant.blocksize, llm_int8_skip_modules=skipped, layers=job.formats,
-    ).resolve(skip_modules=skipped, model_dtype=dtype)  # fmt: skip
+    ).resolve(skip_modules=skipped, model_dtype=dtype, experts=bool(expert_layers(job.model)))  # fmt: skip
     config = job.source.config
     config.dtype = dtype
     config.architectures = [type(job.model).__name__]

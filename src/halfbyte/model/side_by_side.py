@@ -178,7 +178,7 @@ def _layers(model: LentModel, chunks: list[Tensor], names: Collection[str]) -> l
 
     def note_linear(layer: _Layer, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, known = args[0], [linear.module for group in layer.groups for linear in group]
-        if module in known or x.shape[:2] not in layer.calls:
+        if module in known or x.dim() < 3 or x.shape[:2] not in layer.calls:
             return
         if not before or before[0] is not x:
             before[:] = [x]

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.config.names import check_skipped, check_targets, matches
+from halfbyte.model.experts import expert_layers
 from halfbyte.nn import Linear4bit
 
 
@@ -32,14 +33,17 @@ def modules_to_quantize(model: PreTrainedModel, skip_modules: tuple[str, ...]) -
 
 
 def modules_to_adapt(model: PreTrainedModel, target_modules: str | tuple[str, ...]) -> list[str]:
-    """Full names of the layers that get an adapter.
+    """Full names of the layers that get an adapter; in a mixture none that is called as an expert's is, outside of
+    the experts too: PEFT takes these names for all experts' (`target_parameters`), which it adapts in 16 bits only.
 
     Raises:
-        ConfigError: a name matches no linear layer (or only the output head, whose adapter would need all logits).
+        ConfigError: a name matches no linear layer (or only the output head, whose adapter would need all logits; or
+            only experts').
     """
-    head = model.get_output_embeddings()
+    head, experts = model.get_output_embeddings(), expert_layers(model)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [name for name in linears if name.rpartition(".")[2] not in experts]
     if target_modules == "all-linear":
         return [name for name in linears if isinstance(model.get_submodule(name), Linear4bit)] or linears
-    check_targets(target_modules, linears)
+    check_targets(target_modules, linears, experts)
     return [name for name in linears if matches(name, tuple(target_modules))]

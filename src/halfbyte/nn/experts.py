@@ -1,104 +1,91 @@
-"""The experts of a mixture, which transformers holds in one 3-D tensor: each quantized by itself."""
+"""The experts of a mixture: each has linear layers of its own, where transformers has a 3-D tensor of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import halfbyte.kernels  # noqa: F401  (registers the operators)
-from halfbyte.quant import QuantizedWeight
-
 NAME = "halfbyte"
 """Of `experts_forward`, among the ways in which transformers computes experts (config._experts_implementation)."""
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-"""By transformers' convention; experts without a gate have the second in the place of the first."""
-
-
-class ExpertStack(nn.Module):
-    """Frozen weights of all experts, (experts, out_features, in_features); blocks end with an expert.
-
-    It has no parameters: nothing takes it for a linear layer, and saved it is the decoded 3-D tensor it stands for,
-    which no reader of 4-bit files can mistake.
-
-    Args:
-        weights: of each expert, alike in shape and recipe.
-        compute_dtype: of products; None: that of the input.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-
-    def __init__(self, weights: Sequence[QuantizedWeight], compute_dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        first = weights[0]
-        nested = [w.nested_absmax for w in weights if w.nested_absmax is not None]
-        self.register_buffer("codes", torch.stack([w.codes for w in weights]), persistent=False)
-        self.register_buffer("absmax", torch.stack([w.absmax for w in weights]), persistent=False)
-        self.register_buffer("nested_absmax", torch.stack(nested) if nested else None, persistent=False)
-        self.offsets = [w.nested_offset for w in weights]
-        self.like = replace(first, codes=first.codes[:0], absmax=first.absmax[:0], nested_absmax=None)
-        self.compute_dtype = compute_dtype
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def expert(self, number: int) -> QuantizedWeight:
-        """The weight of one expert, sharing this module's bytes."""
-        nested = None if self.nested_absmax is None else self.nested_absmax[number]
-        return replace(
-            self.like, codes=self.codes[number], absmax=self.absmax[number], nested_absmax=nested,
-            nested_offset=self.offsets[number],
-        )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales."""
-        return sum(self.expert(number).nbytes for number in range(len(self)))
-
-    def forward(self, x: Tensor, number: int) -> Tensor:
-        """(T, in_features) -> (T, out_features) by one expert, in the dtype of `x`."""
-        weight, dtype = self.expert(number), self.compute_dtype or x.dtype
-        y: Tensor = torch.ops.halfbyte.linear_4bit(x.to(dtype), *weight.op_args, weight.shape[0], None)
-        return y.to(x.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All experts decoded, (experts, out_features, in_features)."""
-        return torch.stack([self.expert(number).dequantize(dtype) for number in range(len(self))])
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix.removesuffix(".")] = self.dequantize()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move_only, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def is_covered(module: nn.Module) -> bool:
     """Whether `experts_forward` computes what this module does: it follows transformers' interface for experts, its
-    weights (experts, out, in) without biases."""
+    weights (experts, out, in), gate before up, without biases."""
     flags = {name: getattr(module, name, None) for name in ("is_transposed", "has_bias", "has_post_expert_norm")}
-    return list(flags.values()) == [False] * len(flags) and all(
-        isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in stacked(module).values()
-    )
+    concatenated = getattr(module, "is_concatenated", False) or not getattr(module, "has_gate", True)
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    return concatenated and not any(flags.values()) and None not in flags.values() and (
+        len(weights) == 2 and all(weight.dim() == 3 for weight in weights)
+    )  # fmt: skip
 
 
-def stacked(module: nn.Module) -> dict[str, Any]:
-    """The 3-D weights of an experts module by name."""
-    names = [name for name in WEIGHTS if name in module._parameters]
-    return {name: module._parameters[name] for name in names}
+def split(module: nn.Module, layers: Sequence[str]) -> None:
+    """Give `module`, a skeleton of experts as transformers made it, a module for each expert, "0", "1", ..., with
+    linear layers in the place of its slices of the 3-D parameters.
+
+    Args:
+        layers: their names: gate, up and down, or up and down.
+    """
+    *first, down = module.expert_layers = tuple(layers)  # type: ignore[assignment]
+    whole, back = (cast(Tensor, module._parameters.pop(name)) for name in list(module._parameters))
+    module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would look for the 3-D ones
+    sizes = [(name, whole.shape[2], whole.shape[1] // len(first)) for name in first]
+    sizes.append((down, back.shape[2], back.shape[1]))
+    for number in range(len(whole)):
+        expert = nn.Module()
+        for name, into, out in sizes:
+            expert.add_module(name, nn.Linear(into, out, bias=False, device="meta", dtype=whole.dtype))
+        module.add_module(str(number), expert)
+
+
+def join(module: nn.Module) -> None:
+    """The way back: the 3-D parameters of `module`, the layers of whose experts are plain ones again."""
+    experts, (*first, down) = experts_of(module), layers_of(module)
+    whole = torch.stack([torch.cat([weight_of(expert, name) for name in first]) for expert in experts])
+    back = torch.stack([weight_of(expert, down) for expert in experts])
+    for number in range(len(experts)):
+        delattr(module, str(number))
+    module.register_parameter(joined_name(module), nn.Parameter(whole))
+    module.register_parameter("down_proj", nn.Parameter(back))
+    del module.expert_layers
+
+
+def weight_of(expert: nn.Module, layer: str) -> Tensor:
+    """Of a plain layer of an expert."""
+    return cast(Tensor, expert.get_submodule(layer).weight).detach()
+
+
+def joined_name(module: nn.Module) -> str:
+    """Of transformers' 3-D weight over the experts' input."""
+    return "gate_up_proj" if len(layers_of(module)) == 3 else "up_proj"
+
+
+def layers_of(module: nn.Module) -> tuple[str, ...]:
+    """What the experts of this module call their layers; empty where they have none of their own."""
+    return cast(tuple[str, ...], getattr(module, "expert_layers", ()))
+
+
+def experts_of(module: nn.Module) -> list[nn.Module]:
+    """The experts of a module that is split, in order."""
+    return [expert for name, expert in module.named_children() if name.isdecimal()]
+
+
+def use_split_experts(model: Any) -> None:
+    """Have `model`, whose experts are split, compute with them."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    model.config._experts_implementation = NAME
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' own sum over experts, each of which sees its tokens at once; weights are `ExpertStack`.
+    """transformers' own sum over experts. Each sees its tokens at once; one that has none is not decoded.
+
+    Sums are of k terms in the order of `top_k_index`: the same bits every time, on a GPU too, and whatever other
+    tokens there are.
 
     Args:
         hidden_states: (T, hidden). top_k_index, top_k_weights: (T, k); an index beyond the experts is none.
@@ -106,20 +93,23 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, hidden) in the dtype of `hidden_states`.
     """
-    first = self.gate_up_proj if self.has_gate else self.up_proj
-    result = torch.zeros_like(hidden_states)
-    for number in top_k_index.unique().tolist():
-        if number >= len(first):
-            continue
-        token, place = torch.where(top_k_index == number)
-        y = first(hidden_states[token], number)
-        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = self.down_proj(y, number) * top_k_weights[token, place, None]
-        result = result.index_add(0, token, y.to(result.dtype))
-    return result
+    (count, width), k, experts = hidden_states.shape, top_k_index.shape[1], experts_of(self)
+    pairs = top_k_index.reshape(-1)
+    order = pairs.argsort(stable=True)
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    sizes = torch.bincount(pairs, minlength=len(experts)).tolist()
+    rows = hidden_states.unsqueeze(1).expand(count, k, width).reshape(-1, width).index_select(0, order)
+    y = torch.cat([
+        _expert(self, experts[number], part) if len(part) and number < len(experts) else torch.zeros_like(part)
+        for number, part in enumerate(rows.split(sizes))
+    ])  # fmt: skip
+    del rows
+    y = y.index_select(0, place).view(count, k, width)
+    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-def use_expert_stacks(model: Any) -> None:
-    """Have `model`, whose experts' weights are `ExpertStack`, compute with them."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    model.config._experts_implementation = NAME
+def _expert(module: Any, expert: nn.Module, x: Tensor) -> Tensor:
+    *first, down = layers_of(module)
+    y = torch.cat([expert.get_submodule(name)(x) for name in first], dim=-1)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return cast(Tensor, expert.get_submodule(down)(y))

@@ -27,7 +27,10 @@ class Architecture:
         four_norms: what attention and MLP give is normed before it is added.
         packed: one layer holds q, k and v, and one gate and up (Phi-3).
         fused: the layers run as one function each.
-        experts: expert MLPs in a layer, not held in 4 bits; 0 for a dense model.
+        intermediate: features between a token's MLP layers; in a mixture of all experts that it goes through.
+        experts: of a mixture, in a layer; 0 for a dense model.
+        experts_per_token: of them, that each token goes through.
+        expert_width: features between an expert's layers.
         dtype: of the stored weights.
         whole_logits: the architecture changes logits after its output layer, so the loss holds them all.
         whole_scores: its attention holds the scores of all heads.
@@ -48,6 +51,8 @@ class Architecture:
     packed: bool = False
     fused: bool = True
     experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
     dtype: str = "bfloat16"
     context: int = 0
     whole_logits: bool = False
@@ -70,13 +75,26 @@ class Architecture:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of a layer's linear layers, by name."""
+        """(out_features, in_features) of a layer's linear layers, by name; without a mixture's MLPs."""
         h, f = self.hidden, self.intermediate
         qkv = {"q_proj": (self.query, h), "k_proj": (self.key, h), "v_proj": (self.key, h)}
         gate_up = {"gate_proj": (f, h), "up_proj": (f, h)}
         if self.packed:
             qkv, gate_up = {"qkv_proj": (self.qkv, h)}, {"gate_up_proj": (2 * f, h)}
+        if self.experts:
+            return {**qkv, "o_proj": (h, self.query)}
         return {**qkv, "o_proj": (h, self.query), **gate_up, "down_proj": (h, f)}
+
+    @property
+    def expert_linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of an expert's linear layers, by name."""
+        h, f = self.hidden, self.expert_width
+        return {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)} if self.experts else {}
+
+    @property
+    def widest(self) -> int:
+        """The largest side of a linear layer."""
+        return max(side for shape in (*self.linears.values(), *self.expert_linears.values()) for side in shape)
 
 
 def architecture(config: Mapping[str, Any], where: str) -> Architecture:
@@ -101,18 +119,24 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     scaled = any(
         text.get(name) not in (None, 1, 1.0) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
     )
+    experts = size("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    dense = size("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    chosen = size("num_experts_per_tok", "num_experts_per_token", default=1) if experts else 0
+    width = size("moe_intermediate_size", default=dense) if experts else 0
+    shared = size("shared_expert_intermediate_size", default=width * size("n_shared_experts", default=0))
+    intermediate = max(chosen * width + shared, dense if width != dense else 0) if experts else dense
     tied_by_default = family.startswith(("gemma", "gpt2"))
     return Architecture(
         family=family, hidden=hidden, heads=heads, fused=family in FUSED and not capped,
         whole_logits=scaled, whole_scores=capped,
-        intermediate=size("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        intermediate=intermediate,
         layers=size("num_hidden_layers", "n_layer"), kv_heads=size("num_key_value_heads", default=heads),
         head_dim=size("head_dim", default=hidden // max(heads, 1)), vocab=size("vocab_size"),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", tied_by_default))),
         qkv_bias=bool(text.get("attention_bias", special.get("qkv_bias", False))),
         head_norms=bool(special.get("head_norms")), four_norms=bool(special.get("four_norms")),
         packed=bool(special.get("packed")),
-        experts=size("num_local_experts", "num_experts", "n_routed_experts", default=0),
+        experts=experts, experts_per_token=chosen, expert_width=width,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16"),
         context=size("max_position_embeddings", "n_positions", default=0),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ TOKENIZER_FILE = "tokenizer.json"
 _SCALES = (".absmax", ".nested_absmax")
 _TABLES = (".quant_map", ".nested_quant_map", *(f".{key}" for key in STATE_KEYS))
 INT8_BLOCK = 64
+_LAYER = re.compile(r".*?\.\d+\.")
+"""The decoder layer that a tensor belongs to: its name up to the first number."""
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "token_embd", "embed_in")
 HEADS = ("lm_head", "embed_out", "output")
 
@@ -30,6 +33,8 @@ class Base:
     Attributes:
         linears: 4-bit weights with their scales.
         linear_weights: how many weights these are.
+        expert_weights: of them, those of a mixture's experts, of which a token sees some.
+        layer: of `linears`, the largest decoder layer's without its scales of scales.
         nested: of `linears`, what stays in memory when layers are streamed: the scales of scales.
         embeddings, head: in the dtype of the file or in int8; head is 0 where it is the embedding.
         other: what stays unquantized beside them, and norms and biases in the compute dtype.
@@ -51,6 +56,8 @@ class Base:
     embedding_dtype: str
     tokenizer_file: int | None
     exact: bool
+    layer: int
+    expert_weights: int = 0
     in_4_bits: bool = False
     int8_embeddings: bool = False
     linear_names: frozenset[str] = frozenset()
@@ -106,7 +113,7 @@ def read_base(path: str, quant: QuantConfig, compute_dtype: str) -> Base:
     tokenizer = local / TOKENIZER_FILE
     return _base(
         arch, tensors or expected_tensors(arch), quant, compute_dtype, exact=bool(tensors),
-        linear_names=_stored_linears(tensors) if tensors else expected_linears(arch),
+        linear_names=_stored_linears(arch, tensors) if tensors else expected_linears(arch),
         tokenizer_file=tokenizer.stat().st_size if tokenizer.exists() else None,
     )  # fmt: skip
 
@@ -120,12 +127,14 @@ def expected_tensors(arch: Architecture) -> dict[str, StoredTensor]:
     for layer in range(arch.layers):
         place = f"model.layers.{layer}"
         for name, shape in arch.linears.items():
-            if arch.experts and name in ("gate_proj", "up_proj", "down_proj"):
-                tensors[f"{place}.mlp.experts.{name}"] = StoredTensor((arch.experts, *shape), dtype)
-                continue
             tensors[f"{place}.{name}.weight"] = StoredTensor(shape, dtype)
             if arch.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
                 tensors[f"{place}.{name}.bias"] = StoredTensor(shape[:1], dtype)
+        for expert in range(arch.experts):
+            for name, shape in arch.expert_linears.items():
+                tensors[f"{place}.mlp.experts.{expert}.{name}.weight"] = StoredTensor(shape, dtype)
+        if arch.experts:
+            tensors[f"{place}.mlp.gate.weight"] = StoredTensor((arch.experts, h), dtype)
         norms = (4 if arch.four_norms else 2) * h + (2 * arch.head_dim if arch.head_norms else 0)
         tensors[f"{place}.norms"] = StoredTensor((norms,), dtype)
     tensors["model.norm.weight"] = StoredTensor((h,), dtype)
@@ -140,30 +149,37 @@ def expected_linears(arch: Architecture) -> frozenset[str]:
     return frozenset(f"model.layers.{n}.{block}.{name}" for n in range(arch.layers) for name, block in blocks.items())
 
 
-def _stored_linears(tensors: dict[str, StoredTensor]) -> frozenset[str]:
-    """Names of the matrices but embeddings and head."""
+def _stored_linears(arch: Architecture, tensors: dict[str, StoredTensor]) -> frozenset[str]:
+    """Names of the matrices but embeddings, head and routers."""
     modules = (
         name.removesuffix(".weight") for name, tensor in tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
+        if name.endswith(".weight") and len(tensor.shape) == 2 and not _is_router(arch, name, tensor)
     )  # fmt: skip
     return frozenset(name for name in modules if name.rpartition(".")[2] not in EMBEDDINGS and name not in HEADS)
+
+
+def _is_router(arch: Architecture, name: str, tensor: StoredTensor) -> bool:
+    return arch.experts > 0 and tensor.shape[0] == arch.experts and name.endswith((".gate.weight", ".router.weight"))
 
 
 def _base(
     arch: Architecture, tensors: dict[str, StoredTensor], quant: QuantConfig, compute_dtype: str, *,
     tokenizer_file: int | None, exact: bool, linear_names: frozenset[str],
 ) -> Base:  # fmt: skip
-    linears = weights = nested = embeddings = head = other = extra = 0
+    weights = nested = embeddings = head = other = extra = expert_weights = 0
+    layers: dict[str, int] = {}
     embedding_dtype, int8 = arch.dtype, quant.embeddings == "int8"
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        last = module.rpartition(".")[2]
+        last, added, found = module.rpartition(".")[2], 0, _LAYER.match(name)
+        layer = found[0] if found else ""
         if name.endswith(_TABLES) or name.endswith("rotary_emb.inv_freq"):
             continue
         if name.endswith(_SCALES):
-            linears += tensor.nbytes
-            nested += tensor.nbytes if name.endswith(".nested_absmax") else 0
-        elif len(tensor.shape) < 2:
+            is_nested = name.endswith(".nested_absmax")
+            nested += tensor.nbytes if is_nested else 0
+            layers[layer] = layers.get(layer, 0) + (0 if is_nested else tensor.nbytes)
+        elif len(tensor.shape) < 2 or _is_router(arch, name, tensor):
             other += tensor.elements * ITEMSIZE[compute_dtype]
         elif last in EMBEDDINGS:
             embeddings, embedding_dtype = embeddings + _table_bytes(tensor, last, int8), tensor.dtype
@@ -172,16 +188,20 @@ def _base(
             head += 0 if arch.tied else _table_bytes(tensor, last, int8)
             extra = max(extra, slice_bytes(tensor) if int8 else 0)
         elif tensor.dtype == "uint8":  # bitsandbytes' codes
-            linears, weights = linears + tensor.nbytes, weights + 8 * tensor.nbytes // stored_bits(tensors, name)
+            added, size = 8 * tensor.nbytes // stored_bits(tensors, name), tensor.nbytes
         elif leaf != "weight" or len(tensor.shape) > 2 or _skipped(module, quant):
             other += tensor.nbytes
         else:
-            linears += quantized_bytes(tensor.elements, quant)
-            weights += tensor.elements
+            added, size = tensor.elements, quantized_bytes(tensor.elements, quant)
             extra = max(extra, load_extra(tensor.elements, ITEMSIZE[tensor.dtype], quant))
+        if added:
+            layers[layer] = layers.get(layer, 0) + size
+            weights, expert_weights = weights + added, expert_weights + (added if ".experts." in name else 0)
     return Base(
-        architecture=arch, linears=linears, linear_weights=weights, nested=nested, embeddings=embeddings, head=head,
-        other=other, load_extra=extra, embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
+        architecture=arch, linears=sum(layers.values()) + nested, linear_weights=weights,
+        expert_weights=expert_weights, layer=max((size for name, size in layers.items() if name), default=0),
+        nested=nested, embeddings=embeddings, head=head, other=other, load_extra=extra,
+        embedding_dtype=embedding_dtype, tokenizer_file=tokenizer_file, exact=exact,
         in_4_bits=any(name.endswith(_TABLES) for name in tensors), int8_embeddings=int8,
         linear_names=linear_names,
     )  # fmt: skip

@@ -67,6 +67,7 @@ def check_layers(config: RunConfig, base: Base) -> None:
                 fix="Name the input embedding (embed_tokens) and the output head (lm_head), or either",
             )  # fmt: skip
     names, skipped, wanted = set(base.linear_names), config.quant.skip_modules, config.lora.target_modules
+    experts = {_last(name) for name in names if ".experts." in name}
     if not names:
         return
     if base.architecture.family in FUSED:
@@ -75,7 +76,7 @@ def check_layers(config: RunConfig, base: Base) -> None:
         names, skipped = {_last(name) for name in names}, tuple(map(_last, skipped))
         wanted = wanted if isinstance(wanted, str) else tuple(map(_last, wanted))
     check_skipped(skipped, {*names, *HEADS})
-    check_targets(wanted, names)
+    check_targets(wanted, names - experts, experts)
 
 
 def _check_stored(config: RunConfig, base: Base) -> None:

@@ -48,6 +48,6 @@ def _with_layers(base: Base, layers: int) -> Base:
     arch = base.architecture
     sizes = {
         name: -(-getattr(base, name) * layers // arch.layers)
-        for name in ("linears", "linear_weights", "nested", "other")
+        for name in ("linears", "linear_weights", "expert_weights", "nested", "other")
     }
     return replace(base, architecture=replace(arch, layers=layers), **sizes)

@@ -37,7 +37,6 @@ def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
 
 def merge_memory(arch: Architecture, runtime: int) -> dict[str, int]:
     """By format, on samples of up to `GROUP_TOKENS` tokens."""
-    widest = max(max(shape) for shape in arch.linears.values())
-    drift = drift_bytes(arch.vocab, arch.hidden, widest, GROUP_TOKENS)
-    text = error_feedback_bytes(arch.hidden, widest, CALIBRATION_TOKENS)
+    drift = drift_bytes(arch.vocab, arch.hidden, arch.widest, GROUP_TOKENS)
+    text = error_feedback_bytes(arch.hidden, arch.widest, CALIBRATION_TOKENS)
     return {"16bit": runtime + drift, "4bit": runtime + max(drift, text)}

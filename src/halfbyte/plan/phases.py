@@ -63,16 +63,17 @@ def sizes(config: RunConfig, base: Base, machine: Machine, tokens: int) -> Sizes
     """A layer's pass over `tokens` tokens."""
     dtype = compute_dtype(config, machine)
     # All micro-batches of a step pass a streamed layer before the next one is read.
-    together = config.train.gradient_accumulation_steps if apart(config) else 1
+    fused = runs_fused(config, base)
+    together = config.train.gradient_accumulation_steps if apart(config) and fused else 1
     if not config.train.gradient_checkpointing:  # then a micro-batch keeps all that it computes
         tokens, together = tokens * together, 1
     wanted = config.lora.target_modules
     adapted = LINEAR_NAMES if wanted == "all-linear" else tuple(name.rpartition(".")[2] for name in wanted)
     embedding_rows, head_rows = trained_rows(config, base)
     return Sizes(
-        arch=replace(base.architecture, fused=runs_fused(config, base)), tokens=tokens,
+        arch=replace(base.architecture, fused=fused), tokens=tokens,
         itemsize=ITEMSIZE[dtype], rank=config.lora.r, adapted=frozenset(adapted),
-        checkpoint=config.train.gradient_checkpointing,
+        checkpoint=config.train.gradient_checkpointing or (apart(config) and not fused),
         pairs=dtype == "bfloat16" and machine.bf16_units, panel_rows=machine.panel_rows.get(dtype), together=together,
         offloaded=config.memory.activations == "disk", on_gpu=on_gpu(config, machine), dora=config.lora.use_dora,
         embedding_rows=embedding_rows, head_rows=head_rows,
@@ -223,7 +224,7 @@ def _with_allocator(moment: Moment) -> Moment:
 
 def layer_bytes(base: Base) -> int:
     """What a streamed layer takes in a buffer: codes and scales, read in whole blocks of the disk."""
-    return -(-(base.linears - base.nested) // base.architecture.layers) + BLOCK_ENDS
+    return base.layer + BLOCK_ENDS
 
 
 def runtime_bytes(base: Base, machine: Machine) -> int:

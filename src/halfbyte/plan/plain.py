@@ -14,21 +14,24 @@ MARGIN = 1.25
 
 def saved_bytes(s: Sizes) -> int:
     """Norms: input in float32 and output, twice; q, k, v, rotated and joined; attention's output twice and its sums;
-    gate, up, act(gate), product; u of every adapter; scores or a mask where the attention has them."""
+    gate, up, act(gate), product; u of every adapter; scores or a mask where the attention has them; of a mixture what
+    each expert gives a token, the router's probabilities and places."""
     a = s.arch
     norms = 2 * (s.rows(a.hidden) + s.floats(a.hidden)) * (2 if a.four_norms else 1)
     attention = s.rows(2 * a.qkv + 2 * a.query + a.hidden) + s.floats(a.heads)
     mlp = s.rows(4 * a.intermediate)
     ranks = s.floats(sum(s.ranks(group) for group in GROUPS))
     scores = 4 * s.tokens * s.tokens * (2 * a.heads if a.whole_scores else 1)
-    return int(MARGIN * (norms + attention + mlp + ranks + scores))
+    experts = s.rows(a.experts_per_token * a.hidden) + s.floats(3 * a.experts + 8 * a.experts_per_token)
+    return int(MARGIN * (norms + attention + mlp + ranks + scores + experts))
 
 
 def temporary_bytes(s: Sizes) -> int:
     """The largest moment of a layer's forward or backward, beside what is kept."""
     a = s.arch
     decoded = max(out * into for out, into in a.linears.values()) if s.dora else 0  # PEFT's own DoRA, thrice and BA
-    return int(MARGIN * (s.rows(3 * a.intermediate + a.qkv) + s.floats(4 * a.hidden))) + 4 * 4 * decoded
+    experts = s.rows(4 * a.experts_per_token * a.hidden)  # sorted by expert, and back
+    return int(MARGIN * (s.rows(3 * a.intermediate + a.qkv) + s.floats(4 * a.hidden) + experts)) + 4 * 4 * decoded
 
 
 def forward(led: Ledger, s: Sizes, number: int, *, backward_follows: bool = True) -> None:

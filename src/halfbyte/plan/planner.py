@@ -175,7 +175,7 @@ def _cheapest_first(config: RunConfig, base: Base, machine: Machine) -> Iterator
     if config.memory.activations != "disk":
         least = replace(least, memory=replace(least.memory, activations="disk"))
         yield least
-    if config.memory.weights == "resident" and not apart(config) and base.in_4_bits and base.architecture.fused:
+    if config.memory.weights == "resident" and not apart(config) and base.in_4_bits:
         yield replace(least, memory=replace(least.memory, weights="stream"))
 
 
@@ -263,8 +263,8 @@ def _notes(
             f"{arch.family or 'this architecture'} runs as transformers wrote it: what its layers keep is estimated, "
             "cautiously, from Llama's"
         )
-    if arch.experts:
-        notes.append(f"{arch.experts} experts a layer are not quantized")
+    if arch.experts and not base.expert_weights:
+        notes.append(f"{arch.experts} experts a layer are stored in one tensor, and stay as they are")
     if not base.exact:
         notes.append(f"sizes are from config.json alone, weights taken to be stored in {arch.dtype}")
     if machine.ranks > 1 and not base.in_4_bits and not on_gpu(config, machine):

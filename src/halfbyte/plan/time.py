@@ -21,14 +21,16 @@ from halfbyte.plan.phases import (
 def operations(config: RunConfig, base: Base, machine: Machine, work: Work) -> float:
     """Floating-point operations of a micro-batch, forward and backward.
 
-    A weight takes 2 a token forward and 2 backward (it is frozen: no gradient of its own), 2 more where a checkpointed
-    layer is computed again, all but the down projection; an adapter's parameter 6; the head 4 a supervised token;
-    attention 4 and 10 for each pair of tokens and query feature (forward; backward with scores made again), halved.
+    A weight that a token sees (of a mixture, in some experts) takes 2 forward and 2 backward (it is frozen, without a
+    gradient of its own), 2 more where a checkpointed layer is computed again, all but the down projection; an
+    adapter's parameter 6; the head 4 a supervised token; attention 4 and 10 for each pair of tokens and query feature
+    (forward; backward with scores made again), halved.
     """
     s = sizes(config, base, machine, work.tokens)
     a = s.arch
-    again = 1 - a.hidden * a.intermediate * a.layers / max(base.linear_weights, 1) if s.checkpoint else 0
-    weights = (4 + 2 * again) * base.linear_weights * work.tokens
+    seen = base.linear_weights - base.expert_weights * (1 - a.experts_per_token / max(a.experts, 1))
+    again = 1 - a.hidden * a.intermediate * a.layers / max(seen, 1) if s.checkpoint else 0
+    weights = (4 + 2 * again) * seen * work.tokens
     adapters = 6 * adapter_parameters(s) * work.tokens
     head = 4 * a.vocab * a.hidden * work.targets
     pairs = work.tokens * min(work.longest, work.tokens) / 2

@@ -103,8 +103,13 @@ def largest(s: Sizes, loss_rows: int, threads: int, *, backward: bool) -> int:
     calls = [attention(s.tokens, a.heads, a.kv_heads, a.head_dim, threads)]
     if backward:
         calls.append(attention_backward(s.tokens, a.heads, a.kv_heads, a.head_dim, threads))
-    for group in GROUPS:
-        members = s.members(group)
+    for out, into in a.expert_linears.values():  # at most all tokens to one expert
+        calls.append(linear(s.tokens, into, out, 0, threads, n))
+        if backward:
+            calls.append(linear_backward(s.tokens, into, out, 0, threads, n))
+    for members, group in ((s.members(group), group) for group in GROUPS):
+        if not members:
+            continue
         out, into = sum(out for _, out, _ in members), members[0][2]
         calls.append(linear(s.tokens, into, out, s.ranks(group), threads, n))
         if backward:

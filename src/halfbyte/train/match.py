@@ -27,7 +27,7 @@ from halfbyte.errors import ResourceError
 from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.adapt import adapter_state
 from halfbyte.model.lent import LentModel
-from halfbyte.model.load import match_names
+from halfbyte.model.names import match_names
 from halfbyte.model.read import read_unquantized
 from halfbyte.model.source import load_tokenizer, open_source
 from halfbyte.nn import IGNORE_INDEX
