@@ -158,3 +158,18 @@ def test_what_is_not_possible(make: MakeRun, make_llama: MakeLlama) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             train(make(**settings))
+
+
+def test_rows_that_are_merely_claimed(make: MakeRun, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is allocated for a token far beyond the vocabulary."""
+    folder = Path(train(make()).adapter)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for ids in config["trainable_token_indices"].values():
+        ids[0] = 10**12
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()
+    run = ["--model", str(tiny_llama), "--adapter", str(folder), "--prompt", "Hi"]
+    assert main(["generate", *run]) == 2
+    assert "2 new tokens go up to 1000000000000: the model has 320 rows" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="2 new tokens go up to"):
+        hb.merge(hb.load_config(model__path=str(tiny_llama)), folder, folder.parent / "merged")

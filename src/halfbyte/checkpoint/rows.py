@@ -45,7 +45,8 @@ def module_of(name: str, config: Mapping[str, Any]) -> str | None:
     if name.endswith(ROWS) and config.get("trainable_token_indices"):
         return name.removeprefix(_PREFIX).removesuffix(ROWS)
     module = name.removeprefix(_PREFIX).removesuffix(_WHOLE)
-    whole = tuple(config.get("modules_to_save") or ())
+    whole = config.get("modules_to_save")
+    whole = tuple(want for want in whole if isinstance(want, str)) if isinstance(whole, list | tuple | set) else ()
     named = matches(module, whole) or (bool(whole) and bool(config.get("ensure_weight_tying")))
     return module if name.endswith(_WHOLE) and ".lora_" not in name and named else None
 

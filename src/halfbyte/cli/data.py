@@ -93,8 +93,10 @@ def _load(
         raise ConfigError("no data file is given", where="--data", fix="Name a .jsonl file")
     from halfbyte.data import load_data
     from halfbyte.model import load_tokenizer
+    from halfbyte.model.tokens import choose_tokens
 
     tokenizer = load_tokenizer(run.model.path)
+    choose_tokens(tokenizer, run.lora.trainable_tokens)
     return tokenizer, load_data(run.data.train, tokenizer, run.data)
 
 

@@ -16,6 +16,8 @@ from halfbyte.merge.parts import Part
 from halfbyte.model.load import skeleton
 from halfbyte.model.read import weight_of
 from halfbyte.model.source import adapter_tokenizer
+from halfbyte.model.tokens import tables_to_grow
+from halfbyte.model.trained_rows import tokens_of
 
 Tables = Mapping[str, tuple[tuple[int, ...] | None, Tensor]]
 """By the name of the parameter: the tokens whose rows these are, None for all, and the rows."""
@@ -26,6 +28,7 @@ def tables_of(part: Part, base: MergeBase) -> tuple[Tables, MergeBase]:
 
     Raises:
         AdapterError: they are not of the base's embedding and head, or make two tables of one.
+        ConfigError: the base's cannot grow, or not so far.
     """
     found = token_rows(part.adapter.state, part.adapter.config)
     if not found:
@@ -47,6 +50,7 @@ def tables_of(part: Part, base: MergeBase) -> tuple[Tables, MergeBase]:
             "cannot be merged into this model", where=part.label, why=why,
             fix="Give the base that the adapter was trained on",
         )  # fmt: skip
+    tables_to_grow(model, tokens_of(part.adapter))
     tables = {names[name]: (ids, rows.float()) for name, (ids, rows) in found.items() if names[name] in base.names}
     return tables, _grown(base, least)
 

@@ -109,7 +109,7 @@ def load_model(
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
     int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
-    grow = dict.fromkeys(tables_to_grow(model, tokens.rows) - {row_table}, tokens.rows)
+    grow = dict.fromkeys(tables_to_grow(model, tokens) - {row_table}, tokens.rows)
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
             if on_progress:

@@ -56,15 +56,22 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> T
     return Tokens(ids, {known[text]: tuple(ids) for text, ids in pieces.items()}, max(ids, default=-1) + 1)
 
 
-def tables_to_grow(model: PreTrainedModel, rows: int) -> set[str]:
-    """Names of the weights of input embedding and output head that have less than `rows` rows.
+def tables_to_grow(model: PreTrainedModel, tokens: Tokens) -> set[str]:
+    """Names of the weights of input embedding and output head that have too few rows for `tokens`.
 
     Raises:
-        ConfigError: they have, and are not what we know to grow.
+        ConfigError: they have, and are not what we know to grow; or there are rows between that no token is known of.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if rows <= weight_of(embedding).shape[0]:
+    stored = int(weight_of(embedding).shape[0])
+    if tokens.rows <= stored:
         return set()
+    new = sum(number >= stored for number in tokens.ids)
+    if new < tokens.rows - stored and tokens.rows == max(tokens.ids, default=-1) + 1:
+        raise ConfigError(
+            f"{new} new tokens go up to {tokens.rows - 1}", where="lora.trainable_tokens",
+            why=f"the model has {stored} rows", fix="Use the tokenizer that belongs to the model",
+        )  # fmt: skip
     if (
         not isinstance(embedding, nn.Embedding)
         or type(head) is not nn.Linear
