@@ -294,7 +294,7 @@ def test_the_command_line_takes_weights(
     assert main([*options, "--adapter", f"{one}=0.7", "--adapter", other, "--combine", "svd", "--rank", "8"]) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [adapter["weight"] for adapter in result["adapters"]] == [0.7, 1.0]
-    assert result["drift"]["on"].startswith("8 samples")
+    assert result["drift"]["on"].startswith("all 8 samples")
     for wrong, said in (
         (["--adapter", f"{one}=much"], "'much' is not a weight"),
         (["--adapter", one, "--adapter", f"{one}=2"], "is given twice"),
