@@ -291,3 +291,9 @@ def test_new_tokens_and_whole_tables() -> None:
     other = SOURCES["llamafactory"].rules
     assert other["add_tokens"]("<|a|>, <|b|>", {}).settings == {"lora.trainable_tokens": ["<|a|>", "<|b|>"]}
     assert other["additional_target"]("embed_tokens,lm_head", {}).settings == both.settings
+    among = SOURCES["unsloth"].rules["target_modules"](["q_proj", "lm_head", "embed_tokens"], {})
+    assert among.settings == {
+        "lora.modules_to_save": ["lm_head", "embed_tokens"],
+        "lora.target_modules": ["q_proj"],
+    }
+    assert "trained whole" in among.differs

@@ -70,7 +70,15 @@ def targets(value: Any, _: Mapping[str, Any]) -> Outcome:
             settings={"lora.target_modules": "all-linear"},
             differs="all-linear in place of a regular expression; lora.target_modules takes names",
         )
-    return Outcome(settings={"lora.target_modules": [name.strip() for name in names]})
+    names = [name.strip() for name in names]
+    tables = [name for name in names if name.rpartition(".")[2] in TABLES]
+    if not tables:
+        return Outcome(settings={"lora.target_modules": names})
+    layers = [name for name in names if name not in tables]
+    return Outcome(
+        settings={"lora.modules_to_save": tables, **({"lora.target_modules": layers} if layers else {})},
+        differs=f"{', '.join(tables)}: trained whole, as Unsloth does it; PEFT would give an adapter",
+    )
 
 
 def steps(value: Any, _: Mapping[str, Any]) -> Outcome:
