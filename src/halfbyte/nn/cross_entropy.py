@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import halfbyte.kernels  # noqa: F401  (registers the operators)
 from halfbyte.nn.frozen_linear import FrozenLinear
-from halfbyte.nn.trained_rows import TrainedHead
 
 IGNORE_INDEX = -100
 """The label of a token that is not learned."""
@@ -72,6 +71,8 @@ def chunked_cross_entropy(
     Returns:
         The sum over supervised tokens (float32 scalar, differentiable in `hidden`), and their number.
     """
+    from halfbyte.nn.trained_rows import TrainedHead  # loads PEFT, which `HalfbyteConfig` must not
+
     targets = labels[:, 1:].reshape(-1)
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # on the CPU, where labels are: nothing waits for a GPU
     if kept.numel() == 0:
