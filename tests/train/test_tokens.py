@@ -21,6 +21,7 @@ from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.model import load_model
 from halfbyte.model.adapt import attach_saved
 from halfbyte.model.trained_rows import tokens_of
+from halfbyte.plan import check_run, plan
 from halfbyte.train import train
 
 MakeRun = Callable[..., RunConfig]
@@ -91,6 +92,8 @@ def test_whole_tables_as_peft_has_them(make: MakeRun, make_llama: MakeLlama) -> 
             ours = attach_saved(base.model, load_adapter(folder))(input_ids=ids).logits
         assert ours.shape[-1] == 322
         assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
+        planned, size = plan(config).disk["adapter"], (folder / "adapter_model.safetensors").stat().st_size
+        assert planned <= size < planned + 8000, "all but names; a tied table stands there twice"
 
 
 @pytest.mark.parametrize("settings", [{}, WHOLE])
@@ -156,8 +159,9 @@ def test_what_is_not_possible(make: MakeRun, make_llama: MakeLlama) -> None:
         ({"lora__modules_to_save": ["norm"]}, "'norm' cannot be trained whole"),
         ({"model__path": str(tied), "lora__modules_to_save": ["lm_head"]}, "lm_head alone cannot be trained whole"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            train(make(**settings))
+        for refusing in (check_run, train):  # before torch is loaded, too
+            with pytest.raises(ConfigError, match=message):
+                refusing(make(**settings))
 
 
 def test_rows_that_are_merely_claimed(make: MakeRun, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path)) from None
+        raise ConfigError("no such file", where=str(path), fix="halfbyte init writes one") from None
     except OSError as error:
         raise ConfigError("cannot be read", where=str(path), why=error.strerror or str(error)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

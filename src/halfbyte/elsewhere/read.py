@@ -33,7 +33,9 @@ def read_settings(path: Path) -> dict[str, Any]:
             raw = file.read(MOST_BYTES + 1)
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError("cannot be read", where=where, why=error.strerror or str(error)) from None
+        raise ConfigError(
+            "cannot be read", where=where, why=error.strerror or str(error), fix="Give the path of a config or script"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError("not valid UTF-8", where=where, why=f"byte {error.start + 1}") from None
     if len(raw) > MOST_BYTES:

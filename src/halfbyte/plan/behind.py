@@ -26,7 +26,8 @@ RING = 8
 def on_disk(config: RunConfig, base: Base, machine: Machine, work: Work) -> dict[str, int]:
     """Bytes at the most, by what they are for; terms that take nothing are left out."""
     s = sizes(config, base, machine, work.tokens)
-    adapter = 4 * adapter_parameters(s)
+    twice = s.arch.hidden * s.head_rows if s.arch.tied else 0  # the file has a tied table under both names
+    adapter = 4 * (adapter_parameters(s) + twice)
     checkpoint = adapter + state_bytes(s, config.optim.bits)
     terms = {
         "moments": _paged(config, s),

@@ -66,6 +66,12 @@ def check_layers(config: RunConfig, base: Base) -> None:
                 f"{name!r} cannot be trained whole", where="lora.modules_to_save",
                 fix="Name the input embedding (embed_tokens) and the output head (lm_head), or either",
             )  # fmt: skip
+    whole = {_last(name) in HEADS for name in config.lora.modules_to_save}
+    if base.architecture.tied and len(whole) == 1:
+        raise ConfigError(
+            f"{config.lora.modules_to_save[0]} alone cannot be trained whole", where="lora.modules_to_save",
+            why="embedding and head are one table in this model", fix="Name both, or none",
+        )  # fmt: skip
     names, skipped, wanted = set(base.linear_names), config.quant.skip_modules, config.lora.target_modules
     experts = {_last(name) for name in names if ".experts." in name}
     if not names:

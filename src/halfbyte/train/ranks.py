@@ -174,7 +174,7 @@ def _noticing_the_dead() -> Iterator[None]:
         silent = f"has not answered for {PATIENCE.total_seconds() / 60:.0f} minutes"
         raise LostRankError(
             f"another rank {silent if 'imed out' in str(error) else 'ended without a word'}", where="ranks",
-            why=str(error).splitlines()[0].rpartition("] ")[2][:120],
+            why=str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0][:120],
             fix="Look for what killed it (memory?); the same command goes on from the newest checkpoint, as torchrun "
             "--max-restarts does by itself",
         ) from error  # fmt: skip
