@@ -117,6 +117,8 @@ def test_the_other_commands(
     config = hb.load_config(model__path=str(path), data__eval=str(tool_file), data__train=str(tool_file))
     merged = hb.merge(config, result.adapter, tmp_path / "16bit")
     assert merged.drift.kl < 1e-4
+    assert set(merged.rows.values()) == {322 if settings == WHOLE else 3}
+    assert len(merged.rows) == (1 if tied else 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "16bit").convert_tokens_to_ids(CALL) == 321
     there = AutoModelForCausalLM.from_pretrained(tmp_path / "16bit", dtype=torch.float32)
     assert there.get_input_embeddings().weight.shape[0] == 322

@@ -106,8 +106,9 @@ def merge(
             max_drift=max_drift, on_progress=bar.update,
             say=lambda text: out.print(text, style="dim", markup=False),
         )  # fmt: skip
+    rows = "".join(f" and {count} rows of {name}" for name, count in result.rows.items())
     text = (
-        f"{result.layers} layers merged onto the {result.base} base, {format_bytes(result.bytes_out)} as "
+        f"{result.layers} layers{rows} merged onto the {result.base} base, {format_bytes(result.bytes_out)} as "
         f"{result.form}, in {result.seconds:.1f} s, peak memory {format_bytes(result.peak_memory)}\n{result.output}\n"
         f"drift from base + adapter, in float32, on {result.drift.on}: {result.drift}"
     )

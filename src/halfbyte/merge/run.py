@@ -57,6 +57,8 @@ class MergeResult:
     """Of a 4-bit merge: what became of each layer's update."""
     layers: int
     """Weights that the adapters changed."""
+    rows: dict[str, int]
+    """Of embedding and head, by parameter: how many rows an adapter trained."""
     bytes_out: int
     peak_memory: int
     predicted_peak_memory: int
@@ -125,8 +127,9 @@ def merge(
     return MergeResult(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
         base_sha256=job.base_sha256, adapters=merged["adapters"], survived=written.survived,
-        layers=len(fold.updates), bytes_out=written.bytes, peak_memory=peak_memory(),
-        predicted_peak_memory=predicted, seconds=time.perf_counter() - started,
+        layers=len(fold.updates), rows={name: len(rows) for name, (_, rows) in fold.tables.items()},
+        bytes_out=written.bytes, peak_memory=peak_memory(), predicted_peak_memory=predicted,
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
