@@ -243,8 +243,8 @@ def fidelity(result: dict[str, Any]) -> Rows:
             first = 2 + len(outside)
             by_seed, by_text = (", ".join(filter(None, part)) for part in (shares[first:], shares[2:first]))
             rows.append([
-                data if name == "16 bits" else "", name, before, shares[0], *[f"{row['kl']:.3f}"] * kl, after,
-                shares[1], by_seed, ", ".join(outside), by_text,
+                data if name == "16 bits" else "", name, before, shares[0], *([f"{row['kl']:.3f}"] if kl else []),
+                after, shares[1], by_seed, ", ".join(outside), by_text,
             ])  # fmt: skip
     return rows
 
