@@ -36,6 +36,7 @@ def adapter_bytes(output: Path | str) -> bytes:
 def test_odd_paths_a_foreign_locale_and_no_temporary_folder(make_run: MakeRun, tmp_path: Path) -> None:
     """The same bytes; nothing of the path is run by a shell, and nothing is written elsewhere."""
     config, here, there = make_run(), tmp_path / "plain", tmp_path / ODD / ODD
+    there.parent.mkdir()
     subprocess.run(command(config, here), check=True, capture_output=True)
     names = {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Asia/Kathmandu", "TMPDIR": "/proc/none"}
     subprocess.run(command(config, there), check=True, capture_output=True, env={**os.environ, **names}, cwd=tmp_path)
