@@ -33,6 +33,11 @@ class Fold:
     tables: Tables = field(default_factory=dict)
 
     @property
+    def trained_rows(self) -> dict[str, int]:
+        """How many rows `tables` has, by parameter."""
+        return {name: len(rows) for name, (_, rows) in self.tables.items()}
+
+    @property
     def onto(self) -> str:
         """ "quantized" or "original"."""
         return "quantized" if self.original is None else "original"

@@ -127,9 +127,8 @@ def merge(
     return MergeResult(
         output=str(output), format=format, form=chosen.form, base=fold.onto, drift=drift, candidates=candidates,
         base_sha256=job.base_sha256, adapters=merged["adapters"], survived=written.survived,
-        layers=len(fold.updates), rows={name: len(rows) for name, (_, rows) in fold.tables.items()},
-        bytes_out=written.bytes, peak_memory=peak_memory(), predicted_peak_memory=predicted,
-        seconds=time.perf_counter() - started,
+        layers=len(fold.updates), rows=fold.trained_rows, bytes_out=written.bytes, peak_memory=peak_memory(),
+        predicted_peak_memory=predicted, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
