@@ -92,6 +92,8 @@ def test_each_expert_is_quantized_by_itself(folder: Path) -> None:
     model, plain = load(folder, quantization_config=HalfbyteConfig()), load(folder)
     found = in_4_bits(model)
     assert len(found) == 2 * 4 * 3
+    held = sum(layer.quantized_weight.nbytes for layer in found.values())
+    assert held * 8 / sum(layer.in_features * layer.out_features for layer in found.values()) < 4.25
     for place, module in model.named_modules():
         if not layers_of(module):
             continue
