@@ -113,11 +113,11 @@ inline void nibbles_of(const uint8_t* codes, bool whole, codes32* high, codes32*
 
 // T is bf16 or fp16.
 template <class T>
-void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d, T* out) {
-    const __m256 s = _mm256_set1_ps(scale);
+void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, const Decoder& d, T* out) {
+    const __m256 s = _mm256_set1_ps(scale), o = _mm256_set1_ps(offset);
     alignas(32) T values[16];
-    store8(values, _mm256_mul_ps(_mm256_loadu_ps(d.codebook), s));
-    store8(values + 8, _mm256_mul_ps(_mm256_loadu_ps(d.codebook + 8), s));
+    store8(values, add8(mul8(_mm256_loadu_ps(d.codebook), s), o));
+    store8(values + 8, add8(mul8(_mm256_loadu_ps(d.codebook + 8), s), o));
     const __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
     const __m256i split = _mm256_shuffle_epi8(  // each lane: its eight low bytes, then its eight high bytes
         both, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //

@@ -5,6 +5,7 @@ typedef __m256 eight;
 inline eight zero8() { return _mm256_setzero_ps(); }
 inline eight set8(float x) { return _mm256_set1_ps(x); }
 inline eight mul8(eight a, eight b) { return _mm256_mul_ps(a, b); }
+inline eight add8(eight a, eight b) { return _mm256_add_ps(a, b); }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline __m256 load8(const bf16* p) {

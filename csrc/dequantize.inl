@@ -22,15 +22,16 @@ inline void widen_codes(const uint8_t* codes, int64_t n, int bits, uint8_t* nibb
 }
 
 template <class T>
-void decode_block_of(const uint8_t* codes, int64_t n, int bits, float scale, const Decoder& decoder, T* out) {
-    if (bits == 4) return decode_block(codes, n, scale, decoder, out);
+void decode_block_of(const uint8_t* codes, int64_t n, int bits, float scale, float offset, const Decoder& decoder,
+                     T* out) {
+    if (bits == 4) return decode_block(codes, n, scale, offset, decoder, out);
     if (bits == 8) {
         for (int64_t i = 0; i < n; ++i) narrow(float(int8_t(codes[i])) * scale, out + i);
         return;
     }
     uint8_t nibbles[most_block / 2];
     widen_codes(codes, n, bits, nibbles);
-    decode_block(nibbles, n, scale, decoder, out);
+    decode_block(nibbles, n, scale, offset, decoder, out);
 }
 
 template <class T>
@@ -40,12 +41,13 @@ void dequantize_typed(const hb_weight& w, int64_t first, int64_t n, T* out, int 
 #pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))
     for (int64_t b = 0; b < full; ++b) {
         const uint8_t* codes = w.codes + (first + b * blocksize) * w.bits / 8;
-        decode_block_of(codes, blocksize, w.bits, scale_of(w, first_block + b), decoder, out + b * blocksize);
+        decode_block_of(codes, blocksize, w.bits, scale_of(w, first_block + b), offset_of(w, first_block + b), decoder,
+                        out + b * blocksize);
     }
     const int64_t done = full * blocksize;
     if (done == n) return;
-    const float scale = scale_of(w, first_block + full);
-    for (int64_t i = done; i < n; ++i) narrow(decode_one(w, first + i, scale), out + i);
+    const float scale = scale_of(w, first_block + full), offset = offset_of(w, first_block + full);
+    for (int64_t i = done; i < n; ++i) narrow(decode_one(w, first + i, scale, offset), out + i);
 }
 
 void dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads) {

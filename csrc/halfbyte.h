@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 8, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 9, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -21,7 +21,7 @@ enum hb_status { HB_OK = 0, HB_UNSUPPORTED = 1, HB_NO_MEMORY = 2 };
 
 struct hb_weight {
     const uint8_t* codes;
-    const void* absmax;          // float[blocks], or uint8_t[blocks] when nested_absmax is set
+    const void* absmax;          // float[constants * blocks], or uint8_t[] when nested_absmax is set
     const float* nested_absmax;  // NULL: absmax holds the scales themselves
     const float* dynamic_map;    // [256]; read only with nested_absmax
     const float* codebook;       // [16]; not read with 8 bits
@@ -29,8 +29,9 @@ struct hb_weight {
     int64_t nested_blocksize;    // a power of two
     int64_t rows;                // out_features; the linear functions need cols % blocksize == 0
     int64_t cols;                // in_features
-    float nested_offset;
-    int32_t bits;  // of a code: 4, which all functions read; 8 (two's complement), 3 or 2, which hb_dequantize reads
+    float nested_offset;  // added to scales
+    int32_t constants;    // of a block: 1, its scale; or 2, and its offset after it: a weight is value * scale + offset
+    int32_t bits;         // of a code: 4, which all functions read; 8 (two's complement), 3 or 2, which hb_dequantize reads
 };
 
 // A map of 256 ascending values for 8-bit states, and how to find the nearest one: bounds[i] lies between values i and
@@ -108,8 +109,8 @@ HB_API int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, c
                        const uint8_t* order, uint8_t* codes, float* absmax, int threads);
 HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads);
 
-// Elements [first, first + n) of the flat weight; `first` is a multiple of the block size. Exact: one fp32 multiply, one
-// round-to-nearest-even cast.
+// Elements [first, first + n) of the flat weight; `first` is a multiple of the block size. Exact: one fp32 multiply, with
+// offsets one add, one round-to-nearest-even cast.
 HB_API int hb_dequantize(const hb_weight* w, int64_t first, int64_t n, int dtype, void* out, int threads);
 
 // n floats -> codes[n] of `map`, absmax[ceil(n / 256)]: each block of 256 times the reciprocal of its largest magnitude.

@@ -38,9 +38,9 @@ struct Decoder {
 };
 
 template <class T>
-void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d, T* out) {
+void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, const Decoder& d, T* out) {
     T table[16];  // a block is at least twice as long: scale the 16 values, not the weights
-    for (int i = 0; i < 16; ++i) narrow(d.codebook[i] * scale, table + i);
+    for (int i = 0; i < 16; ++i) narrow(d.codebook[i] * scale + offset, table + i);
     for (int64_t i = 0; i < n; i += 2) {
         out[i] = table[codes[i / 2] >> 4];
         out[i + 1] = table[codes[i / 2] & 15];

@@ -126,10 +126,10 @@ inline void lookup32(codes32 code, const uint8x16_t* plane, eight* out) {
 
 // T is bf16 or fp16.
 template <class T>
-void decode_block(const uint8_t* codes, int64_t n, float scale, const Decoder& d, T* out) {
+void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, const Decoder& d, T* out) {
     T values[16];
-    store8(values, mul8(load8(d.codebook), set8(scale)));
-    store8(values + 8, mul8(load8(d.codebook + 8), set8(scale)));
+    store8(values, add8(mul8(load8(d.codebook), set8(scale)), set8(offset)));
+    store8(values + 8, add8(mul8(load8(d.codebook + 8), set8(scale)), set8(offset)));
     const uint8x16x2_t table = vld2q_u8(reinterpret_cast<const uint8_t*>(values));  // low bytes, high bytes
     uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
     for (int64_t i = 0; i < n; i += 32) {

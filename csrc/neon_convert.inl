@@ -7,6 +7,7 @@ struct eight {
 inline eight zero8() { return {vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}; }
 inline eight set8(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
 inline eight mul8(eight a, eight b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+inline eight add8(eight a, eight b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
 
 inline eight load8(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
 inline eight load8(const bf16* p) {

@@ -66,17 +66,36 @@ inline void narrow(float x, fp16* out) {
 
 // The scale of block b; multiply, then add (the whole build has -ffp-contract=off), as bitsandbytes does.
 inline float scale_of(const hb_weight& w, int64_t b) {
-    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[b];
-    const uint8_t code = static_cast<const uint8_t*>(w.absmax)[b];
-    const float scaled = w.dynamic_map[code] * w.nested_absmax[over(b, w.nested_blocksize)];
+    const int64_t at = b * w.constants;
+    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[at];
+    const uint8_t code = static_cast<const uint8_t*>(w.absmax)[at];
+    const float scaled = w.dynamic_map[code] * w.nested_absmax[over(at, w.nested_blocksize)];
     return scaled + w.nested_offset;
 }
 
-inline float decode_one(const hb_weight& w, int64_t i, float scale) {
+constexpr float no_offset = -0.0f;  // which leaves all it is added to as it is, 0 and -0 too
+inline float offset_of(const hb_weight& w, int64_t b) {
+    if (w.constants == 1) return no_offset;
+    const int64_t at = 2 * b + 1;
+    if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[at];
+    return w.dynamic_map[static_cast<const uint8_t*>(w.absmax)[at]] * w.nested_absmax[over(at, w.nested_blocksize)];
+}
+
+// Of block `first` and of those `step`, 2 `step`, ... blocks on: scales, and offsets where there are any. Beyond `count`
+// blocks both are 0.
+template <int LANES>
+inline void constants_of_rows(const hb_weight& w, int64_t first, int64_t step, int64_t count, float* scales,
+                              float* offsets) {
+    for (int i = 0; i < LANES; ++i) scales[i] = i < count ? scale_of(w, first + i * step) : 0.0f;
+    if (w.constants == 1) return;
+    for (int i = 0; i < LANES; ++i) offsets[i] = i < count ? offset_of(w, first + i * step) : 0.0f;
+}
+
+inline float decode_one(const hb_weight& w, int64_t i, float scale, float offset) {
     if (w.bits == 8) return float(int8_t(w.codes[i])) * scale;
     const int64_t bit = i * w.bits, byte = bit / 8, end = bit % 8 + w.bits;
     const unsigned two = unsigned(w.codes[byte]) << 8 | (end > 8 ? w.codes[byte + 1] : 0u);
-    return w.codebook[two >> (16 - end) & ((1u << w.bits) - 1u)] * scale;
+    return w.codebook[two >> (16 - end) & ((1u << w.bits) - 1u)] * scale + offset;
 }
 
 // Columns of W are a few bytes of each of its rows, too far apart for the CPU to foresee: whoever reads row r of them

@@ -6,6 +6,10 @@ constexpr int64_t dot_rows_at_once = 16;  // of W, times a few rows of x that st
 
 // Scales of blocks [first, first + count).
 inline void scales_of_row(const hb_weight& w, int64_t first, int64_t count, float* scales) {
+    if (w.constants == 2) {
+        for (int64_t b = 0; b < count; ++b) scales[b] = scale_of(w, first + b);
+        return;
+    }
     if (!w.nested_absmax) {
         __builtin_memcpy(scales, static_cast<const float*>(w.absmax) + first, size_t(count) * 4);
         return;

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import halfbyte.kernels as kernels
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.kernels import cpu
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant import reference
@@ -43,7 +43,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tens
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8", "nf3", "nf2"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int4-asym", "int8", "nf3", "nf2"])
 def test_codec_equals_reference(isa: str, quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = weight_of(shape, dtype)
@@ -52,7 +52,7 @@ def test_codec_equals_reference(isa: str, quant_type: str, blocksize: int, dtype
         assert same_bits(codes, codes_ref), shape
         assert same_bits(absmax, absmax_ref), shape
         absmax[::3].neg_()  # of either sign, as `quant.scale` may choose them
-        nested_codes, nested_absmax, offset = compress_absmax(absmax)
+        nested_codes, nested_absmax, offset = compress_absmax(absmax, constants_of(quant_type))
         for scales in ((absmax, None, 0.0), (nested_codes, nested_absmax, offset)):
             for out_dtype in DTYPES:
                 args = (codes, *scales, quant_type, blocksize, list(shape), out_dtype)
@@ -60,12 +60,12 @@ def test_codec_equals_reference(isa: str, quant_type: str, blocksize: int, dtype
                 assert same_bits(value, dequantize_reference(*args)), (shape, out_dtype)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8", "nf3", "nf2"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int4-asym", "int8", "nf3", "nf2"])
 def test_all_codes_and_extreme_scales(isa: str, quant_type: str) -> None:
     """Every byte, under scales that overflow fp16, underflow bf16, and round in every way."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(96)
     count = codes.numel() * 8 // bits_of(quant_type)
-    scales = torch.logspace(-45, 38, count // 32)
+    scales = torch.logspace(-45, 38, constants_of(quant_type) * count // 32)
     for dtype in DTYPES:
         args = (codes, scales, None, 0.0, quant_type, 32, [count], dtype)
         assert same_bits(torch.ops.halfbyte.dequantize_4bit(*args), dequantize_reference(*args))

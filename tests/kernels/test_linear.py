@@ -85,7 +85,7 @@ def test_products_equal_the_oracle(isa: str, shape: tuple[int, int, int], nested
             assert_product(dx, grad, exact, panels=panels)
 
 
-@pytest.mark.parametrize("quant_type", ["fp4", "int4", "bof4-s", "int8", "nf3", "nf2"])
+@pytest.mark.parametrize("quant_type", ["fp4", "int4", "int4-asym", "bof4-s", "int8", "nf3", "nf2"])
 def test_codebooks_and_leading_dimensions(isa: str, quant_type: str) -> None:
     weight = quantized(96, 128, 64, quant_type)
     exact = decoded(weight, 96, 128)

@@ -10,7 +10,7 @@ from quant.derive_codebooks import af4, bof4
 
 import halfbyte as hb
 from halfbyte.config.base import BLOCKSIZES
-from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, state_key
+from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, constants_of, state_key
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.blocks import num_code_bytes
@@ -62,6 +62,7 @@ ERRORS = {
     "nf4": 8.45e-3,
     "fp4": 1.49e-2,
     "int4": 1.16e-2,
+    "int4-asym": 8.03e-3,
     "af4": 9.16e-3,
     "bof4": 8.02e-3,
     "bof4-s": 7.36e-3,
@@ -94,7 +95,23 @@ def test_odd_sizes_and_zeros(backend: str, quant_type: str, shape: tuple[int, ..
     for blocksize in BLOCKSIZES[::3]:
         made = hb.quantize(weight, quant_type=quant_type, blocksize=blocksize)
         assert ((made.dequantize() - weight).abs() <= most * weight.abs().max()).all() if weight.numel() else True
-        assert not made.dequantize().view(-1)[64:160].any()
+        if constants_of(quant_type) == 1 or blocksize == 32:
+            assert not made.dequantize().view(-1)[64:160].any()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_zeros_beside_others_are_within_half_a_step_of_an_offset(backend: str, double_quant: bool) -> None:
+    """Measured: 0.290 of a step in square mean, where evenly spread numbers have 0.289; blocks of zeros stay zeros."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
+    weight.view(-1)[::10] = 0.0
+    weight[:, 128:256] = 0.0
+    made = hb.quantize(weight, quant_type="int4-asym", double_quant=double_quant)
+    steps = made.scales_and_offsets()[0].repeat_interleave(64).view(weight.shape)
+    assert not made.dequantize()[:, 128:256].any()
+    off = (made.dequantize() / steps)[weight == 0].abs()
+    off = off[off > 0]
+    assert off.max() < (0.53 if double_quant else 0.5001)
+    assert off.square().mean().sqrt() == pytest.approx(0.29, abs=0.005)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -53,8 +53,8 @@ def compare(
     """Train a model in several ways on the same data, and say which differences are real.
 
     Variants: full (all weights), 16bit (LoRA), nf4, nf4-single (scales in 32 bits), nf4-mse, nf4-signed,
-    nf4-calibrated, nf4-start, fp4, int4, af4, bof4, bof4-s, int8, nf3, nf2. Each run is a process of its own; a
-    finished one is not run again.
+    nf4-calibrated, nf4-start, fp4, int4, int4-asym, af4, bof4, bof4-s, int8, nf3, nf2. Each run is a process of its
+    own; a finished one is not run again.
     """
     run = load_run(config, settings, {
         "--model": ("model.path", model), "--data": ("data.train", data), "--eval-data": ("data.eval", eval_data),

@@ -26,7 +26,7 @@ def quantize(
         typer.Option(
             "--quant-type",
             metavar="TYPE",
-            help="In 4 bits nf4, fp4, int4, af4, bof4, bof4-s; in 8, 3 and 2 int8, nf3, nf2. Default: nf4.",
+            help="In 4 bits nf4, fp4, int4, int4-asym, af4, bof4, bof4-s; in 8, 3 and 2 int8, nf3, nf2. Default: nf4.",
         ),
     ] = None,
     report: Annotated[

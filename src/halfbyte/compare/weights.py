@@ -20,12 +20,11 @@ from halfbyte.model.names import match_names
 from halfbyte.model.read import read_unquantized, state_names
 from halfbyte.model.source import open_source
 from halfbyte.quant import QuantizedWeight
-from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.nibbles import unpack_codes
 
 BINS, LIMIT = 240, 1.5
-"""Of the histogram of weight / scale, from -LIMIT to LIMIT."""
+"""Of the histogram of (weight - offset) / scale, from -LIMIT to LIMIT."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class WeightReport:
     Attributes:
         error: of all weights together.
         values: of the format of most weights, 1 being what a block's largest gets; use: share of its codes;
-            histogram: of its weights / scale, BINS counts.
+            histogram: of its (weights - offset) / scale, BINS counts.
         loss, loss_16bit, perplexity, perplexity_16bit: of the text, where one was given.
         note: why there are none.
     """
@@ -124,14 +123,13 @@ def _pairs(path: str, folder: Path) -> Iterator[tuple[str, Tensor, QuantizedWeig
 
 
 def _layer(name: str, original: Tensor, weight: QuantizedWeight) -> tuple[LayerReport, float, Tensor, Tensor]:
-    """The layer's figures, its squared error, weight / scale, and its codes."""
+    """The layer's figures, its squared error, (weight - offset) / scale, and its codes."""
     size, flat = weight.blocksize, original.float().flatten()
     errors = (flat - weight.dequantize(torch.float32).flatten()).square()
-    scales = weight.absmax
-    if weight.nested_absmax is not None:
-        scales = expand_absmax(scales, weight.nested_absmax, weight.nested_offset)
-    each = scales.float().repeat_interleave(size)[: flat.numel()]
-    ratios = torch.where(each != 0, flat / torch.where(each != 0, each, 1.0), 0.0)
+    scales, offsets = weight.scales_and_offsets()
+    each = scales.repeat_interleave(size)[: flat.numel()]
+    moved = flat if offsets is None else flat - offsets.repeat_interleave(size)[: flat.numel()]
+    ratios = torch.where(each != 0, moved / torch.where(each != 0, each, 1.0), 0.0)
     ends = codebook(weight.quant_type, weight.blocksize).values
     whole = flat.numel() // size * size
     norms = flat[:whole].square().view(-1, size).sum(1)

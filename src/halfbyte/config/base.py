@@ -35,7 +35,7 @@ class QuantConfig:
     """[quant]: how the base is held, in 4 bits or in 8, 3 or 2."""
 
     quant_type: QuantType = "nf4"
-    """nf4 (the paper's), fp4; files of our own: int4, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
+    """nf4 (the paper's), fp4; our own: int4, int4-asym, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
     bits: float = 0.0
     """`halfbyte quantize`: bits a weight on average, scales included, spread over layers; 0: all in quant_type."""
     blocksize: int = 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -36,6 +36,7 @@ class Weight(ct.Structure):
         ("rows", ct.c_int64),
         ("cols", ct.c_int64),
         ("nested_offset", ct.c_float),
+        ("constants", ct.c_int32),
         ("bits", ct.c_int32),
     )
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.kernels.abi import ABI_VERSION, DTYPES, ISAS, OK, SIGNATURES, Weight
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes, num_constants
 from halfbyte.quant.codebook import codebook, dynamic_map
 from halfbyte.quant.memory import HUGE_PAGE, lasting
 
@@ -117,7 +117,7 @@ class WeightView:
         # The library would read past the end: these are checks, not assertions.
         if codes.dtype != torch.uint8 or codes.numel() != num_code_bytes(count, bits_of(quant_type)):
             raise ValueError(f"{codes.numel()} {codes.dtype} codes for a weight of {count}")
-        if absmax.dtype != scale_dtype or absmax.numel() != num_blocks(count, blocksize):
+        if absmax.dtype != scale_dtype or absmax.numel() != num_constants(count, blocksize, quant_type):
             raise ValueError(f"{absmax.numel()} {absmax.dtype} scales for {num_blocks(count, blocksize)} blocks")
         nested = None
         if nested_absmax is not None:
@@ -128,7 +128,7 @@ class WeightView:
         self.struct = Weight(
             codes.data_ptr(), absmax.data_ptr(), None if nested is None else nested.data_ptr(), dynamic.data_ptr(),
             values.data_ptr(), blocksize, NESTED_BLOCKSIZE, shape[0], shape[1], nested_offset,
-            bits_of(quant_type),
+            constants_of(quant_type), bits_of(quant_type),
         )  # fmt: skip
         self.pointer = ct.addressof(self.struct)
         self.count = count

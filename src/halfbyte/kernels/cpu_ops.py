@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.kernels import panel
 from halfbyte.kernels.abi import DTYPES, NO_MEMORY
 from halfbyte.kernels.adamw import state_maps
@@ -42,7 +42,7 @@ def fused_library(x: Tensor, quant_type: str, blocksize: int, in_features: int) 
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
-    if bits_of(quant_type) != 4:
+    if bits_of(quant_type) != 4 or constants_of(quant_type) > 1:
         return None
     return None if panels_serve(x, library) else library
 
@@ -52,14 +52,14 @@ def panel_library(x: Tensor, quant_type: str, blocksize: int) -> Library | None:
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear:
         return None
-    only = bits_of(quant_type) != 4 and panel.native(x.dtype, library)
+    only = (bits_of(quant_type) != 4 or constants_of(quant_type) > 1) and panel.native(x.dtype, library)
     return library if only or panels_serve(x, library) else None
 
 
 @torch.library.impl("halfbyte::quantize_4bit", "CPU")
 def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     library = _library(weight.dtype, blocksize)
-    if library is None or bits_of(quant_type) != 4:
+    if library is None or bits_of(quant_type) != 4 or constants_of(quant_type) > 1:
         return quantize_reference(weight, quant_type, blocksize)
     return library.quantize(weight, quant_type, blocksize)
 

@@ -61,7 +61,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         load_in_4bit: True; here so that a BitsAndBytesConfig call needs no other change.
         bnb_4bit_quant_type: "nf4", "fp4" (bitsandbytes' own default), or a codebook that only halfbyte reads:
-            "int4", "af4", "bof4", "bof4-s".
+            "int4", "int4-asym", "af4", "bof4", "bof4-s".
         bnb_4bit_use_double_quant: quantize the scales themselves to 8 bits (bitsandbytes' own default: no).
         bnb_4bit_compute_dtype: what matrix products run in: float32, bfloat16 or float16, as torch's dtype or its
             name; None or "auto" takes the dtype of the layer's input (bitsandbytes' own default: float32).

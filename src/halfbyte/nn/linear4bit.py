@@ -12,7 +12,7 @@ import halfbyte.kernels  # noqa: F401  (registers the fast implementations of th
 from halfbyte.config.formats import bits_of
 from halfbyte.errors import ConfigError
 from halfbyte.quant import QuantizedWeight, quantize
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes, num_constants
 
 
 class _PackedData(Tensor):
@@ -90,12 +90,12 @@ class Linear4bit(nn.Linear):
         self.nested_offset = 0.0
         self._row_squares: Tensor | None = None
         count = in_features * out_features
-        blocks = num_blocks(count, blocksize)
+        constants = num_constants(count, blocksize, quant_type)
         self._set_codes(torch.zeros(num_code_bytes(count, bits_of(quant_type)), dtype=torch.uint8, device=device))
         scale_dtype = torch.uint8 if double_quant else torch.float32
-        nested = torch.zeros(num_blocks(blocks, NESTED_BLOCKSIZE), device=device) if double_quant else None
+        nested = torch.zeros(num_blocks(constants, NESTED_BLOCKSIZE), device=device) if double_quant else None
         # Not persistent: state dicts hold them under bitsandbytes' names, "weight.absmax" and so on.
-        self.register_buffer("absmax", torch.zeros(blocks, dtype=scale_dtype, device=device), persistent=False)
+        self.register_buffer("absmax", torch.zeros(constants, dtype=scale_dtype, device=device), persistent=False)
         self.register_buffer("nested_absmax", nested, persistent=False)
         fresh = torch.zeros(out_features, dtype=weight_dtype, device=device) if bias else None
         self.register_parameter("bias", None if fresh is None else nn.Parameter(fresh, requires_grad=False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.config import QuantConfig
-from halfbyte.config.formats import STATE_KEYS, bits_of
+from halfbyte.config.formats import STATE_KEYS, bits_of, constants_of
 from halfbyte.config.model_config import read_model_config
 from halfbyte.dtypes import ITEMSIZE
 from halfbyte.plan.architecture import FUSED, Architecture, architecture
@@ -68,9 +68,9 @@ class Base:
 
 
 def quantized_bytes(weights: int, quant: QuantConfig) -> int:
-    """codes ceil(n bits/8); scales: a byte a block and 4 bytes for 256 of them, or 4 bytes a block."""
-    blocks = -(-weights // quant.blocksize)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if quant.double_quant else 4 * blocks
+    """codes ceil(n bits/8); scales, and offsets: a byte a block and 4 bytes for 256 of them, or 4 bytes a block."""
+    constants = constants_of(quant.quant_type) * -(-weights // quant.blocksize)
+    scales = constants + 4 * -(-constants // NESTED_BLOCKSIZE) if quant.double_quant else 4 * constants
     return -(-weights * bits_of(quant.quant_type) // 8) + scales
 
 

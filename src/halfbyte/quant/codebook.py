@@ -1,6 +1,7 @@
 """The codebooks: the only place in the repository where a table is typed.
 
-A codebook maps a code to a value; a weight is ``codebook[code] * scale of its block``.
+A codebook maps a code to a value; a weight is ``codebook[code] * scale of its block``, of int4-asym
+plus the block's offset.
 Sources: NF4 from arXiv 2305.14314 (appendix E), FP4 and the dynamic maps as bitsandbytes defines them. The digits
 are constants, not derivations: recomputing NF4 from normal quantiles differs by up to 1.1e-7. AF4 and BOF4, which depend
 on the block size, are what tests/quant/derive_codebooks.py computes from the definitions in arXiv 2306.06965 and
@@ -169,7 +170,7 @@ def codebook(quant_type: str, blocksize: int) -> Codebook:
         return _codebook(NF3)
     if quant_type == "nf2":
         return _codebook(NF2)
-    if quant_type == "int4":
+    if quant_type in ("int4", "int4-asym"):
         return replace(_codebook(range(-8, 8)), top=7.0)
     if quant_type == "int8":  # two's complement, as the products with a frozen matrix in int8 read it
         return replace(_codebook([*range(128), *range(-128, 0)]), top=127.0)

@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
-from halfbyte.quant.absmax import compress_absmax, expand_absmax
+from halfbyte.config.formats import bits_of, constants_of
+from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.nibbles import pack_codes
@@ -132,12 +132,13 @@ def round_with_feedback(
     """
     table = codebook(plain.quant_type, plain.blocksize)
     levels = table.levels
-    grid = Grid(levels, _steps(plain))
+    grid = _grid(plain, levels)
     ranks = ranks_with_feedback(wanted, moments, grid, sweeps)
     if refit and wanted.shape[1] % plain.blocksize == 0:
-        scales = fitted_scales(wanted, levels[ranks.int()], moments.damped, plain.blocksize)
+        left = wanted if grid.offsets is None else wanted - grid.offsets
+        scales = fitted_scales(left, levels[ranks.int()], moments.damped, plain.blocksize)
         other = _with_scales(plain, scales)
-        other_grid = Grid(levels, _steps(other))
+        other_grid = _grid(other, levels)
         other_ranks = ranks_with_feedback(wanted, moments, other_grid, sweeps, ranks)
         if _error(wanted, other_ranks, other_grid, moments) < _error(wanted, ranks, grid, moments):
             plain, ranks = other, other_ranks
@@ -146,23 +147,29 @@ def round_with_feedback(
 
 
 def _with_scales(plain: QuantizedWeight, scales: Tensor) -> QuantizedWeight:
+    if (offsets := plain.scales_and_offsets()[1]) is not None:
+        scales = torch.stack([scales, offsets], 1).view(-1)
     if plain.nested_absmax is None:
         return replace(plain, absmax=scales)
-    absmax, nested_absmax, offset = compress_absmax(scales)
+    absmax, nested_absmax, offset = compress_absmax(scales, constants_of(plain.quant_type))
     return replace(plain, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset)
 
 
-def _steps(weight: QuantizedWeight) -> Tensor:
-    """(out, in): the scale that each weight is decoded with."""
-    scales = weight.absmax
-    if weight.nested_absmax is not None:
-        scales = expand_absmax(weight.absmax, weight.nested_absmax, weight.nested_offset)
+def _grid(weight: QuantizedWeight, levels: Tensor) -> Grid:
+    """What each weight (out, in) may be decoded to."""
     count = weight.shape[0] * weight.shape[1]
-    return scales.repeat_interleave(weight.blocksize)[:count].view(weight.shape)
+    scales, offsets = (
+        None if each is None else each.repeat_interleave(weight.blocksize)[:count].view(weight.shape)
+        for each in weight.scales_and_offsets()
+    )
+    assert scales is not None
+    return Grid(levels, scales, offsets)
 
 
 def _error(wanted: Tensor, ranks: Tensor, grid: Grid, moments: Moments) -> float:
     wrong = wanted - grid.levels[ranks.int()] * grid.scales
+    if grid.offsets is not None:
+        wrong -= grid.offsets
     return float((torch.ops.halfbyte.product(wrong, moments.damped) * wrong).sum())
 
 

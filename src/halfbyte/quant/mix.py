@@ -36,8 +36,7 @@ class Unit:
 
 def bits_in(shapes: Sequence[tuple[int, ...]], quant_type: str, quant: QuantConfig) -> int:
     """That weights of `shapes` take in a format, scales included."""
-    bits = bits_of(quant_type)
-    return 8 * sum(quantized_bytes(shape, quant.blocksize, quant.double_quant, bits) for shape in shapes)
+    return 8 * sum(quantized_bytes(shape, quant.blocksize, quant.double_quant, quant_type) for shape in shapes)
 
 
 def formats_for(shapes: Sequence[tuple[int, ...]], quant: QuantConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import quantize_8bit_reference
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes, num_constants
 from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import least_error_scales_reference
@@ -58,7 +58,10 @@ def _check_weight(
     )
     scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
     require(absmax.dtype == scale_dtype, lambda: f"absmax must be {scale_dtype}, not {absmax.dtype}")
-    require(absmax.numel() == num_blocks(count, blocksize), lambda: f"{absmax.numel()} scales for {count} weights")
+    require(
+        absmax.numel() == num_constants(count, blocksize, quant_type),
+        lambda: f"{absmax.numel()} scales for {count} weights",
+    )
     if nested_absmax is not None:
         require(
             nested_absmax.numel() == num_blocks(absmax.numel(), NESTED_BLOCKSIZE),
@@ -75,7 +78,7 @@ def _quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Ten
 def _quantize_4bit_fake(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     torch._check(weight.is_floating_point(), lambda: f"cannot quantize {weight.dtype}")
     codes = weight.new_empty(num_code_bytes(weight.numel(), bits_of(quant_type)), dtype=torch.uint8)
-    return codes, weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+    return codes, weight.new_empty(num_constants(weight.numel(), blocksize, quant_type), dtype=torch.float32)
 
 
 torch.library.impl("halfbyte::quantize_8bit", "CompositeExplicitAutograd", quantize_8bit_reference)

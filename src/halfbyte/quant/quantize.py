@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.base import QuantConfig
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.errors import ModelError
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import num_code_bytes
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.memory import lasting
+from halfbyte.quant.offsets import block_constants
 from halfbyte.quant.scales import codes_for_scales, double_quantized, least_error_scales, peak_scales
 from halfbyte.quant.weight import SOURCE_DTYPES, QuantizedWeight
 
@@ -73,8 +74,8 @@ def quantize_slices(
 class SliceQuantizer:
     """`quantize_slices` for a caller that takes the codes of each slice away before the next is read.
 
-    The weight is held whole with a `config.scale` other than absmax and for a codebook with signed scales: its codes
-    depend on scales that are known last.
+    The weight is held whole with a `config.scale` other than absmax, for a codebook with signed scales and for one
+    with offsets: its codes depend on scales that are known last.
     """
 
     def __init__(
@@ -90,7 +91,8 @@ class SliceQuantizer:
 
     def codes(self) -> Iterator[Tensor]:
         """The codes of each slice, flat; in one piece where the weight is held whole."""
-        if self._config.chosen_scale != "absmax" or codebook(self._config.quant_type, self._config.blocksize).signed:
+        signed = codebook(self._config.quant_type, self._config.blocksize).signed
+        if self._config.chosen_scale != "absmax" or signed or constants_of(self._config.quant_type) > 1:
             yield self._codes_for_scales()
             return
         for part in self._parts():
@@ -116,7 +118,9 @@ class SliceQuantizer:
         parts, config = [part.clone() for part in self._parts()], self._config  # the next overwrites the last
         weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
         del parts
-        if config.chosen_scale == "absmax":
+        if constants_of(config.quant_type) > 1:
+            scales = block_constants(weight, config, self._importance)
+        elif config.chosen_scale == "absmax":
             scales = peak_scales(weight, config.blocksize)
         else:
             scales = least_error_scales(
@@ -125,7 +129,7 @@ class SliceQuantizer:
             )  # fmt: skip
         self._keep(scales, weight)
         if config.double_quant and not self._bad:
-            self._compressed, scales = double_quantized(scales)
+            self._compressed, scales = double_quantized(scales, constants_of(config.quant_type))
         return codes_for_scales(weight, scales, config.quant_type, config.blocksize)
 
     def finish(self, codes: Tensor) -> QuantizedWeight:

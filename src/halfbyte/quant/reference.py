@@ -7,11 +7,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
-from halfbyte.quant.absmax import TINY, expand_absmax
+from halfbyte.config.formats import bits_of, constants_of
+from halfbyte.quant.absmax import TINY, scales_and_offsets
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.nibbles import pack_codes, unpack_codes
+from halfbyte.quant.offsets import range_constants
+from halfbyte.quant.scales import codes_for_scales
 
 
 def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -25,8 +27,12 @@ def quantize_reference(weight: Tensor, quant_type: str, blocksize: int) -> tuple
         weight: any shape, float32, bfloat16 or float16, finite.
 
     Returns:
-        codes (num_code_bytes(n, bits),) uint8, absmax (ceil(n/blocksize),) float32.
+        codes (num_code_bytes(n, bits),) uint8, absmax (ceil(n/blocksize),) float32; of int4-asym twice as many, for an
+        offset follows each scale: the least weight of a block gets the lowest code, the largest the highest.
     """
+    if constants_of(quant_type) > 1:
+        constants = range_constants(weight, blocksize)
+        return codes_for_scales(weight, constants, quant_type, blocksize), constants
     table = codebook(quant_type, blocksize)
     flat = weight.detach().reshape(-1).float()
     full = flat.numel() - flat.numel() % blocksize
@@ -53,16 +59,19 @@ def dequantize_reference(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """``codebook[code] * scale`` in float32, then one rounding to `dtype`; shape `shape`.
+    """``codebook[code] * scale``, of int4-asym ``+ offset``, in float32, then one rounding to `dtype`; shape `shape`.
 
     Args:
         codes: (num_code_bytes(n, bits),) uint8, any view of it.
-        absmax: (ceil(n/blocksize),) float32; uint8 under double quantization, when `nested_absmax` is given.
+        absmax: (num_constants(n, blocksize, quant_type),) float32; uint8 under double quantization, when
+            `nested_absmax` is given.
     """
-    if nested_absmax is not None:
-        absmax = expand_absmax(absmax, nested_absmax, nested_offset)
+    each, offsets = scales_and_offsets(absmax, nested_absmax, nested_offset, quant_type)
     count = prod(shape)
     ranks = unpack_codes(codes.reshape(-1), bits_of(quant_type), count).int()
     values = codebook(quant_type, blocksize).values.to(codes.device)[ranks]
-    scales = absmax.repeat_interleave(blocksize)[:count] if num_blocks(count, blocksize) else absmax
-    return (values * scales).view(shape).to(dtype)
+    scales = each.repeat_interleave(blocksize)[:count] if num_blocks(count, blocksize) else each
+    values = values * scales
+    if offsets is not None:
+        values += offsets.repeat_interleave(blocksize)[:count]
+    return values.view(shape).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.formats import bits_of
-from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax
+from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax, scales_and_offsets
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import Codebook, codebook
 from halfbyte.quant.nibbles import pack_codes
@@ -70,21 +70,25 @@ def least_error_scales_reference(
 
 
 def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
-    """Packed: the nearest code of every weight to the (num_blocks,) `scales` it is decoded with."""
+    """Packed: the nearest code of every weight to the `scales`, and offsets, that it is decoded with (`absmax`)."""
+    scales, offsets = scales_and_offsets(scales, None, 0.0, quant_type)
     flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    boundaries, order = table.boundaries.to(flat.device), table.order.to(flat.device)
     for start in range(0, flat.numel(), CHUNK):
         w = _blocks(flat[start : start + CHUNK].float(), blocksize)
-        ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], table.boundaries)
+        if offsets is not None:
+            w = w - offsets[start // blocksize :][: len(w), None]
+        ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], boundaries)
         part = codes[start : start + CHUNK]
-        part.copy_(table.order[ranks.view(-1)[: len(part)]])
+        part.copy_(order[ranks.view(-1)[: len(part)]])
     return pack_codes(codes, bits_of(quant_type), table.zero_code)
 
 
-def double_quantized(scales: Tensor) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
+def double_quantized(scales: Tensor, constants: int = 1) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
     """`compress_absmax`, and what the scales are decoded to."""
-    compressed = compress_absmax(scales)
-    return compressed, expand_absmax(*compressed)
+    compressed = compress_absmax(scales, constants)
+    return compressed, expand_absmax(*compressed, constants)
 
 
 def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: int) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.base import BLOCKSIZES
-from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, STATE_KEYS, bits_of, state_key
+from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES, STATE_KEYS, bits_of, constants_of, state_key
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import ops
-from halfbyte.quant.absmax import expand_absmax
+from halfbyte.quant.absmax import expand_absmax, scales_and_offsets
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes, slice_rows
 from halfbyte.quant.codebook import codebook, dynamic_map
 
@@ -33,7 +33,8 @@ class QuantizedWeight:
 
     Attributes:
         codes: (num_code_bytes(n, bits),) uint8, one after the other, the first in the high bits of the first byte.
-        absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization.
+        absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization. Of int4-asym
+            its offset follows each scale: twice as many.
         nested_absmax: (ceil(len(absmax)/256),) float32 under double quantization, else None.
         nested_offset: mean of the scales under double quantization, else 0.
         quant_type: the codebook, of `config.formats`.
@@ -71,6 +72,10 @@ class QuantizedWeight:
         """The arguments every ``torch.ops.halfbyte`` operator takes for its weight."""
         return (self.codes, self.absmax, self.nested_absmax, self.nested_offset, self.quant_type, self.blocksize)
 
+    def scales_and_offsets(self) -> tuple[Tensor, Tensor | None]:
+        """(ceil(n/blocksize),) float32 each, decoded: scales, and offsets where the format has them."""
+        return scales_and_offsets(self.absmax, self.nested_absmax, self.nested_offset, self.quant_type)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight, `shape`, in `dtype` (default: `self.dtype`)."""
         result: Tensor = torch.ops.halfbyte.dequantize_4bit(*self.op_args, list(self.shape), dtype or self.dtype)
@@ -81,9 +86,9 @@ class QuantizedWeight:
 
         Their scales are float32, under double quantization the decoded ones: each piece decodes to the same bits.
         """
-        scales = self.absmax
+        scales, each = self.absmax, constants_of(self.quant_type)
         if self.nested_absmax is not None:
-            scales = expand_absmax(self.absmax, self.nested_absmax, self.nested_offset)
+            scales = expand_absmax(self.absmax, self.nested_absmax, self.nested_offset, each)
         rows, row = slice_rows(self.shape, self.blocksize, max_elements), prod(self.shape[1:])
         for start in range(0, self.shape[0], rows):
             count = min(rows, self.shape[0] - start)
@@ -91,7 +96,8 @@ class QuantizedWeight:
             yield replace(
                 self, codes=self.codes[first * self.bits // 8 : num_code_bytes(last, self.bits)],
                 nested_absmax=None, nested_offset=0.0,
-                absmax=scales[first // self.blocksize : -(-last // self.blocksize)], shape=(count, *self.shape[1:]),
+                absmax=scales[each * (first // self.blocksize) : each * -(-last // self.blocksize)],
+                shape=(count, *self.shape[1:]),
             )  # fmt: skip
 
     def to(self, device: torch.device | str) -> QuantizedWeight:

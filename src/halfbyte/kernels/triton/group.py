@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.group import Member
 from halfbyte.kernels.triton.codec import RUN, RUNS_PER_PROGRAM, decode_part
@@ -75,7 +75,8 @@ def knows(members: Sequence[Member], columns: int) -> bool:
     """Is this group a case for these kernels: few members, all double-quantized or none, blocks of a power of two?"""
     quant_type, blocksize = members[0].weight[4:]
     nested = {member.weight[2] is None for member in members}
-    return bits_of(quant_type) == 4 and len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
+    four = bits_of(quant_type) == 4 and constants_of(quant_type) == 1
+    return four and len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
         blocksize >= LEAST_BLOCKSIZE and blocksize & (blocksize - 1) == 0
     )  # fmt: skip
 
