@@ -62,3 +62,16 @@ inline void interleave(vec even, vec odd, vec* a, vec* b) {
     const __m256 p = _mm256_unpacklo_ps(even, odd), q = _mm256_unpackhi_ps(even, odd);
     *a = _mm256_permute2f128_ps(p, q, 0x20), *b = _mm256_permute2f128_ps(p, q, 0x31);
 }
+
+// The level nearest each number: of 16 ascending ones, between 15 bounds.
+struct Nearest {
+    Encoder tree;
+    __m256 low, high;
+    Nearest(const float* levels, const float* bounds)
+        : tree(bounds, no_order), low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
+};
+inline vec vnearest(vec x, const Nearest& n) {
+    const __m256i rank = rank8(x, n.tree);  // bit 3 says which half; as the sign it chooses
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(n.low, rank), _mm256_permutevar8x32_ps(n.high, rank),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(rank, 28)));
+}

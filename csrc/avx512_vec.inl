@@ -57,3 +57,27 @@ inline vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_
 // The float whose exponent field is the last eight bits of x.
 inline vec vexponent(vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 inline vec vscale(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^n for whole n
+
+// The level nearest each number: of 16 ascending ones, between 15 bounds. A tree of four comparisons, whose place, 8 4 2 1
+// for each that holds, is the index of the next bounds and at last of the level.
+struct Nearest {
+    __m512 root, left, right, third, fourth, levels;
+    Nearest(const float* all, const float* b) : levels(_mm512_loadu_ps(all)) {
+        alignas(64) float quarters[16] = {}, eighths[16] = {};
+        for (int i = 0; i < 16; i += 4) quarters[i] = b[i + 1];
+        for (int i = 0; i < 16; i += 2) eighths[i] = b[i];
+        root = _mm512_set1_ps(b[7]), left = _mm512_set1_ps(b[3]), right = _mm512_set1_ps(b[11]);
+        third = _mm512_load_ps(quarters), fourth = _mm512_load_ps(eighths);
+    }
+};
+inline vec vnearest(vec x, const Nearest& n) {
+    const auto deeper = [](__m512i place, __mmask16 holds, int step) {
+        return _mm512_mask_add_epi32(place, holds, place, _mm512_set1_epi32(step));
+    };
+    const __mmask16 upper = _mm512_cmp_ps_mask(x, n.root, _CMP_GT_OQ);
+    const __mmask16 second = _mm512_cmp_ps_mask(x, _mm512_mask_blend_ps(upper, n.left, n.right), _CMP_GT_OQ);
+    __m512i place = deeper(_mm512_maskz_set1_epi32(upper, 8), second, 4);
+    place = deeper(place, _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(place, n.third), _CMP_GT_OQ), 2);
+    place = deeper(place, _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(place, n.fourth), _CMP_GT_OQ), 1);
+    return _mm512_permutexvar_ps(place, n.levels);
+}

@@ -91,6 +91,13 @@ int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const fl
     return HB_OK;
 }
 
+int hb_codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales,
+                        const float* bounds, const uint8_t* order, uint8_t* codes, int threads) {
+    if (!power_of_two(blocksize, 32)) return HB_UNSUPPORTED;
+    current()->codes_for_scales(w, dtype, n, blocksize, scales, bounds, order, codes, threads);
+    return HB_OK;
+}
+
 int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads) {
     return current()->count_nonfinite(x, dtype, n, threads);
 }
@@ -110,7 +117,7 @@ int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, uint8_t
 int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance, int64_t cols,
                           const float* levels, const float* bounds, const float* factors, int count, float* scales,
                           int threads) {
-    if (!power_of_two(blocksize, 32) || blocksize > 4096 || cols < 1) return HB_UNSUPPORTED;
+    if (!power_of_two(blocksize, 32) || blocksize > 4096 || cols < 1 || count < 1 || count > 32) return HB_UNSUPPORTED;
     current()->least_error_scales(w, dtype, n, blocksize, importance, cols, levels, bounds, factors, count, scales,
                                   threads);
     return HB_OK;

@@ -107,6 +107,11 @@ HB_API void hb_release_workspace(void);         // gives the linear functions' k
 // of each interval. A block with a NaN or Inf gets a NaN or Inf absmax, so that the caller can find it without a pass.
 HB_API int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const float* bounds,
                        const uint8_t* order, uint8_t* codes, float* absmax, int threads);
+
+// n elements, scales[ceil(n / blocksize)] -> codes[(n + 1) / 2], each the nearest under its scale, which may be negative.
+HB_API int hb_codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales,
+                               const float* bounds, const uint8_t* order, uint8_t* codes, int threads);
+
 HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads);
 
 // Elements [first, first + n) of the flat weight; `first` is a multiple of the block size. Exact: one fp32 multiply, with
@@ -119,7 +124,7 @@ HB_API int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, 
 
 // n elements -> scales[ceil(n / blocksize)], each of least sum of importance times squared error among those that the codes
 // of `count` candidates, factors[c] times the largest magnitude, would like best. `importance` is of the cols columns of W,
-// or NULL; `levels` are the 16 ascending values, `bounds` their midpoints. What is not finite makes its scale so.
+// or NULL; count is at most 32; `levels` are the 16 ascending values, `bounds` their midpoints. What is not finite makes its scale so.
 HB_API int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
                                  int64_t cols, const float* levels, const float* bounds, const float* factors,
                                  int count, float* scales, int threads);

@@ -47,6 +47,8 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, co
     }
 }
 
+#include "baseline_vec.inl"
+
 #include "quantize.inl"
 #include "scales.inl"
 #include "choose.inl"
@@ -57,5 +59,5 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, co
 }  // namespace
 
 extern const hb_table hb_table_baseline = {
-    hb_baseline::quantize,           hb_baseline::count_nonfinite, hb_baseline::dequantize, hb_baseline::quantize_8bit,
-    hb_baseline::least_error_scales, hb_baseline::choose_codes,    hb_baseline::adamw};
+    hb_baseline::quantize,      hb_baseline::codes_for_scales,   hb_baseline::count_nonfinite, hb_baseline::dequantize,
+    hb_baseline::quantize_8bit, hb_baseline::least_error_scales, hb_baseline::choose_codes,    hb_baseline::adamw};

@@ -40,6 +40,7 @@
 
 constexpr hb_table all_kernels = {
     quantize,
+    codes_for_scales,
     count_nonfinite,
     dequantize,
     quantize_8bit,

@@ -18,11 +18,13 @@ struct Encoder {
     }
 };
 
+// Of the floats in a table with these numbers.
+inline uint8x16_t bytes_of(uint32x4_t number) {
+    return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), number, vdupq_n_u32(0x04040404)));
+}
+
 // The number of boundaries below each x, 0 to 15. A comparison gives -1 where it holds.
 inline uint32x4_t rank4(float32x4_t x, const Encoder& e) {
-    const auto bytes_of = [](uint32x4_t number) {  // of the floats in a table with these numbers
-        return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), number, vdupq_n_u32(0x04040404)));
-    };
     const auto deeper = [x](uint32x4_t r, float32x4_t bound) {
         return vsubq_u32(vaddq_u32(r, r), vcgtq_f32(x, bound));
     };

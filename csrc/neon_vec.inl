@@ -85,3 +85,16 @@ inline void interleave(vec even, vec odd, vec* a, vec* b) {
     *a = {vzip1q_f32(even.low, odd.low), vzip2q_f32(even.low, odd.low)};
     *b = {vzip1q_f32(even.high, odd.high), vzip2q_f32(even.high, odd.high)};
 }
+
+// The level nearest each number: of 16 ascending ones, between 15 bounds.
+struct Nearest {
+    Encoder tree;
+    uint8x16x4_t levels;
+    Nearest(const float* all, const float* bounds) : tree(bounds, no_order) {
+        for (int i = 0; i < 4; ++i) levels.val[i] = vreinterpretq_u8_f32(vld1q_f32(all + 4 * i));
+    }
+};
+inline float32x4_t nearest4(float32x4_t x, const Nearest& n) {
+    return vreinterpretq_f32_u8(vqtbl4q_u8(n.levels, bytes_of(rank4(x, n.tree))));
+}
+inline vec vnearest(vec x, const Nearest& n) { return {nearest4(x.low, n), nearest4(x.high, n)}; }

@@ -117,6 +117,8 @@ inline void fetch_rows(const hb_weight& w, int64_t row, int64_t count, int64_t f
         __builtin_prefetch(w.codes + (at_most(next + i, w.rows - 1) * w.cols + column) / 2);
 }
 
+constexpr uint8_t no_order[16] = {};  // of an encoder that is asked for ranks only
+
 inline uint8_t encode_one(float x, const float* bounds, const uint8_t* order) {
     int interval = 0;
     for (int i = 0; i < 15; ++i) interval += x > bounds[i];

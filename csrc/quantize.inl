@@ -1,4 +1,4 @@
-// quantize and count_nonfinite: the loops around an ISA's `absmax_bits` and `encode_block`.
+// quantize, codes_for_scales and count_nonfinite: the loops around an ISA's `absmax_bits` and `encode_block`.
 //
 // The absmax is taken over the bits of |x| as integers: equal to the float maximum for numbers, and a NaN or Inf, whose
 // bits are the largest, always survives into the result.
@@ -42,6 +42,39 @@ void quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const floa
             return quantize_typed(static_cast<const fp16*>(w), n, blocksize, bounds, order, codes, absmax, threads);
         default:
             return quantize_typed(static_cast<const float*>(w), n, blocksize, bounds, order, codes, absmax, threads);
+    }
+}
+
+template <class T>
+void codes_for_scales_typed(const T* w, int64_t n, int64_t blocksize, const float* scales, const float* bounds,
+                            const uint8_t* order, uint8_t* codes, int threads) {
+    const int64_t full = n / blocksize, done = full * blocksize;
+    const Encoder encoder(bounds, order);
+    const auto inverse = [scales](int64_t b) {
+        return 1.0f / (scales[b] < 1e-38f && scales[b] > -1e-38f ? 1.0f : scales[b]);
+    };
+#pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))
+    for (int64_t b = 0; b < full; ++b)
+        encode_block(w + b * blocksize, blocksize, inverse(b), encoder, codes + b * blocksize / 2);
+    for (int64_t i = done; i < n; i += 2) {
+        const uint8_t high = encode_one(widen(w[i]) * inverse(full), bounds, order);
+        const uint8_t low = encode_one(i + 1 < n ? widen(w[i + 1]) * inverse(full) : 0.0f, bounds, order);
+        codes[i / 2] = uint8_t(high << 4 | low);
+    }
+}
+
+void codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales, const float* bounds,
+                      const uint8_t* order, uint8_t* codes, int threads) {
+    switch (dtype) {
+        case HB_BF16:
+            return codes_for_scales_typed(static_cast<const bf16*>(w), n, blocksize, scales, bounds, order, codes,
+                                          threads);
+        case HB_F16:
+            return codes_for_scales_typed(static_cast<const fp16*>(w), n, blocksize, scales, bounds, order, codes,
+                                          threads);
+        default:
+            return codes_for_scales_typed(static_cast<const float*>(w), n, blocksize, scales, bounds, order, codes,
+                                          threads);
     }
 }
 

@@ -10,6 +10,8 @@
 
 struct hb_table {
     void (*quantize)(const void*, int, int64_t, int64_t, const float*, const uint8_t*, uint8_t*, float*, int);
+    void (*codes_for_scales)(const void*, int, int64_t, int64_t, const float*, const float*, const uint8_t*, uint8_t*,
+                             int);
     int64_t (*count_nonfinite)(const void*, int, int64_t, int);
     void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
     void (*quantize_8bit)(const float*, int64_t, const hb_state_map*, uint8_t*, float*, int);

@@ -12,9 +12,10 @@ from halfbyte.kernels import cpu
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant import reference
 from halfbyte.quant.absmax import compress_absmax, quantize_8bit_reference
+from halfbyte.quant.blocks import num_constants
 from halfbyte.quant.codebook import Codebook, dynamic_boundaries
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
-from halfbyte.quant.scales import codes_for_scales, least_error_scales_reference
+from halfbyte.quant.scales import codes_for_scales, codes_for_scales_reference, least_error_scales_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -239,3 +240,32 @@ def test_a_scale_of_least_error_is_not_finite_where_the_weight_is_not(isa: str) 
     weight[1, 5], weight[3, 0] = float("nan"), float("-inf")
     scales = torch.ops.halfbyte.least_error_scales(weight, "nf4", 64, True, None)
     assert scales.isfinite().tolist() == [True, False, True, False]
+
+
+def test_every_instruction_set_finds_the_same_scales(isa: str) -> None:
+    """A base that is quantized as it is loaded is the same on every machine, and so is the hash an adapter records."""
+    library = cpu_choice().library
+    assert library is not None
+    weight, importance = torch.randn(33, 67), torch.rand(67) + 0.01
+    for quant_type, blocksize, h in (("nf4", 64, None), ("bof4-s", 32, importance), ("nf3", 4096, importance)):
+        found = []
+        for name in (isa, "baseline"):
+            library.force(name)
+            found.append(torch.ops.halfbyte.least_error_scales(weight, quant_type, blocksize, True, h))
+        assert same_bits(*found)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int4-asym", "nf3", "int8"])
+def test_codes_for_scales_are_the_reference_s(isa: str, quant_type: str) -> None:
+    for shape in ((64, 64), (127, 129), (3, 5), (1,), (0,), (2, 3, 67)):
+        for dtype in DTYPES:
+            weight = weight_of(shape, dtype)
+            scales = torch.randn(num_constants(weight.numel(), 64, quant_type))
+            scales[::5] = 0.0
+            found = torch.ops.halfbyte.codes_for_scales(weight, scales, quant_type, 64)
+            assert torch.equal(found, codes_for_scales_reference(weight, scales, quant_type, 64)), (shape, dtype)
+
+
+def test_codes_for_too_few_scales_are_refused(isa: str) -> None:
+    with pytest.raises(ValueError, match=r"1 torch\.float32 scales for 2 blocks"):
+        torch.ops.halfbyte.codes_for_scales(torch.randn(128), torch.ones(1), "nf4", 64)

@@ -210,6 +210,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_openmp": (_INT, ()),
     "hb_release_workspace": (None, ()),
     "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "hb_codes_for_scales": (_INT, (_POINTER, _INT, *2 * [_SIZE], *4 * [_POINTER], _INT)),
     "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
     "hb_quantize_8bit": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _INT)),

@@ -76,9 +76,7 @@ class Library:
     def quantize(self, weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
         """`quant.reference.quantize_reference`, bit for bit."""
         table, flat = codebook(quant_type, blocksize), weight.detach().contiguous()
-        count = flat.numel()
-        nbytes = num_code_bytes(count)
-        codes = lasting(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
+        count, codes = flat.numel(), _empty_codes(flat.numel())
         absmax = torch.empty(num_blocks(count, blocksize), dtype=torch.float32)
         status = self.call.hb_quantize(
             flat.data_ptr(), DTYPES[flat.dtype], count, blocksize, table.unit_boundaries.data_ptr(),
@@ -88,6 +86,22 @@ class Library:
             raise RuntimeError(f"hb_quantize: status {status}")
         return codes, table.scales(absmax)
 
+    def codes_for_scales(self, weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+        """`quant.scales.codes_for_scales_reference`, bit for bit."""
+        table, flat = codebook(quant_type, blocksize), weight.detach().contiguous()
+        scales, codes = scales.contiguous(), _empty_codes(flat.numel())
+        if scales.dtype != torch.float32 or scales.numel() != num_blocks(flat.numel(), blocksize):
+            raise ValueError(
+                f"{scales.numel()} {scales.dtype} scales for {num_blocks(flat.numel(), blocksize)} blocks"
+            )
+        status = self.call.hb_codes_for_scales(
+            flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, scales.data_ptr(),
+            table.boundaries.data_ptr(), table.order.data_ptr(), codes.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if status != OK:
+            raise RuntimeError(f"hb_codes_for_scales: status {status}")
+        return codes
+
     def count_nonfinite(self, tensor: Tensor) -> int:
         """NaN and Inf in a float32, bfloat16 or float16 CPU tensor."""
         flat = tensor.detach().contiguous()
@@ -95,6 +109,12 @@ class Library:
             flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), torch.get_num_threads()
         )
         return int(count)
+
+
+def _empty_codes(count: int) -> Tensor:
+    """For so many codes of 4 bits."""
+    nbytes = num_code_bytes(count)
+    return lasting(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
 
 
 class WeightView:

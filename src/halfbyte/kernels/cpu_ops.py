@@ -28,7 +28,7 @@ from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.int8 import int8_rows
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
-from halfbyte.quant.scales import factors_of, least_error_scales_reference
+from halfbyte.quant.scales import codes_for_scales_reference, factors_of, least_error_scales_reference
 
 
 def _library(dtype: torch.dtype, blocksize: int) -> Library | None:
@@ -95,6 +95,14 @@ def _least_error_scales(
     ):  # fmt: skip
         return scales
     return least_error_scales_reference(weight, quant_type, blocksize, signed, importance)
+
+
+@torch.library.impl("halfbyte::codes_for_scales", "CPU")
+def _codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    library = _library(weight.dtype, blocksize)
+    if library is None or bits_of(quant_type) != 4 or constants_of(quant_type) > 1:
+        return codes_for_scales_reference(weight, scales, quant_type, blocksize)
+    return library.codes_for_scales(weight, scales, quant_type, blocksize)
 
 
 @torch.library.impl("halfbyte::choose_codes", "CPU")

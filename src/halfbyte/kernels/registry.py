@@ -34,7 +34,7 @@ CUDA_KERNELS = ("triton", "bitsandbytes", "reference")
 OPS = ("quantize_4bit", "dequantize_4bit", "linear_4bit", "linear_4bit_dx")
 LAYER_OPS = (
     "lora_linear_4bit", "linear_frozen", "softmax_cross_entropy_", "packed_attention", "rms_norm", "rope_", "gated",
-    "adamw_32bit_", "adamw_8bit_", "quantize_8bit", "least_error_scales",
+    "adamw_32bit_", "adamw_8bit_", "quantize_8bit", "least_error_scales", "codes_for_scales",
 )  # fmt: skip
 """What a training step and double quantization need besides."""
 

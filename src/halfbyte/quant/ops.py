@@ -18,7 +18,7 @@ from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes, num_constants
 from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
-from halfbyte.quant.scales import least_error_scales_reference
+from halfbyte.quant.scales import codes_for_scales_reference, least_error_scales_reference
 
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, float nested_offset, str quant_type, int blocksize"
 
@@ -27,6 +27,9 @@ torch.library.define("halfbyte::quantize_8bit", "(Tensor x) -> (Tensor, Tensor)"
 torch.library.define(
     "halfbyte::least_error_scales",
     "(Tensor weight, str quant_type, int blocksize, bool signed, Tensor? importance) -> Tensor",
+)
+torch.library.define(
+    "halfbyte::codes_for_scales", "(Tensor weight, Tensor scales, str quant_type, int blocksize) -> Tensor"
 )
 torch.library.define(
     "halfbyte::choose_codes",
@@ -97,6 +100,14 @@ def _least_error_scales_fake(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     return weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+
+
+torch.library.impl("halfbyte::codes_for_scales", "CompositeExplicitAutograd", codes_for_scales_reference)
+
+
+@torch.library.register_fake("halfbyte::codes_for_scales")
+def _codes_for_scales_fake(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    return weight.new_empty(num_code_bytes(weight.numel(), bits_of(quant_type)), dtype=torch.uint8)
 
 
 torch.library.impl("halfbyte::choose_codes", "CompositeExplicitAutograd", choose_codes_reference)

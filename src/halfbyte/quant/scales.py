@@ -56,30 +56,36 @@ def least_error_scales_reference(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     """The operator `least_error_scales` in plain torch: `least_error_scales`, `importance` above 0."""
-    flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
-    scales = torch.empty(num_blocks(flat.numel(), blocksize))
+    flat, table = weight.detach().reshape(-1), codebook(quant_type, blocksize)
+    scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
     step = max(CHUNK // blocksize, 1)
     for first in range(0, len(scales), step):
         start, stop = first * blocksize, min((first + step) * blocksize, flat.numel())
         w = _blocks(flat[start:stop].float(), blocksize)
         h = None
         if importance is not None:
-            h = _blocks(importance[torch.arange(start, stop) % len(importance)], blocksize)
+            h = _blocks(importance[torch.arange(start, stop, device=flat.device) % len(importance)], blocksize)
         scales[first : first + step] = _best(w, h, table, signed)
     return scales
 
 
 def codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
     """Packed: the nearest code of every weight to the `scales`, and offsets, that it is decoded with (`absmax`)."""
+    codes: Tensor = torch.ops.halfbyte.codes_for_scales(weight, scales, quant_type, blocksize)
+    return codes
+
+
+def codes_for_scales_reference(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    """The operator `codes_for_scales` in plain torch."""
     scales, offsets = scales_and_offsets(scales, None, 0.0, quant_type)
-    flat, table = weight.reshape(-1), codebook(quant_type, blocksize)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    boundaries, order = table.boundaries.to(flat.device), table.order.to(flat.device)
+    flat, table = weight.detach().reshape(-1), codebook(quant_type, blocksize)
+    codes = flat.new_empty(flat.numel(), dtype=torch.uint8)
+    bounds, order = table.boundaries.to(flat.device), table.order.to(flat.device)
     for start in range(0, flat.numel(), CHUNK):
         w = _blocks(flat[start : start + CHUNK].float(), blocksize)
         if offsets is not None:
             w = w - offsets[start // blocksize :][: len(w), None]
-        ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], boundaries)
+        ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], bounds)
         part = codes[start : start + CHUNK]
         part.copy_(order[ranks.view(-1)[: len(part)]])
     return pack_codes(codes, bits_of(quant_type), table.zero_code)
@@ -128,11 +134,11 @@ def factors_of(table: Codebook, signed: bool) -> tuple[float, ...]:
 
 def _best(w: Tensor, h: Tensor | None, table: Codebook, signed: bool) -> Tensor:
     """Of the blocks w (blocks, blocksize), their columns weighted by `h`."""
-    levels = table.levels
+    levels, bounds = table.levels.to(w.device), table.boundaries.to(w.device)
     peak, weighted = w.abs().amax(1), w if h is None else w * h
     best, scales = torch.full_like(peak, -1.0), torch.zeros_like(peak)
     for factor in factors_of(table, signed):
-        values = levels[torch.bucketize(w * _inverse(factor * peak)[:, None], table.boundaries)]
+        values = levels[torch.bucketize(w * _inverse(factor * peak)[:, None], bounds)]
         along = (weighted * values).sum(1)
         norm = (values * values if h is None else values * values * h).sum(1).clamp(min=TINY)
         gain = along * along / norm  # what the error is less than with all codes 0
@@ -148,7 +154,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    return scales.where(scales != 0, 1.0).reciprocal()
+    return scales.where(scales.abs() >= TINY, 1.0).reciprocal()
 
 
 def _blocks(flat: Tensor, blocksize: int) -> Tensor:
