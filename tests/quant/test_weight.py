@@ -107,10 +107,11 @@ def test_ties_go_to_the_lower_value(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(100, 64), (64, 48), (130, 33), (512, 7), (1, 5000)])
 @pytest.mark.parametrize("blocksize", [32, 64, 256])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_slices_equal_the_whole(shape: tuple[int, int], blocksize: int, double_quant: bool) -> None:
+@pytest.mark.parametrize("scale", ["absmax", "mse", "mse-signed"])
+def test_slices_equal_the_whole(shape: tuple[int, int], blocksize: int, double_quant: bool, scale: str) -> None:
     weight = torch.randn(shape).bfloat16()
-    config = QuantConfig(blocksize=blocksize, double_quant=double_quant)
-    whole = quantize(weight, blocksize=blocksize, double_quant=double_quant)
+    config = QuantConfig(blocksize=blocksize, double_quant=double_quant, scale=scale)
+    whole = quantize(weight, blocksize=blocksize, double_quant=double_quant, scale=scale)
     rows = slice_rows(shape, blocksize, max_elements=2000)
     assert rows * shape[1] % (2 * blocksize) == 0
     sliced = quantize_slices(weight.split(rows), shape, weight.dtype, config, name="w")

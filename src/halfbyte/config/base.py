@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from halfbyte.config.checks import require, require_choice
-from halfbyte.config.formats import QUANT_TYPES, QuantType, bits_of
+from halfbyte.config.formats import QUANT_TYPES, QuantType, bits_of, constants_of
 from halfbyte.dtypes import COMPUTE_DTYPES
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -67,6 +67,16 @@ class QuantConfig:
         if self.scale != "auto":
             return self.scale
         return "mse-signed" if self.calibrate or bits_of(self.quant_type) < 4 else "absmax"
+
+    @property
+    def whole_weights(self) -> bool:
+        """Whether a weight is quantized only when it is whole in memory: codes for scales that depend on all others.
+
+        Scales of either sign are double-quantized by 256, but int8's, where a mean to subtract matters still; codes
+        for the largest magnitude do not wait for how it is decoded.
+        """
+        centred = self.chosen_scale == "mse" or (self.chosen_scale == "mse-signed" and self.quant_type == "int8")
+        return self.double_quant and (centred or constants_of(self.quant_type) > 1)
 
     @property
     def recipe(self) -> dict[str, Any]:

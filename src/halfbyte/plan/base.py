@@ -90,8 +90,13 @@ def slice_bytes(tensor: StoredTensor) -> int:
 
 
 def load_extra(weights: int, itemsize: int, quant: QuantConfig) -> int:
-    """A slice as it is stored, and the codes (n bits/8) and float32 scales (4 n/b) in parts, before they are one."""
-    in_parts = -(-weights * bits_of(quant.quant_type) // 8) if weights > SLICE_ELEMENTS else 0
+    """A slice as it is stored, and the codes (n bits/8) and float32 scales (4 n/b) in parts, before they are one.
+
+    The whole weight as it is stored, where the slices are put together before they are quantized.
+    """
+    large = weights > SLICE_ELEMENTS
+    in_parts = -(-weights * bits_of(quant.quant_type) // 8) if large else 0
+    in_parts += weights * itemsize if large and quant.whole_weights else 0
     return min(weights, SLICE_ELEMENTS) * itemsize + in_parts + 3 * 4 * -(-weights // quant.blocksize)
 
 

@@ -13,22 +13,23 @@ TINY = 1e-38
 """Stands in for an all-zero block's scale when dividing by it."""
 
 
-def compress_absmax(absmax: Tensor, constants: int = 1) -> tuple[Tensor, Tensor, float]:
+def compress_absmax(absmax: Tensor, constants: int = 1, *, centred: bool = True) -> tuple[Tensor, Tensor, float]:
     """Scales in 8 bits: subtract their mean, then blocks of 256 of the dynamic map.
 
     Args:
         absmax: (num_blocks,) float32.
         constants: 2 where an offset follows each scale. The mean is of the scales alone and subtracted from them
             alone: they vary little around it, and an offset of 0 stays 0.
+        centred: False subtracts nothing: scales of either sign have no mean to speak of, and 256 need no others.
 
     Returns:
         absmax_codes (num_blocks,) uint8, nested_absmax (ceil(num_blocks/256),) float32, nested_offset.
     """
-    offset = absmax[::constants].mean() if absmax.numel() else absmax.new_zeros(())
-    centred = absmax - offset
+    offset = absmax[::constants].mean() if centred and absmax.numel() else absmax.new_zeros(())
+    rest = absmax - offset
     if constants > 1:
-        centred[1::2] = absmax[1::2]
-    codes, nested_absmax = torch.ops.halfbyte.quantize_8bit(centred)
+        rest[1::2] = absmax[1::2]
+    codes, nested_absmax = torch.ops.halfbyte.quantize_8bit(rest)
     return codes, nested_absmax, float(offset)
 
 

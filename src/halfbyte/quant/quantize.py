@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from math import prod
 
@@ -13,7 +13,7 @@ from halfbyte.config.base import QuantConfig
 from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.errors import ModelError
 from halfbyte.quant.absmax import compress_absmax
-from halfbyte.quant.blocks import num_code_bytes
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.memory import lasting
 from halfbyte.quant.offsets import block_constants
@@ -74,8 +74,7 @@ def quantize_slices(
 class SliceQuantizer:
     """`quantize_slices` for a caller that takes the codes of each slice away before the next is read.
 
-    The weight is held whole with a `config.scale` other than absmax, for a codebook with signed scales and for one
-    with offsets: its codes depend on scales that are known last.
+    The weight is held whole where `config.whole_weights` says so; else no more than a slice of it and 256 blocks.
     """
 
     def __init__(
@@ -84,21 +83,26 @@ class SliceQuantizer:
     ) -> None:  # fmt: skip
         self.shape = shape
         self._slices, self._dtype, self._config, self._name = slices, dtype, config, name
-        self._importance = importance
+        self._importance, self._taken = importance, 0
+        self._constants, self._signed = constants_of(config.quant_type), config.chosen_scale == "mse-signed"
         self._scales: list[Tensor] = []
-        self._compressed: tuple[Tensor, Tensor, float] | None = None
+        self._compressed: list[tuple[Tensor, Tensor, float]] = []
         self._bad = 0
 
     def codes(self) -> Iterator[Tensor]:
         """The codes of each slice, flat; in one piece where the weight is held whole."""
-        signed = codebook(self._config.quant_type, self._config.blocksize).signed
-        if self._config.chosen_scale != "absmax" or signed or constants_of(self._config.quant_type) > 1:
-            yield self._codes_for_scales()
-            return
-        for part in self._parts():
-            codes, scales = torch.ops.halfbyte.quantize_4bit(part, self._config.quant_type, self._config.blocksize)
-            self._keep(scales, part)
-            yield codes
+        config = self._config
+        by_peak = config.chosen_scale == "absmax" and self._constants == 1
+        if by_peak and not codebook(config.quant_type, config.blocksize).signed:
+            for part in self._parts():
+                codes, scales = torch.ops.halfbyte.quantize_4bit(part, config.quant_type, config.blocksize)
+                self._check(scales, part)
+                self._scales.append(scales)
+                yield codes
+        elif config.whole_weights:
+            yield self._nearest(self._whole())
+        else:
+            yield from map(self._nearest, self._groups() if config.double_quant else self._parts())
 
     def _parts(self) -> Iterator[Tensor]:
         for part in map(Tensor.detach, self._slices):
@@ -107,30 +111,57 @@ class SliceQuantizer:
                 raise ModelError(f"has dtype {part.dtype}", where=self._name, why=why)
             yield part
 
-    def _keep(self, scales: Tensor, part: Tensor) -> None:
+    def _groups(self) -> Iterator[Tensor]:
+        """The weight, flat, in pieces of whole groups of blocks, which double quantization takes together."""
+        group, count, seen = NESTED_BLOCKSIZE * self._config.blocksize, prod(self.shape), 0
+        rest: Tensor | None = None
+        for part in self._parts():
+            seen += part.numel()
+            flat = part.reshape(-1) if rest is None else torch.cat([rest, part.reshape(-1)])
+            stop = flat.numel() if seen == count else flat.numel() // group * group
+            rest = flat[stop:].clone() if stop < flat.numel() else None  # the next slice overwrites this one
+            if stop or seen == count:
+                yield flat[:stop]
+
+    def _whole(self) -> Tensor:
+        weight, filled = None, 0
+        for part in self._parts():
+            if part.numel() == prod(self.shape):
+                return part
+            weight = part.new_empty(prod(self.shape)) if weight is None else weight
+            weight[filled : filled + part.numel()] = part.reshape(-1)
+            filled += part.numel()
+        assert weight is not None
+        return weight
+
+    def _check(self, scales: Tensor, part: Tensor) -> None:
         # NaN or Inf in a block shows in its scale, so the weights need no second pass unless something is wrong.
         if not scales.sum().isfinite():
             self._bad += int((~torch.isfinite(part)).sum())
-        self._scales.append(scales)
 
-    def _codes_for_scales(self) -> Tensor:
+    def _nearest(self, part: Tensor) -> Tensor:
         """Codes for the scales as they are decoded, not as they were wished."""
-        parts, config = [part.clone() for part in self._parts()], self._config  # the next overwrites the last
-        weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
-        del parts
-        if constants_of(config.quant_type) > 1:
-            scales = block_constants(weight, config, self._importance)
-        elif config.chosen_scale == "absmax":
-            scales = peak_scales(weight, config.blocksize)
-        else:
-            scales = least_error_scales(
-                weight, config.quant_type, config.blocksize, signed=config.chosen_scale == "mse-signed",
-                importance=self._importance,
-            )  # fmt: skip
-        self._keep(scales, weight)
+        config, scales = self._config, self._wished(part)
+        self._check(scales, part)
         if config.double_quant and not self._bad:
-            self._compressed, scales = double_quantized(scales, constants_of(config.quant_type))
-        return codes_for_scales(weight, scales, config.quant_type, config.blocksize)
+            compressed, scales = double_quantized(scales, self._constants, centred=config.whole_weights)
+            self._compressed.append(compressed)
+        else:
+            self._scales.append(scales)
+        return codes_for_scales(part, scales, config.quant_type, config.blocksize)
+
+    def _wished(self, part: Tensor) -> Tensor:
+        config, importance = self._config, self._importance
+        if importance is not None:
+            importance = importance.roll(-(self._taken % len(importance)))
+        self._taken += part.numel()
+        if self._constants > 1:
+            return block_constants(part, config, importance)
+        if config.chosen_scale == "absmax":
+            return peak_scales(part, config.blocksize)
+        return least_error_scales(
+            part, config.quant_type, config.blocksize, signed=self._signed, importance=importance
+        )
 
     def finish(self, codes: Tensor) -> QuantizedWeight:
         """The weight, once `codes()` has been used up; `codes` is all of them, or a meta tensor in their place.
@@ -141,11 +172,19 @@ class SliceQuantizer:
         if self._bad:
             fix = "Use a checkpoint whose weights are finite"
             raise ModelError(f"has {self._bad} NaN or Inf", where=self._name, fix=fix)
-        absmax = self._scales[0] if len(self._scales) == 1 else torch.cat(self._scales)
         nested_absmax, offset = None, 0.0
-        if self._config.double_quant:
-            absmax, nested_absmax, offset = self._compressed or compress_absmax(absmax)
+        if self._compressed:
+            scales, nested, offsets = zip(*self._compressed, strict=True)
+            absmax, nested_absmax, offset = _joined(scales), _joined(nested), offsets[0]
+        else:
+            absmax = _joined(self._scales)
+            if self._config.double_quant:
+                absmax, nested_absmax, offset = compress_absmax(absmax)
         return QuantizedWeight(
             codes=codes, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset,
             quant_type=self._config.quant_type, blocksize=self._config.blocksize, shape=self.shape, dtype=self._dtype,
         )  # fmt: skip
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -91,9 +91,11 @@ def codes_for_scales_reference(weight: Tensor, scales: Tensor, quant_type: str, 
     return pack_codes(codes, bits_of(quant_type), table.zero_code)
 
 
-def double_quantized(scales: Tensor, constants: int = 1) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
+def double_quantized(
+    scales: Tensor, constants: int = 1, *, centred: bool = True
+) -> tuple[tuple[Tensor, Tensor, float], Tensor]:
     """`compress_absmax`, and what the scales are decoded to."""
-    compressed = compress_absmax(scales, constants)
+    compressed = compress_absmax(scales, constants, centred=centred)
     return compressed, expand_absmax(*compressed, constants)
 
 

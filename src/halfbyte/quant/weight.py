@@ -36,7 +36,7 @@ class QuantizedWeight:
         absmax: scale of each block, (ceil(n/blocksize),): float32, or uint8 under double quantization. Of int4-asym
             its offset follows each scale: twice as many.
         nested_absmax: (ceil(len(absmax)/256),) float32 under double quantization, else None.
-        nested_offset: mean of the scales under double quantization, else 0.
+        nested_offset: what is added to decoded scales under double quantization: their mean, or 0 for either sign.
         quant_type: the codebook, of `config.formats`.
         blocksize: weights to a block.
         shape: of the weight, (out_features, in_features) for a linear layer.
