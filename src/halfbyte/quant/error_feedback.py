@@ -8,6 +8,7 @@ have changed in the input (arXiv 2504.02692).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,12 +19,15 @@ from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
+from halfbyte.quant.inverse import inverse_cholesky, product
 from halfbyte.quant.nibbles import pack_codes
 from halfbyte.quant.scales import fitted_scales
 from halfbyte.quant.weight import QuantizedWeight
 
 DAMPING = 0.01
 """Added to the diagonal of the inputs' second moments, as a part of its mean: columns that hardly ever fire."""
+ERROR_COLUMNS = 1024
+"""Of a symmetric product, computed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +66,25 @@ class Moments:
     def inverse_factor(self) -> Tensor:
         """(in, in): the upper Cholesky factor of the inverse of `damped`, both in `order`."""
         backwards = self.order.flip(0)
-        root = torch.linalg.cholesky(self.damped[backwards][:, backwards]).flip(0, 1)  # upper, times its transpose
-        factor: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
-        return factor.contiguous()
+        return inverse_cholesky(self.damped[backwards][:, backwards]).flip(0, 1)
 
     def wanted(self, target: Tensor) -> Tensor:
         """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
-        shift = torch.ops.halfbyte.product(target, (self.cross - self.own).T)
-        return target + torch.cholesky_solve(shift.T, self.factor).T
+        shift = product(target, (self.cross - self.own).T)
+        half = product(shift[:, self.order], self.inverse_factor)
+        wanted = target.clone()
+        wanted[:, self.order] += product(half, self.inverse_factor.T)
+        return wanted
 
     def error(self, wrong: Tensor) -> float:
         """The sum of squares of x wrong^T, for `wrong` (out, in), over the text."""
-        return float((torch.ops.halfbyte.product(wrong, self.own) * wrong).sum())
+        total = 0.0
+        for start in range(0, wrong.shape[1], ERROR_COLUMNS):  # `own` is symmetric: what is above its diagonal, twice
+            part = wrong[:, start : start + ERROR_COLUMNS]
+            sums = product(wrong[:, start:], self.own[start : start + ERROR_COLUMNS, start:]).mul_(part)
+            inside = product(part, self.own[start : start + ERROR_COLUMNS, start : start + ERROR_COLUMNS]).mul_(part)
+            total += 2 * float(sums.sum()) - float(inside.sum())
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,34 +103,40 @@ class Grid:
 
     def taken(self, order: Tensor) -> Grid:
         """The grid of the transposed weight (in, out), its rows in `order`."""
-        offsets = None if self.offsets is None else self.offsets.T[order].contiguous()
-        return Grid(self.levels, self.scales.T[order].contiguous(), offsets)
+        offsets = None if self.offsets is None else self.offsets.T[order]
+        return Grid(self.levels, self.scales.T[order], offsets)
 
 
-def ranks_with_feedback(
-    wanted: Tensor, moments: Moments, grid: Grid, sweeps: int = 0, ranks: Tensor | None = None
-) -> Tensor:
+def ranks_with_feedback(wanted: Tensor, moments: Moments, grid: Grid, sweeps: int = 0) -> Tensor:
     """The ranks in `grid` of the weight W for which x W^T is close to x wanted^T.
 
     Args:
         wanted: (out, in) float32.
         sweeps: over all columns afterwards, each given the best code beside all others: half as long again, for each.
-        ranks: (out, in) uint8, to begin these sweeps at.
 
     Returns:
         (out, in) uint8.
     """
+    return _chosen(wanted, moments, grid, sweeps)[0]
+
+
+def _chosen(
+    wanted: Tensor, moments: Moments, grid: Grid, sweeps: int, ranks: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """`ranks_with_feedback`, and the error that is left after `sweeps`, which begin at `ranks` where given."""
     order = moments.order
-    columns, grid = wanted.T[order].contiguous(), grid.taken(order)
+    columns, grid, error = wanted.T[order], grid.taken(order), 0.0
+    if grid.offsets is not None:
+        columns -= grid.offsets
     if ranks is None:
         found = _ranks(columns.clone() if sweeps else columns, moments.inverse_factor, grid)
     else:
-        found = ranks.T[order].contiguous()
+        found = ranks.T[order]
     if sweeps:
-        _improve(found, columns, moments.damped[order][:, order], grid, sweeps)
+        error = _improve(found, columns, moments.damped[order][:, order], grid, sweeps)
     back = torch.empty_like(found)
     back[order] = found
-    return back.T
+    return back.T.contiguous(), error
 
 
 def round_with_feedback(
@@ -131,16 +148,14 @@ def round_with_feedback(
         refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
     """
     table = codebook(plain.quant_type, plain.blocksize)
-    levels = table.levels
-    grid = _grid(plain, levels)
-    ranks = ranks_with_feedback(wanted, moments, grid, sweeps)
+    levels, grid = table.levels, _grid(plain, table.levels)
+    ranks, error = _chosen(wanted, moments, grid, sweeps)
     if refit and wanted.shape[1] % plain.blocksize == 0:
         left = wanted if grid.offsets is None else wanted - grid.offsets
         scales = fitted_scales(left, levels[ranks.int()], moments.damped, plain.blocksize)
         other = _with_scales(plain, scales)
-        other_grid = _grid(other, levels)
-        other_ranks = ranks_with_feedback(wanted, moments, other_grid, sweeps, ranks)
-        if _error(wanted, other_ranks, other_grid, moments) < _error(wanted, ranks, grid, moments):
+        other_ranks, other_error = _chosen(wanted, moments, _grid(other, levels), sweeps, ranks)
+        if other_error < error:
             plain, ranks = other, other_ranks
     codes = table.order[ranks.reshape(-1).int()]
     return replace(plain, codes=pack_codes(codes, bits_of(plain.quant_type), table.zero_code))
@@ -166,42 +181,61 @@ def _grid(weight: QuantizedWeight, levels: Tensor) -> Grid:
     return Grid(levels, scales, offsets)
 
 
-def _error(wanted: Tensor, ranks: Tensor, grid: Grid, moments: Moments) -> float:
-    wrong = wanted - grid.levels[ranks.int()] * grid.scales
-    if grid.offsets is not None:
-        wrong -= grid.offsets
-    return float((torch.ops.halfbyte.product(wrong, moments.damped) * wrong).sum())
-
-
 def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     """(in, out) uint8, of `columns` (in, out), which are used up."""
-    if grid.offsets is not None:
-        columns -= grid.offsets
-    ranks = torch.empty(columns.shape, dtype=torch.uint8)
-    for start in range(0, len(columns), MOST):
-        stop = min(start + MOST, len(columns))
-        part = slice(start, stop)
-        ranks[part], errors = torch.ops.halfbyte.choose_codes(
+    ranks, errors = torch.empty(columns.shape, dtype=torch.uint8), torch.empty_like(columns)
+
+    def choose(part: slice) -> None:
+        ranks[part], errors[part] = torch.ops.halfbyte.choose_codes(
             columns[part], None, grid.scales[part], upper[part, part], grid.levels
         )
-        if stop < len(columns):
-            columns[stop:] -= torch.ops.halfbyte.product(upper[part, stop:].T, errors.T)
+
+    def pass_on(done: slice, left: slice) -> None:
+        columns[left] -= product(upper[done, left].T, errors[done].T)
+
+    _by_halves(0, len(columns), choose, pass_on)
     return ranks
 
 
-def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: int) -> None:
-    """Coordinate descent on the codes, in place: `ranks` (in, out) of `wanted` (in, out), which is used up."""
-    if grid.offsets is not None:
-        wanted -= grid.offsets
-    values = grid.levels[ranks.int()] * grid.scales
+def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: int) -> float:
+    """Coordinate descent on the codes, in place: `ranks` (in, out) of `wanted` (in, out), which is used up.
+
+    Returns:
+        the error that is left: the sum of ``wrong damped wrong^T``.
+    """
+    values = grid.levels[ranks.int()].mul_(grid.scales)
+    wrong, changes = wanted.sub_(values), torch.empty_like(values)
+    pull = product(damped, wrong.T)
+
+    def choose(part: slice) -> None:
+        ranks[part], changes[part] = torch.ops.halfbyte.choose_codes(
+            pull[part], values[part], grid.scales[part], damped[part, part], grid.levels
+        )
+        pass_on(part, part)
+
+    def pass_on(done: slice, left: slice) -> None:
+        pull[left] -= product(damped[left, done], changes[done].T)
+
     for _ in range(sweeps):
-        pull = torch.ops.halfbyte.product(damped, (wanted - values).T)
-        for start in range(0, len(values), MOST):
-            stop = min(start + MOST, len(values))
-            part = slice(start, stop)
-            ranks[part], changes = torch.ops.halfbyte.choose_codes(
-                pull[part], values[part], grid.scales[part], damped[part, part], grid.levels
-            )
-            values[part] += changes
-            if stop < len(values):
-                pull[stop:] -= torch.ops.halfbyte.product(damped[stop:, part], changes.T)
+        _by_halves(0, len(values), choose, pass_on, pass_on)
+        values += changes
+        wrong -= changes
+    return float(pull.mul_(wrong).sum())
+
+
+def _by_halves(
+    start: int, stop: int, choose: Callable[[slice], None], *pass_on: Callable[[slice, slice], None]
+) -> None:
+    """`choose` for MOST columns at a time, in order. What a half has changed is passed on to the other by one product:
+    first from the first to the second; with two functions back as well.
+    """
+    if stop - start <= MOST:
+        return choose(slice(start, stop))
+    middle = start + -(-(stop - start) // (2 * MOST)) * MOST
+    halves = slice(start, middle), slice(middle, stop)
+    _by_halves(start, middle, choose, *pass_on)
+    pass_on[0](*halves)
+    _by_halves(middle, stop, choose, *pass_on)
+    if len(pass_on) > 1:
+        pass_on[1](halves[1], halves[0])
+    return None

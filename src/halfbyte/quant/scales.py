@@ -13,6 +13,7 @@ from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax, scales_and_offsets
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import Codebook, codebook
+from halfbyte.quant.inverse import product
 from halfbyte.quant.nibbles import pack_codes
 
 FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
@@ -120,8 +121,8 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
         squares = torch.empty(len(part), count, count)
         for b in range(count):
             block = slice(b * size, (b + 1) * size)
-            squares[:, b] = (_product(part[:, block], moments[:, block]) * part).view(blocks).sum(2)
-        goal = (_product(wanted[start : start + step], moments) * part).view(blocks).sum(2)
+            squares[:, b] = product(part[:, block], moments[:, block]).mul_(part).view(blocks).sum(2)
+        goal = product(wanted[start : start + step], moments).mul_(part).view(blocks).sum(2)
         diagonal = squares.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
         scales[start : start + step] = torch.linalg.solve(squares, goal)
@@ -148,11 +149,6 @@ def _best(w: Tensor, h: Tensor | None, table: Codebook, signed: bool) -> Tensor:
         best = gain.where(better, best)
         scales = (along / norm).where(better, scales)
     return scales.where(peak.isfinite(), peak)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    result: Tensor = torch.ops.halfbyte.product(a, b)
-    return result
 
 
 def _inverse(scales: Tensor) -> Tensor:

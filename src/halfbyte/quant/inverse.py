@@ -1,0 +1,37 @@
+"""Factors of large matrices, of products: our kernels multiply several times as fast as LAPACK's solve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST = 256
+"""Rows of a matrix that LAPACK factorises."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) b^T (k, n), float32."""
+    result: Tensor = torch.ops.halfbyte.product(a, b)
+    return result
+
+
+def inverse_cholesky(matrix: Tensor) -> Tensor:
+    """The inverse of the lower Cholesky factor of `matrix` (n, n), float32, positive definite.
+
+    Of a matrix in four quarters, from those of its first and of what that leaves of its last (its Schur complement).
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    half = len(matrix) // 2
+    if half < LEAST:
+        eye = torch.eye(len(matrix))
+        inverse: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), eye, upper=False)
+        return inverse
+    inverse = torch.zeros_like(matrix)
+    first = inverse_cholesky(matrix[:half, :half])
+    below = product(matrix[half:, :half], first)
+    last = inverse_cholesky(matrix[half:, half:] - product(below, below))
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = product(last, product(first.T, below)).neg_()
+    return inverse
