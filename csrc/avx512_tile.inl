@@ -41,15 +41,15 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
         const uint8_t* codes[16];
         for (int i = 0; i < 16; ++i) codes[i] = w.codes + (row + at_most(r + i, rows - 1)) * (w.cols / 2);
         float* out = tile + r / 32 * panel_stride(dwords_of<N>(depth)) + r % 32;
-        __m512 scales = _mm512_setzero_ps();
+        __m512 scales = _mm512_setzero_ps(), offsets = _mm512_set1_ps(no_offset);
         int64_t block = -1;
         for (int64_t k = 0; k < depth; k += 32) {
             if (over(k0 + k, w.blocksize) != block) {
                 block = over(k0 + k, w.blocksize);
-                alignas(64) float s[16];
-                for (int i = 0; i < 16; ++i)  // rows past the end multiply by 0
-                    s[i] = r + i < rows ? scale_of(w, (row + r + i) * row_blocks + block) : 0.0f;
+                alignas(64) float s[16], o[16];
+                constants_of_rows<16>(w, (row + r) * row_blocks + block, row_blocks, rows - r, s, o);
                 scales = _mm512_load_ps(s);
+                if (w.constants == 2) offsets = _mm512_load_ps(o);
             }
             if (k % 128 == 0) fetch_rows(w, row + r, 16, row, row + rows, k0 + k, depth);
             __m256i first[4], second[4];
@@ -60,7 +60,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
                 const __m512i dwords = _mm512_inserti64x4(_mm512_castsi256_si512(first[i]), second[i], 1);
                 float* to = out + (k + 8 * i) / N::numbers * 32;
                 const auto value = [=](unsigned bit) {  // vpermps reads only the lowest four bits of an index
-                    return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table), scales);
+                    return vadd(vmul(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords, bit), table), scales), offsets);
                 };
                 put(N(), to, value(4), value(0));
                 put(N(), to + 2 / N::numbers * 32, value(12), value(8));
@@ -71,7 +71,7 @@ void decode_forward(const hb_weight& w, const Decoder& d, int64_t row, int64_t r
     }
 }
 
-// 32 codes -> two registers of values in their order. `table` is the codebook times the block's scale.
+// 32 codes -> two registers of values in their order. `table` is the codebook times the block's scale, plus its offset.
 inline void decode32(const uint8_t* codes, __m512 table, __m512* out) {
     const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     const __m512i packed = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
@@ -93,7 +93,7 @@ struct RowValues {
     void read(int64_t at, __m512* out) {
         if (over(at, w.blocksize) != block) {
             block = over(at, w.blocksize);
-            table = _mm512_mul_ps(codebook, _mm512_set1_ps(scale_of(w, block)));
+            table = vadd(vmul(codebook, vset(scale_of(w, block))), vset(offset_of(w, block)));
         }
         decode32(w.codes + at / 2, table, out);
     }

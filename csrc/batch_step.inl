@@ -39,7 +39,7 @@ inline BatchSizes sizes_of(const hb_decoder& decoder, const hb_batch& batch) {
         }
     }
     s.input = divide_up(s.input, 16) * 16 + 16;  // not a power of two: rows would share a cache set
-    s.ordered = ordered_length(s.input) + 16;
+    s.ordered = divide_up(length_for(s.input), 16) * 16 + 16;
     s.scores = divide_up(longest, HB_KEY_BLOCK) * HB_KEY_BLOCK + HB_KEY_BLOCK;
     s.row = 2 * decoder.hidden_size + s.input + s.ordered + s.qkv + s.gate_up + s.low_rank;
     s.own = decoder.hidden_size + s.queries * s.scores + 1024;  // a page between threads keeps their lines apart
@@ -146,12 +146,8 @@ class BatchStep {
     }
 
     void order(const hb_matrix* group, int count, RowSpan rows) {
-        for (int i = 0; i < count; ++i)
-            if (group[i].w4) {
-                for (int64_t r = rows.first; r < rows.last; ++r)
-                    order_for(*group[i].w4, plain(r), shared_.ordered + r * sizes_.ordered);
-                return;
-            }
+        for (int64_t r = rows.first; r < rows.last; ++r)
+            order_for(group, count, plain(r), shared_.ordered + r * sizes_.ordered);
     }
 
     // The end of the rows from `row` on that share an adapter.

@@ -29,9 +29,9 @@ struct hb_weight {
     int64_t nested_blocksize;    // a power of two
     int64_t rows;                // out_features; the linear functions need cols % blocksize == 0
     int64_t cols;                // in_features
-    float nested_offset;  // added to scales
-    int32_t constants;    // of a block: 1, its scale; or 2, and its offset after it: a weight is value * scale + offset
-    int32_t bits;         // of a code: 4, which all functions read; 8 (two's complement), 3 or 2, which hb_dequantize reads
+    float nested_offset;         // added to scales
+    int32_t constants;  // of a block: 1, its scale; or 2, and its offset after it: a weight is value * scale + offset
+    int32_t bits;  // of a code: 4, which all functions read; 8 (two's complement), 3 or 2, which hb_dequantize reads
 };
 
 // A map of 256 ascending values for 8-bit states, and how to find the nearest one: bounds[i] lies between values i and
@@ -81,7 +81,8 @@ struct hb_packed {
     int dtype;
 };
 
-// One linear layer of a group that reads the same x, and its LoRA adapter: y = x W^T + bias + scaling (x A^T) B^T.
+// One linear layer of a group that reads the same x, and its LoRA adapter: y = x W^T + bias + scaling (x A^T) B^T. Weights
+// of a group have blocks of one size, and all of them offsets or none.
 struct hb_member {
     hb_weight weight;
     const void* bias;     // (rows,) in the dtype of x, or NULL

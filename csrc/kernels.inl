@@ -18,6 +18,7 @@
 #include "product.inl"
 #include "linear.inl"
 #include "adapter_gradients.inl"
+#include "offsets.inl"
 #include "small.inl"
 #include "group.inl"
 #include "frozen.inl"

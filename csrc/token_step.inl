@@ -58,7 +58,7 @@ inline StepSizes sizes_of(const hb_decoder& decoder) {
     }
     int64_t* const sizes[] = {&s.input, &s.qkv, &s.gate_up, &s.attended, &s.low_rank};
     for (int64_t* size : sizes) *size = divide_up(*size, 16) * 16;
-    s.ordered = ordered_length(s.input) + 16;
+    s.ordered = divide_up(length_for(s.input), 16) * 16 + 16;
     s.shared = s.qkv + s.attended + decoder.hidden_size + s.gate_up + s.low_rank;
     // A head's features are counted in s.attended; a page between threads keeps their lines apart.
     s.own = decoder.hidden_size + s.input + s.ordered + 2 * s.attended + s.queries * (decoder.capacity + HB_KEY_BLOCK) +
@@ -157,11 +157,7 @@ class Step {
                     dot_stored<1>(group[i].lora_A + r * group[i].cols, group[i].cols, x, shared_.low_rank + start + r);
             wait();
         }
-        for (int i = 0; i < count; ++i)
-            if (group[i].w4) {
-                order_for(*group[i].w4, x, own_.ordered);
-                break;
-            }
+        order_for(group, count, x, own_.ordered);
         return {x, own_.ordered};
     }
 

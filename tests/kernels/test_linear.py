@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.kernels import panel
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.absmax import compress_absmax
@@ -44,7 +45,7 @@ def quantized(rows: int, cols: int, blocksize: int, quant_type: str = "nf4", nes
     """Random, its scales of either sign, as `quant.scale` may choose them."""
     codes, absmax = torch.ops.halfbyte.quantize_4bit(torch.randn(rows, cols), quant_type, blocksize)
     absmax[::3].neg_()
-    scales = compress_absmax(absmax) if nested else (absmax, None, 0.0)
+    scales = compress_absmax(absmax, constants_of(quant_type)) if nested else (absmax, None, 0.0)
     return (codes, *scales, quant_type, blocksize)
 
 
@@ -68,12 +69,13 @@ def assert_product(
     assert excess <= 0, f"{excess=} {result.shape=} {result.dtype=}"
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "int4-asym"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", SHAPES + CROSSING)
-def test_products_equal_the_oracle(isa: str, shape: tuple[int, int, int], nested: bool) -> None:
+def test_products_equal_the_oracle(isa: str, shape: tuple[int, int, int], nested: bool, quant_type: str) -> None:
     rows, cols, blocksize = shape
     torch.manual_seed(rows)
-    weight = quantized(rows, cols, blocksize, nested=nested)
+    weight = quantized(rows, cols, blocksize, quant_type, nested=nested)
     exact, panels = decoded(weight, rows, cols), shape in CROSSING
     for m in (1, 2, 5, 6, 7, 8, 9, 16, 37):
         for dtype in EPS:

@@ -81,8 +81,8 @@ def device_code(kernel: str, capability: int, dtype: torch.dtype, rows: int = 64
     from halfbyte.kernels.triton import codec, linear, tiles
 
     floating = f"*{TYPES[dtype]}"
-    numbers: dict[str, Any] = {"BLOCKSIZE": 64, "NESTED": True}
-    if kernel == "dequantize":
+    numbers: dict[str, Any] = {"BLOCKSIZE": 64, "NESTED": True, "OFFSETS": kernel.endswith("offsets")}
+    if kernel.startswith("dequantize"):
         return Compiled(
             codec.dequantize_kernel, capability, {**WEIGHT, "out": floating}, **numbers, RUNS=codec.RUNS_PER_PROGRAM
         )
@@ -124,6 +124,7 @@ def test_decoding_rounds_as_the_reference_does(capability: int) -> None:
     """A scale is a multiply, then an add; a value one multiply, then one rounding. Nothing is fused."""
     pytest.importorskip("triton")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert device_code("dequantize with offsets", capability, dtype).count(r"fma\.") == 0
         code = device_code("dequantize", capability, dtype)
         assert code.count(r"fma\.") == 0
         # A thread has eight weights, multiplied in pairs on the newest GPUs, and the scale that they share.
@@ -196,7 +197,7 @@ def test_the_layers_kernels_fit_in_registers(capability: int, tmp_path: Path) ->
         (layer.gated_backward_kernel, {"ACTIVATION": "silu", "BLOCK": 1024}),
         (layer.rope_kernel, {"INVERSE": True, "HEADS": 64, "HALF": 64}),
         (loss.softmax_cross_entropy_kernel, {"BLOCK": loss.COLUMNS, "num_warps": 8}),
-        (group.weights_kernel, {"BLOCKSIZE": 64, "NESTED": True, "RUNS": codec.RUNS_PER_PROGRAM}),
+        (group.weights_kernel, {"BLOCKSIZE": 64, "NESTED": True, "OFFSETS": True, "RUNS": codec.RUNS_PER_PROGRAM}),
         (group.adapters_kernel, {"BLOCK": group.ELEMENTS}),
     ):
         assert Compiled(kernel, capability, types, **constants).stack_bytes(tmp_path) == 0

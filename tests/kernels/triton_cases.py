@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 
@@ -68,16 +69,20 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).to(DEVICE)
 
 
-@pytest.mark.parametrize(("quant_type", "blocksize"), [("nf4", 32), ("nf4", 64), ("fp4", 64), ("fp4", 4096)])
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize"),
+    [("nf4", 32), ("nf4", 64), ("fp4", 64), ("fp4", 4096), ("int4-asym", 32), ("int4-asym", 64)],
+)
 def test_codec_equals_reference(quant_type: str, blocksize: int) -> None:
     for shape, dtype in zip(SHAPES, [torch.float32, torch.bfloat16, HALF] * 2, strict=True):
         weight = weight_of(shape, dtype)
-        codes, absmax = codec.quantize(weight, quant_type, blocksize)
-        codes_ref, absmax_ref = quantize_reference(weight, quant_type, blocksize)
-        assert same_bits(codes, codes_ref), (shape, dtype)
-        assert same_bits(absmax, absmax_ref), (shape, dtype)
+        codes, absmax = quantize_reference(weight, quant_type, blocksize)
+        if quant_type != "int4-asym":  # which has no kernel
+            codes_of_kernel, absmax_of_kernel = codec.quantize(weight, quant_type, blocksize)
+            assert same_bits(codes_of_kernel, codes), (shape, dtype)
+            assert same_bits(absmax_of_kernel, absmax), (shape, dtype)
         absmax[::3].neg_()  # of either sign, as `quant.scale` may choose them
-        nested_codes, nested_absmax, offset = compress_absmax(absmax)
+        nested_codes, nested_absmax, offset = compress_absmax(absmax, constants_of(quant_type))
         for scales in ((absmax, None, 0.0), (nested_codes, nested_absmax, offset)):
             for out_dtype in (torch.float32, HALF):
                 packed = (codes, *scales, quant_type, blocksize)
@@ -114,7 +119,7 @@ def packed_weight(rows: int, cols: int, quant_type: str, blocksize: int, double_
     torch.manual_seed(rows + cols)
     codes, absmax = quantize_reference(torch.randn(rows, cols, device=DEVICE), quant_type, blocksize)
     absmax[::3].neg_()
-    scales = compress_absmax(absmax) if double_quant else (absmax, None, 0.0)
+    scales = compress_absmax(absmax, constants_of(quant_type)) if double_quant else (absmax, None, 0.0)
     packed = (codes, *scales, quant_type, blocksize)
     return packed, dequantize_reference(*packed, (rows, cols), torch.float64)
 
@@ -138,11 +143,13 @@ PRODUCTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("asym", [False, True])
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products(dtype: torch.dtype, case: tuple[int, int, int, int]) -> None:
+def test_products(dtype: torch.dtype, case: tuple[int, int, int, int], asym: bool) -> None:
     rows, cols, blocksize, m = case
     quant_type, double_quant = ("fp4", False) if cols % 3 else ("nf4", True)
+    quant_type = "int4-asym" if asym else quant_type
     packed, exact = packed_weight(rows, cols, quant_type, blocksize, double_quant)
     x = torch.randn(m, cols, device=DEVICE).to(dtype)
     grad = torch.randn(m, rows, device=DEVICE).to(dtype)
@@ -251,7 +258,7 @@ def test_programs_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     absmax[-16:] = torch.rand(16)
     tail = (codes[-512:], absmax[-16:], None, 0.0, "nf4", 64)
     weight = (codes, absmax, absmax, table.values, dynamic, 0.0)
-    numbers = {"BLOCKSIZE": 64, "NESTED": False}
+    numbers = {"BLOCKSIZE": 64, "NESTED": False, "OFFSETS": False}
 
     out = torch.empty(count, dtype=HALF)
     program(count // 1024 - 1)
@@ -403,18 +410,18 @@ def test_softmax_cross_entropy(vocab: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_groups_matrices(count: int, nested: bool) -> None:
+@pytest.mark.parametrize(("count", "quant_type"), [(1, "nf4"), (2, "nf4"), (3, "nf4"), (3, "int4-asym")])
+def test_a_groups_matrices(count: int, quant_type: str, nested: bool) -> None:
     """Weights to the bit as each by itself; adapters as torch puts them together, one member without."""
     torch.manual_seed(0)
     rows, columns = (48, 33, 5)[:count], 64
     members = []
     for number, out in enumerate(rows):
-        codes, absmax = codec.quantize(torch.randn(out, columns, device=DEVICE), "nf4", 32)
-        scales = compress_absmax(absmax) if nested else (absmax, None, 0.0)
+        codes, absmax = quantize_reference(torch.randn(out, columns, device=DEVICE), quant_type, 32)
+        scales = compress_absmax(absmax, constants_of(quant_type)) if nested else (absmax, None, 0.0)
         lora = [torch.randn(4 + number, columns, device=DEVICE), torch.randn(out, 4 + number, device=DEVICE)]
         pair = lora if number != 1 else [None, None]
-        members.append(Member((codes, *scales, "nf4", 32), out, None, *pair, 0.5 + number))
+        members.append(Member((codes, *scales, quant_type, 32), out, None, *pair, 0.5 + number))
     assert group.knows(members, columns)
     for dtype in (torch.float32, HALF):
         expected = torch.cat([codec.dequantize(m.weight, (m.out_features, columns), dtype) for m in members])

@@ -125,7 +125,7 @@ def test_logits_are_those_of_transformers(name: str, adapter: bool, isa: str) ->
         assert difference(model, decoder, prompt, 12) < bound()
 
 
-@pytest.mark.parametrize("quant_type", ["int4", "bof4-s", "int8"])
+@pytest.mark.parametrize("quant_type", ["int4", "int4-asym", "bof4-s", "int8"])
 def test_codebooks_beyond_one_and_signed_scales(quant_type: str, isa: str) -> None:
     model = make("tame llama", quant_type=quant_type)
     assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
@@ -141,10 +141,10 @@ def test_integers_are_close_where_a_model_does_not_enlarge_what_they_round(isa: 
     assert difference(model, Decoder(model), list(range(1, 39)), 12) < bound(TAME_BOUND)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_batches_compute_what_transformers_computes(isa: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "quant_type"), [*((name, "nf4") for name in CONFIGS), ("tame llama", "int4-asym")])
+def test_batches_compute_what_transformers_computes(isa: str, name: str, quant_type: str) -> None:
     """40 tokens, more than a window of 8 and two blocks of the cache, whole and in company token by token."""
-    model = make(name)
+    model = make(name, quant_type=quant_type)
     decoder = BatchDecoder(model, positions=256, context=128)
     ids = [(7 * i + 3) % 96 for i in range(40)]
     tables = [torch.tensor(blocks, dtype=torch.int32) for blocks in ([5, 1, 3], [0, 2, 4], [7, 6, 8])]

@@ -25,7 +25,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: layer.dequantize() for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
 
 
-@pytest.mark.parametrize("quant_type", ["int4", "bof4-s"])
+@pytest.mark.parametrize("quant_type", ["int4", "int4-asym", "bof4-s"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_what_we_save_we_open(llama: Any, tmp_path: Path, quant_type: str, double_quant: bool) -> None:
     config = HalfbyteConfig(bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant, blocksize=32)
@@ -42,14 +42,17 @@ def test_what_we_save_we_open(llama: Any, tmp_path: Path, quant_type: str, doubl
             assert torch.equal(found(**llama.batch()).logits, ours(**llama.batch()).logits)
 
 
-def test_without_halfbyte_a_folder_is_refused_whatever_its_config_says(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["int4", "int4-asym"])
+def test_without_halfbyte_a_folder_is_refused_whatever_its_config_says(
+    tiny_llama: Path, tmp_path: Path, quant_type: str
+) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantize_model(str(tiny_llama), tmp_path / "int4", QuantConfig(quant_type="int4"))
-    loaded = load_model(str(tmp_path / "int4"), QuantConfig(), compute_dtype=torch.float32)
-    assert loaded.quant == {"quant_type": "int4", "double_quant": True, "blocksize": 64}
-    file = tmp_path / "int4" / "config.json"
+    quantize_model(str(tiny_llama), tmp_path / quant_type, QuantConfig(quant_type=quant_type))
+    loaded = load_model(str(tmp_path / quant_type), QuantConfig(), compute_dtype=torch.float32)
+    assert loaded.quant == {"quant_type": quant_type, "double_quant": True, "blocksize": 64}
+    file = tmp_path / quant_type / "config.json"
     config = json.loads(file.read_text())
     forged = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True).to_dict()
     run = subprocess.run(

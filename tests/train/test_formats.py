@@ -24,8 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is 
 
 
 @pytest.mark.parametrize(
-    "quant", [QuantConfig(quant_type="int8"), QuantConfig(quant_type="nf3"), QuantConfig(bits=5.0)],
-    ids=["int8", "nf3", "5 bits"],
+    "quant",
+    [*(QuantConfig(quant_type=name) for name in ("int4-asym", "int8", "nf3")), QuantConfig(bits=5.0)],
+    ids=["int4-asym", "int8", "nf3", "5 bits"],
 )  # fmt: skip
 def test_stored_streamed_and_resumed(
     quant: QuantConfig, make_llama: Callable[..., Path], make_run: Callable[..., RunConfig], tmp_path: Path

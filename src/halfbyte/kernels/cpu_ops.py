@@ -42,7 +42,7 @@ def fused_library(x: Tensor, quant_type: str, blocksize: int, in_features: int) 
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear or in_features % blocksize or not x.numel():
         return None
-    if bits_of(quant_type) != 4 or constants_of(quant_type) > 1:
+    if bits_of(quant_type) != 4:
         return None
     return None if panels_serve(x, library) else library
 
@@ -52,7 +52,7 @@ def panel_library(x: Tensor, quant_type: str, blocksize: int) -> Library | None:
     library = _library(x.dtype, blocksize)
     if library is None or not library.fused_linear:
         return None
-    only = (bits_of(quant_type) != 4 or constants_of(quant_type) > 1) and panel.native(x.dtype, library)
+    only = bits_of(quant_type) != 4 and panel.native(x.dtype, library)
     return library if only or panels_serve(x, library) else None
 
 

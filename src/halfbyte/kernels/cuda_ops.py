@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.kernels import adamw
 from halfbyte.kernels.panel import Weight
 from halfbyte.kernels.registry import cuda_choice
@@ -56,7 +57,7 @@ def check_weight(weight: Weight, count: int, like: Tensor) -> None:
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     kernels = _kernels(quant_type, blocksize, weight.dtype, weight.numel(), quantize=True)
-    if kernels is None:
+    if kernels is None or constants_of(quant_type) > 1:
         return quantize_reference(weight, quant_type, blocksize)
     result: tuple[Tensor, Tensor] = kernels.quantize(weight, quant_type, blocksize)
     return result

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.config.formats import constants_of
 from halfbyte.kernels.cpu import WeightView
 from halfbyte.kernels.decoder_structures import Layer, Matrix
 from halfbyte.kernels.decoder_structures import Norm as StepNorm
@@ -159,6 +158,6 @@ def _quantized(found: Projection, name: str) -> Matrix:
     adapter = (found.base.bias, found.lora_A, found.lora_B, found.scaling)
     if (whole := int8_rows(*weight.op_args, cols)) is not None:
         return Matrix(whole[0], (rows, cols), *adapter, scales=whole[1])
-    if weight.bits != 4 or constants_of(weight.quant_type) > 1:
+    if weight.bits != 4:
         raise NotCoveredError(f"{name} is in {weight.quant_type}")
     return Matrix(WeightView(*weight.op_args, (rows, cols)), (rows, cols), *adapter)

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
-from halfbyte.kernels.triton.decode import block_scale, code_values, on_device_of, parts_of, safe_divisor
+from halfbyte.kernels.triton.decode import code_values, in_blocks, on_device_of, parts_of, safe_divisor
 from halfbyte.quant.blocks import num_blocks, num_code_bytes
 
 RUN: tl.constexpr = tl.constexpr(32)
@@ -23,15 +24,15 @@ QUANTIZED_PER_PROGRAM = 4096
 @triton.jit
 def decode_part(
     codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes, part,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, RUNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = codebook[code i] * scale of its block, for the RUNS * 32 elements of part number `part`."""
+    """out[i] = codebook[code i] * scale of its block + its offset, for the RUNS * 32 elements of part `part`."""
     run = part.to(tl.int64) * RUNS + tl.arange(0, RUNS)
-    scale = block_scale(
-        absmax, nested_absmax, dynamic_map, nested_offset, run * RUN // BLOCKSIZE, run * RUN < count, NESTED
-    )
     byte = run[:, None] * (RUN // 2) + tl.arange(0, RUN // 2)[None, :]
-    values = code_values(codes, byte, byte < num_bytes, codebook) * scale[:, None]
+    values = in_blocks(
+        code_values(codes, byte, byte < num_bytes, codebook), absmax, nested_absmax, dynamic_map, nested_offset,
+        run * RUN // BLOCKSIZE, run * RUN < count, NESTED, OFFSETS,
+    )  # fmt: skip
     element = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     tl.store(out + element, values.to(out.dtype.element_ty), mask=element < count)
 
@@ -39,12 +40,12 @@ def decode_part(
 @triton.jit
 def dequantize_kernel(
     codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, RUNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """A weight's part."""
     decode_part(
         codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, count, num_bytes, tl.program_id(0),
-        BLOCKSIZE, NESTED, RUNS,
+        BLOCKSIZE, NESTED, OFFSETS, RUNS,
     )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype, out: 
                 codes.contiguous(), absmax.contiguous(),
                 absmax if nested_absmax is None else nested_absmax.contiguous(),
                 table.values, dynamic, nested_offset, out, count, codes.numel(),
-                BLOCKSIZE=blocksize, NESTED=nested_absmax is not None, RUNS=RUNS_PER_PROGRAM,
+                BLOCKSIZE=blocksize, NESTED=nested_absmax is not None, OFFSETS=constants_of(quant_type) > 1,
+                RUNS=RUNS_PER_PROGRAM,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return out

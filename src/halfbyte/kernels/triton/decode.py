@@ -47,15 +47,30 @@ def safe_divisor(largest):
 
 
 @triton.jit
-def block_scale(absmax, nested_absmax, dynamic_map, nested_offset, block, mask, NESTED: tl.constexpr):
-    """float32 scales of the blocks numbered `block` (int64); 0 or the offset where `mask` is off."""
+def _constant(absmax, nested_absmax, dynamic_map, at, mask, NESTED: tl.constexpr):
+    """The numbers at `at` (int64) of a weight's scales and offsets; nothing is added to those stored in 8 bits."""
     if NESTED:
-        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
-        second = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        scale = tl.load(dynamic_map + code) * second + nested_offset
+        code = tl.load(absmax + at, mask=mask, other=0).to(tl.int32)
+        constant = tl.load(dynamic_map + code) * tl.load(nested_absmax + at // NESTED_BLOCKSIZE, mask=mask, other=0.0)
     else:
-        scale = tl.load(absmax + block, mask=mask, other=0.0)
-    return scale
+        constant = tl.load(absmax + at, mask=mask, other=0.0)
+    return constant
+
+
+@triton.jit
+def in_blocks(
+    values, absmax, nested_absmax, dynamic_map, nested_offset, block, mask, NESTED: tl.constexpr, OFFSETS: tl.constexpr
+):
+    """values (..., n) times the scales of the blocks `block` (...), int64, plus their offsets; none beyond `mask`."""
+    at = block * 2 if OFFSETS else block
+    scale = _constant(absmax, nested_absmax, dynamic_map, at, mask, NESTED)
+    if NESTED:
+        scale += nested_offset
+    values *= tl.expand_dims(scale, -1)
+    if OFFSETS:
+        offset = _constant(absmax, nested_absmax, dynamic_map, at + 1, mask, NESTED)
+        values += tl.expand_dims(offset, -1)
+    return values
 
 
 @triton.jit
@@ -68,24 +83,26 @@ def code_values(codes, byte, mask, codebook):
 @triton.jit
 def decode_tile(
     codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` (BLOCK_R,) and columns `col` and on of a (rows, cols) weight: (BLOCK_R, BLOCK_C) float32, 0 beyond.
 
     `cols` is a multiple of BLOCKSIZE, BLOCK_C and BLOCKSIZE are powers of two and `col` is a multiple of BLOCK_C: so
-    a run of min(BLOCKSIZE, BLOCK_C) columns has one scale, and masks change at even columns only.
+    a run of min(BLOCKSIZE, BLOCK_C) columns has one scale (and offset), and masks change at even columns only.
     """
     RUN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BLOCK_C else BLOCK_C
     far_row = row.to(tl.int64)[:, None]
     inside = (row < rows)[:, None]
     run_col = col + tl.arange(0, BLOCK_C // RUN)[None, :] * RUN
     block = far_row * (cols // BLOCKSIZE) + run_col // BLOCKSIZE
-    scale = block_scale(absmax, nested_absmax, dynamic_map, nested_offset, block, inside & (run_col < cols), NESTED)
     byte_col = col // 2 + tl.arange(0, BLOCK_C // 2)[None, :]
     half = tl.multiple_of(cols // 2, 16)
     mask = inside & (byte_col < half)
     values = code_values(codes, far_row * half + byte_col, mask, codebook)
-    values = tl.reshape(values, (BLOCK_R, BLOCK_C // RUN, RUN)) * scale[:, :, None]
+    values = in_blocks(
+        tl.reshape(values, (BLOCK_R, BLOCK_C // RUN, RUN)), absmax, nested_absmax, dynamic_map, nested_offset, block,
+        inside & (run_col < cols), NESTED, OFFSETS,
+    )  # fmt: skip
     values = tl.reshape(values, (BLOCK_R, BLOCK_C))
     whole = tl.interleave(mask, mask)
     return tl.where(whole, values, 0.0)

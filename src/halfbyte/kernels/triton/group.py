@@ -28,19 +28,19 @@ ELEMENTS = 1024
 def weights_kernel(
     codes0, absmax0, nested0, offset0, count0, parts0, codes1, absmax1, nested1, offset1, count1, parts1,
     codes2, absmax2, nested2, offset2, count2, codebook, dynamic_map, out,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, RUNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """`codec.dequantize_kernel` of each weight, the results one behind the other in `out`."""
     part = tl.program_id(0)
     if part < parts0:
         decode_part(codes0, absmax0, nested0, codebook, dynamic_map, offset0, out, count0, (count0 + 1) // 2, part,
-                    BLOCKSIZE, NESTED, RUNS)  # fmt: skip
+                    BLOCKSIZE, NESTED, OFFSETS, RUNS)  # fmt: skip
     elif part < parts0 + parts1:
         decode_part(codes1, absmax1, nested1, codebook, dynamic_map, offset1, out + count0, count1, (count1 + 1) // 2,
-                    part - parts0, BLOCKSIZE, NESTED, RUNS)  # fmt: skip
+                    part - parts0, BLOCKSIZE, NESTED, OFFSETS, RUNS)  # fmt: skip
     else:
         decode_part(codes2, absmax2, nested2, codebook, dynamic_map, offset2, out + count0 + count1, count2,
-                    (count2 + 1) // 2, part - parts0 - parts1, BLOCKSIZE, NESTED, RUNS)  # fmt: skip
+                    (count2 + 1) // 2, part - parts0 - parts1, BLOCKSIZE, NESTED, OFFSETS, RUNS)  # fmt: skip
 
 
 @triton.jit
@@ -75,8 +75,7 @@ def knows(members: Sequence[Member], columns: int) -> bool:
     """Is this group a case for these kernels: few members, all double-quantized or none, blocks of a power of two?"""
     quant_type, blocksize = members[0].weight[4:]
     nested = {member.weight[2] is None for member in members}
-    four = bits_of(quant_type) == 4 and constants_of(quant_type) == 1
-    return four and len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
+    return bits_of(quant_type) == 4 and len(members) <= MOST_MEMBERS and len(nested) == 1 and columns > 0 and (
         blocksize >= LEAST_BLOCKSIZE and blocksize & (blocksize - 1) == 0
     )  # fmt: skip
 
@@ -109,7 +108,8 @@ def weights(members: Sequence[Member], columns: int, dtype: torch.dtype) -> Tens
         with on_device_of(out):
             weights_kernel[(parts,)](
                 *arguments, table.values, dynamic, out, BLOCKSIZE=members[0].weight[5],
-                NESTED=members[0].weight[2] is not None, RUNS=RUNS_PER_PROGRAM, num_warps=4, enable_fp_fusion=False,
+                NESTED=members[0].weight[2] is not None, OFFSETS=constants_of(members[0].weight[4]) > 1,
+                RUNS=RUNS_PER_PROGRAM, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.kernels.device_tables import device_tables
 from halfbyte.kernels.panel import Weight
 from halfbyte.kernels.triton.codec import dequantize
@@ -26,7 +27,8 @@ VECTOR_ROWS, VECTOR_DEPTH = 4, 1024
 @triton.jit
 def vector_kernel(
     x, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, bias, out, rows, cols,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out (rows,) = W (rows, cols) @ x (cols,) + bias. Weights are not rounded to x's dtype on the way."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -34,7 +36,7 @@ def vector_kernel(
     for col in range(0, cols, BLOCK_C):
         weight = decode_tile(
             codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-            BLOCKSIZE, NESTED, BLOCK_R, BLOCK_C,
+            BLOCKSIZE, NESTED, OFFSETS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         at = col + tl.arange(0, BLOCK_C)
         value = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
@@ -48,7 +50,7 @@ def vector_kernel(
 @triton.jit
 def forward_kernel(
     x, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, bias, out, m, rows, cols, part,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, MOST_ROWS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, MOST_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, rows) = x (m, cols) @ W^T (rows, cols) over columns p * part and on, `part` of them; + bias."""
@@ -62,7 +64,7 @@ def forward_kernel(
         value = tl.load(x + line.to(tl.int64)[:, None] * cols + at[None, :], mask=mask, other=0.0)
         weight = decode_tile(
             codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-            BLOCKSIZE, NESTED, BLOCK_N, BLOCK_K,
+            BLOCKSIZE, NESTED, OFFSETS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total = tl.dot(value, tl.trans(weight.to(value.dtype)), total, input_precision="ieee")
     if BIAS:
@@ -74,7 +76,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad, codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, out, m, rows, cols, part,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, MOST_ROWS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr, MOST_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[p] (m, cols) = grad (m, rows) @ W (rows, cols) over rows p * part and on, `part` of them."""
@@ -88,7 +90,7 @@ def backward_kernel(
         value = tl.load(grad + line.to(tl.int64)[:, None] * rows + row[None, :], mask=mask, other=0.0)
         weight = decode_tile(
             codes, absmax, nested_absmax, codebook, dynamic_map, nested_offset, row, col, rows, cols,
-            BLOCKSIZE, NESTED, BLOCK_K, BLOCK_N,
+            BLOCKSIZE, NESTED, OFFSETS, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         total = tl.dot(value, weight.to(value.dtype), total, input_precision="ieee")
     at = col + tl.arange(0, BLOCK_N)
@@ -153,7 +155,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) ->
         return out
     if bias is not None:
         bias = bias.contiguous()
-    codec = {"BLOCKSIZE": weight[5], "NESTED": weight[2] is not None, "enable_fp_fusion": False}
+    codec = _codec(weight)
     with on_device_of(x):
         if m == 1:
             vector_kernel[(triton.cdiv(out_features, VECTOR_ROWS),)](
@@ -187,8 +189,7 @@ def linear_dx(grad: Tensor, weight: Weight, in_features: int) -> Tensor:
         partial = out if tiling.parts == 1 else _room(tiling, out)
         tuned_backward[_grid(m, in_features, tiling)](
             grad, *_pointers(weight), partial, m, out_features, in_features, _part(tiling, out_features),
-            BLOCKSIZE=weight[5], NESTED=weight[2] is not None, enable_fp_fusion=False, MOST_ROWS=tiling.most_rows,
-            BLOCK_K=tiling.depth,
+            **_codec(weight), MOST_ROWS=tiling.most_rows, BLOCK_K=tiling.depth,
         )  # fmt: skip
         if tiling.parts > 1:
             _add_parts(partial, None, out)
@@ -201,6 +202,14 @@ def _pointers(weight: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, f
     table, dynamic = device_tables(quant_type, blocksize, codes.device)
     second = absmax if nested_absmax is None else nested_absmax
     return codes.contiguous(), absmax.contiguous(), second.contiguous(), table.values, dynamic, nested_offset
+
+
+def _codec(weight: Weight) -> dict[str, Any]:
+    """The constants that decide how a weight is decoded."""
+    return {
+        "BLOCKSIZE": weight[5], "NESTED": weight[2] is not None, "OFFSETS": constants_of(weight[4]) > 1,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
 
 
 def _room(tiling: Tiling, out: Tensor) -> Tensor:
