@@ -217,6 +217,21 @@ def formats(result: dict[str, Any]) -> Rows:
     return [[row[number] for number in measured] for row in rows]
 
 
+def bits(result: dict[str, Any]) -> Rows:
+    """KL divergence and perplexity of each budget, by what its bits were spread by."""
+    found = [(name, how, row) for name, ways in result["rows"].items() for how, row in ways.items()]
+    first = found[0][2]["texts"]
+    rows = [
+        ["bits", "spread by", "layers in", *(f"KL, {text}" for text in first), *(f"perplexity, {t}" for t in first)]
+    ]
+    rows.append(["16", "", "", *[""] * len(first), *(f"{of['16 bits']:.1f}" for of in first.values())])
+    for name, how, row in sorted(found, key=lambda of: -float(of[0])):
+        layers = ", ".join(f"{count} {kind}" for kind, count in row["formats"].items())
+        kl, perplexity = ([of[key] for of in row["texts"].values()] for key in ("kl", "perplexity"))
+        rows.append([name, how, layers, *(f"{x:.3f}" for x in kl), *(f"{x:.1f}" for x in perplexity)])
+    return rows
+
+
 def scales(result: dict[str, Any]) -> Rows:
     """Perplexities of each kind of scale on both weight sets."""
     rows = [["weights", "scale", "squared error", "reference", "licences", "code", "embeddings moved"]]
@@ -401,6 +416,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "same answers": ("merge", same_answers),
     "fidelity": ("fidelity", fidelity),
     "formats": ("formats", formats),
+    "bits": ("bits", bits),
     "fidelity GPU": ("fidelity-gpu", fidelity),
     "scales": ("scales", scales),
     "reliability": ("reliability", reliability),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,23 @@ def test_quantize_overwrites_no_folder(place: Path, capsys: pytest.CaptureFixtur
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"halfbyte: {place}/out: is there already. Give another --output, or move this one away."
     assert {path: path.stat().st_mtime_ns for path in (place / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("bits", "raised"), [("9", "14 in int8: nothing is left to raise"), ("8", r"\d+ in int8, \d+ in nf4")]
+)
+def test_quantize_says_where_a_budget_goes(
+    bits: str, raised: str, make_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "quantize",
+        "--model",
+        str(make_llama()),
+        "--output",
+        str(tmp_path / "out"),
+        "--set",
+        f"quant.bits={bits}",
+    ]
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"14 layers at [\d.]+ bits per weight \({raised}\)", said), said

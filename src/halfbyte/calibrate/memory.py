@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,29 +14,62 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import free_memory, matrix_sides, resident_memory
 from halfbyte.plan import Budget, budget_of
-from halfbyte.plan.merging import error_feedback_bytes
+from halfbyte.plan.merging import MEASURED_LENGTH, error_feedback_bytes, sensitivity_bytes
 
 MOST_TOKENS, LEAST_TOKENS = 16_384, 512
 """Of text to calibrate on: fewer where memory does not suffice."""
+MOST_MEASURED, LEAST_MEASURED = 512, 128
+"""Likewise, to measure on: 128 tokens rank the layers of SmolLM2-135M as 1,008 do (docs/formats.md)."""
+
+Text = tuple[Tensor, Tensor]
 
 
-def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) -> tuple[tuple[Tensor, Tensor], int]:
+def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) -> tuple[Text, int]:
     """As much of `data` as memory.budget, or the machine, has room for, and the bytes of the fullest moment.
 
     Raises:
         ResourceError: not even for LEAST_TOKENS; names the smallest budget that works.
     """
-    resident, tokens = resident_memory(), MOST_TOKENS
+
+    def text_of(tokens: int) -> Text:
+        rows = [torch.from_numpy(data[i].input_ids).long() for i in range(min(tokens // 16, len(data)))]
+        return calibration_text(rows, tokens)
+
+    def bytes_of(text: Text) -> int:
+        return error_feedback_bytes(*matrix_sides(model), text[0].numel())
+
+    return _most(config, text_of, bytes_of, MOST_TOKENS, LEAST_TOKENS)
+
+
+def measured_within(
+    config: RunConfig, model: PreTrainedModel, data: TokenizedData, num_units: int
+) -> tuple[Text, int]:
+    """Ends of samples, for `num_units` copies of their hidden states; otherwise as `text_within`."""
+
+    def text_of(tokens: int) -> Text:
+        ends = [torch.from_numpy(data[i].input_ids[-MEASURED_LENGTH:]) for i in range(min(tokens // 16, len(data)))]
+        return calibration_text([row.long() for row in ends], tokens)
+
+    def bytes_of(text: Text) -> int:
+        vocab = model.get_input_embeddings().weight.shape[0]
+        return sensitivity_bytes(int(vocab), *matrix_sides(model), num_units, text[0].numel())
+
+    return _most(config, text_of, bytes_of, MOST_MEASURED, LEAST_MEASURED)
+
+
+def _most(
+    config: RunConfig, text_of: Callable[[int], Text], bytes_of: Callable[[Text], int], most: int, least: int
+) -> tuple[Text, int]:
+    resident, tokens = resident_memory(), most
     budget = budget_of(config) or Budget(resident + free_memory(), "this machine's free memory")
     while True:
-        rows = [torch.from_numpy(data[i].input_ids).long() for i in range(min(tokens // 16, len(data)))]
-        text = calibration_text(rows, tokens)
-        needed = resident + error_feedback_bytes(*matrix_sides(model), text[0].numel())
+        text = text_of(tokens)
+        needed = resident + bytes_of(text)
         if needed <= budget.bytes:
             return text, needed
-        if tokens == LEAST_TOKENS:
+        if tokens == least:
             raise ResourceError(
                 f"{format_bytes(budget.bytes)} are not enough to calibrate", where=budget.source,
-                why=f"{LEAST_TOKENS} tokens of text take {needed} bytes", fix=f"Give --memory {-(-needed // 10**6)}MB",
+                why=f"{least} tokens of text take {needed} bytes", fix=f"Give --memory {-(-needed // 10**6)}MB",
             )  # fmt: skip
         tokens //= 2

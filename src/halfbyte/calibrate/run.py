@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibrate.memory import text_within
+from halfbyte.calibrate.sensitivity import Mix, measured_mix
 from halfbyte.calibrate.start_folder import ranks_of, write_start
 from halfbyte.calibrate.write import CalibratedWriter, LayerError
 from halfbyte.checkpoint import versions, write_folder
@@ -40,6 +41,8 @@ class CalibrateResult(QuantizeResult):
     tokens: int
     predicted_peak_memory: int
     layers: tuple[LayerError, ...]
+    sensitivities: dict[str, float]
+    """Of the parts that quant.bits gave a format each: KL divergence by token with one alone in nf4; or empty."""
     matched: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,9 +81,13 @@ def _calibrate(
             f"{config.lora.init!r} takes no text", where="lora.init",
             fix="Set it to cloq, which is chosen on the text, or leave out quant.calibrate",
         )  # fmt: skip
-    job = open_unquantized(path, output, quant)
-    tokenizer = load_tokenizer(path)
+    job = open_unquantized(path, output, replace(quant, bits=0.0))  # which are spread as is measured here
+    model, tokenizer = LentModel(job.source), load_tokenizer(path)
     data = load_data(text, tokenizer, config.data)
+    mix = Mix(formats={}, sensitivities={}, predicted=0)
+    if quant.bits:
+        mix = measured_mix(job, model, config, data, say, on_progress)
+        job = replace(job, formats=mix.formats)
     (ids, counts), predicted = text_within(config, job.model, data)
     tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     why = "calibrated" if quant.scale == "auto" else "as set"
@@ -95,11 +102,12 @@ def _calibrate(
     with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as folder:
         with ShardWriter(folder.path, header_bytes=job.header_bytes) as shards, BaseHash() as base:
             written = CalibratedWriter(job, shards, base, ranks, on_progress)
-            written.write(LentModel(job.source), ids, counts)
+            written.write(model, ids, counts)
             shards.finish()
         job.finish(folder.path)
         layers = [asdict(layer) for layer in written.layers]
-        folder.write_json("halfbyte.json", {**record, "calibrated": calibrated, "layers": layers})
+        measured = {"sensitivities": mix.sensitivities} if mix.sensitivities else {}
+        folder.write_json("halfbyte.json", {**record, "calibrated": calibrated, "layers": layers, **measured})
         if ranks:
             record |= {"base": str(output), "base_sha256": base.hexdigest(), "calibrated": calibrated}
             write_start(folder.path, job, config.lora, written.starts, record)
@@ -110,9 +118,9 @@ def _calibrate(
         bytes_in=sum(job.sizes.values()), bytes_out=shards.bytes, quantized=len(job.targets),
         formats=dict(job.formats),
         bits_per_weight=written.bits_per_weight, peak_memory=peak_memory(),
-        predicted_peak_memory=max(predicted, matched["planned_memory"] if matched else 0),
+        predicted_peak_memory=max(predicted, mix.predicted, matched["planned_memory"] if matched else 0),
         seconds=time.perf_counter() - started, output=str(output), tokens=tokens, layers=tuple(written.layers),
-        matched=matched,
+        sensitivities=mix.sensitivities, matched=matched,
     )  # fmt: skip
 
 

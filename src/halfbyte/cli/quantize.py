@@ -93,7 +93,8 @@ def _write(run: RunConfig, output: Path, out: Console) -> QuantizeResult:
 def _formats(formats: dict[str, str]) -> str:
     """How many layers are in each."""
     counts = Counter(formats.values())
-    return f" ({', '.join(f'{count} in {name}' for name, count in counts.most_common())})" if counts else ""
+    most = ": nothing is left to raise" if counts.keys() == {"int8"} else ""
+    return f" ({', '.join(f'{count} in {name}' for name, count in counts.most_common())}{most})" if counts else ""
 
 
 def _check_report(report: Path | None, eval_data: Path | None, init: str) -> None:

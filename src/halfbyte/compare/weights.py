@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.checkpoint.shards import SafetensorsFolder
 from halfbyte.compare.cells import run_command
 from halfbyte.config import RunConfig, load_config, settings_of
+from halfbyte.config.model_config import read_model_config
 from halfbyte.errors import ModelError
 from halfbyte.model.load import skeleton
 from halfbyte.model.names import match_names
@@ -21,6 +22,7 @@ from halfbyte.model.read import read_unquantized, state_names
 from halfbyte.model.source import open_source
 from halfbyte.quant import QuantizedWeight
 from halfbyte.quant.codebook import codebook
+from halfbyte.quant.mix import unit_of
 from halfbyte.quant.nibbles import unpack_codes
 
 BINS, LIMIT = 240, 1.5
@@ -36,6 +38,8 @@ class LayerReport:
         worst_block: the same of the block where it is largest.
         clipped: share of the weights beyond the codebook's ends times their scale.
         negative: share of the blocks whose scale is negative.
+        sensitivity: KL divergence of the model's predictions with the layer's unit alone in nf4, where quantizing
+            measured it.
     """
 
     name: str
@@ -46,6 +50,7 @@ class LayerReport:
     worst_block: float
     clipped: float
     negative: float
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,11 @@ def weight_report(run: RunConfig, folder: Path) -> WeightReport:
     Raises:
         ModelError: they do not belong together.
     """
-    layers, total, norm = [], 0.0, 0.0
+    layers, total, norm, measured = [], 0.0, 0.0, _sensitivities(folder)
     kinds: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, original, weight in _pairs(run.model.path, folder):
         layer, squared, ratios, codes = _layer(name, original, weight)
-        layers.append(layer)
+        layers.append(replace(layer, sensitivity=measured.get(unit_of(layer.name))))
         total, norm = total + squared, norm + float(original.float().square().sum())
         table = codebook(weight.quant_type, weight.blocksize)
         fresh = (table.values / table.top, torch.zeros(len(table.values), dtype=torch.long), torch.zeros(BINS))
@@ -106,6 +111,12 @@ def weight_report(run: RunConfig, folder: Path) -> WeightReport:
         histogram.long().tolist(),
     )  # fmt: skip
     return WeightReport(**{**vars(found), **_losses(run, folder, layers)})
+
+
+def _sensitivities(folder: Path) -> dict[str, float]:
+    record = folder / "halfbyte.json"
+    found: dict[str, float] = read_model_config(record).get("sensitivities", {}) if record.is_file() else {}
+    return found
 
 
 def _pairs(path: str, folder: Path) -> Iterator[tuple[str, Tensor, QuantizedWeight]]:

@@ -18,12 +18,17 @@ def weights_page(report: WeightReport) -> str:
         f"{len(report.layers)} layers in {_formats(report)}, blocks of {report.layers[0].blocksize}: squared error "
         f"{report.error:.3e} of the weights' squared norm."
     )
+    worst = sorted(report.layers, key=lambda layer: -layer.error)
     rows = [
         [escape(layer.name), " × ".join(map(str, layer.shape)), f"{layer.error:.2e}", f"{layer.worst_block:.2e}",
          f"{layer.clipped:.2%}", f"{layer.negative:.0%}"]
-        for layer in sorted(report.layers, key=lambda layer: -layer.error)
+        for layer in worst
     ]  # fmt: skip
-    head = ("layer", "shape", "error", "worst block", "clipped", "negative scales")
+    head = ["layer", "shape", "error", "worst block", "clipped", "negative scales"]
+    if any(layer.sensitivity is not None for layer in report.layers):
+        head.append("KL alone in nf4")
+        for row, layer in zip(rows, worst, strict=True):
+            row.append("" if layer.sensitivity is None else f"{layer.sensitivity:.2e}")
     parts = [
         f"<h1>{escape(report.model)} in {_formats(report)}</h1><p class=soft>{escape(report.folder)}</p><p>{lead}</p>",
         _text(report),

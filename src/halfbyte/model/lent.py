@@ -54,6 +54,19 @@ class LentModel:
         hidden: Tensor = self._model.base_model(input_ids=input_ids, use_cache=False)[0]
         return hidden
 
+    def logits_after(self, layers: Tensor, input_ids: Tensor) -> Tensor:
+        """Logits (sequences, tokens, vocabulary) float32 of what the last decoder layer gave, while weights are lent.
+
+        Args:
+            layers: (sequences, tokens, hidden size), for `input_ids` (sequences, tokens).
+        """
+        with ExitStack() as undo:
+            for layer in self.decoder_layers():
+                vars(layer)["forward"] = lambda *args, **kwargs: layers
+                undo.callback(vars(layer).pop, "forward")
+            logits: Tensor = self._model(input_ids=input_ids, use_cache=False).logits.float()
+        return logits
+
     @torch.no_grad()
     def logits(self, input_ids: Tensor, weights: Weights) -> Tensor:
         """(sequences, tokens) int64, padded at the end -> (sequences, tokens, vocabulary) float32.

@@ -54,8 +54,8 @@ def run_side_by_side(
     """
     chunks = list(_chunks(ids, counts, chunk_tokens))
     with model.lend(weights):
-        layers = _layers(model, [pair for pair, _ in chunks], names)
-        states = [_input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
+        layers = traced_layers(model, [pair for pair, _ in chunks], names)
+        states = [input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
         for layer in layers:
             with ExitStack() as written:
                 for group in layer.groups:
@@ -126,7 +126,7 @@ def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: lis
     """Of the input of `module`, a part of `layer`."""
     sums: list[Tensor] = []
     for state, count in zip(states, counts, strict=True):
-        wanted, ours = (part[count] for part in _input_of(module, partial(layer, state)).chunk(2))
+        wanted, ours = (part[count] for part in input_of(module, partial(layer, state)).chunk(2))
         if not sums:
             sums = [torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2)]
         weighted = ours
@@ -142,7 +142,7 @@ class _Reached(BaseException):
     """The rest of a pass is not needed."""
 
 
-def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """What `module` is given first when `run` runs it; the pass ends there."""
     seen: list[Tensor] = []
 
@@ -160,7 +160,7 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
     return seen[0]
 
 
-def _layers(model: LentModel, chunks: list[Tensor], names: Collection[str]) -> list[_Layer]:
+def traced_layers(model: LentModel, chunks: list[Tensor], names: Collection[str]) -> list[_Layer]:
     """The decoder layers as passes of `chunks` find them: one of each shape, and one more to see that nothing but the
     hidden states depends on the text.
     """

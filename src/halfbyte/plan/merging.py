@@ -10,6 +10,8 @@ CALIBRATION_TOKENS = 8192
 """Of training text that a 4-bit merge looks at."""
 CHUNK_TOKENS = 512
 """Of calibration text that goes through a decoder layer at a time, in each of two models."""
+MEASURED_LENGTH = 128
+"""Tokens of a sample that the sensitivity of layers is measured on."""
 LOGITS, LAYER, TEXT, SQUARES, MATRICES = 5, 6, 11, 7, 8
 """Alive at once: tensors of a group's logits, of a layer's widths, of these with calibration text; squares of a
 matrix's columns while its codes are chosen, and matrices of its size. Measured on SmolLM2-135M: 16bit 1.248 GB of
@@ -33,6 +35,15 @@ def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
     chunk = 2 * CHUNK_TOKENS * (TEXT * (widest + width) + widest) + 2 * widest**2
     writing = SQUARES * widest**2
     return 4 * (2 * rows * width + max(chunk, writing) + MATRICES * widest * width)
+
+
+def sensitivity_bytes(vocab: int, width: int, widest: int, units: int, tokens: int) -> int:
+    """Each of `units` quantized alone: the hidden states of `tokens` tokens once for each, and the larger of a pass
+    through a layer with two matrices decoded, and of embeddings, head and the logits of MEASURED_LENGTH tokens.
+    """
+    layer = tokens * (LAYER + TEXT) * (widest + width) + MATRICES * widest * width
+    head = 2 * vocab * width + LOGITS * MEASURED_LENGTH * vocab
+    return 4 * ((units + 2) * tokens * width + max(layer, head))
 
 
 def merge_memory(arch: Architecture, runtime: int) -> dict[str, int]:
