@@ -181,6 +181,13 @@ int hb_linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t
     return function(w, scales, w_dtype, rows, cols, g, dtype, m, dx, threads);
 }
 
+int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int dtype, int64_t m, int64_t depth,
+                   int64_t n, float alpha, float* sums, int64_t stride, int threads) {
+    const auto function = current()->add_product;
+    return function ? function(a, a_stride, b, b_stride, dtype, m, depth, n, alpha, sums, stride, threads)
+                    : HB_UNSUPPORTED;
+}
+
 int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets, double* loss,
                              int write, int threads) {
     const auto function = current()->softmax_cross_entropy;

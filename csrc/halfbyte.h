@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 9, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 10, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -157,6 +157,10 @@ HB_API int hb_linear_frozen(const void* w, const float* scales, int w_dtype, int
                             int dtype, int64_t m, const void* bias, void* y, int threads);
 HB_API int hb_linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t rows, int64_t cols,
                                const void* g, int dtype, int64_t m, void* dx, int threads);
+// sums(m, n) += alpha a(m, depth) b(depth, n): a and b of `dtype`, rows `stride` numbers apart; where a processor
+// multiplies bf16, so are these, and else in fp32.
+HB_API int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int dtype, int64_t m,
+                          int64_t depth, int64_t n, float alpha, float* sums, int64_t stride, int threads);
 // *loss = the cross-entropy of logits(n, vocab), contiguous, summed over rows; with `write` they are overwritten by
 // softmax - onehot. Targets lie in [0, vocab): the caller has checked.
 HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,

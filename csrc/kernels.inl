@@ -22,6 +22,7 @@
 #include "small.inl"
 #include "group.inl"
 #include "frozen.inl"
+#include "add_product.inl"
 #include "cross_entropy.inl"
 
 #include "norm.inl"
@@ -52,6 +53,7 @@ constexpr hb_table all_kernels = {
     linear_backward,
     linear_frozen,
     linear_frozen_dx,
+    add_product,
     softmax_cross_entropy,
     rms_norm,
     rms_norm_backward,

@@ -28,6 +28,8 @@ struct hb_table {
                          void*, int) = nullptr;
     int (*linear_frozen_dx)(const void*, const float*, int, int64_t, int64_t, const void*, int, int64_t, void*,
                             int) = nullptr;
+    int (*add_product)(const void*, int64_t, const void*, int64_t, int, int64_t, int64_t, int64_t, float, float*, int64_t,
+                       int) = nullptr;
     int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int) = nullptr;
     int (*rms_norm)(const void*, const void*, const void*, int, int, int64_t, int64_t, float, float, void*, void*,
                     float*, int) = nullptr;

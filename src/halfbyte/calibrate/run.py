@@ -19,6 +19,7 @@ from halfbyte.data import load_data, samples_file
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError, NumericsError, ResourceError
 from halfbyte.model.base_hash import BaseHash
+from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
@@ -93,6 +94,8 @@ def _calibrate(
     why = "calibrated" if quant.scale == "auto" else "as set"
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(f"scales: {quant.chosen_scale} ({why})")
+    dtype, why = choose_compute_dtype(quant.compute_dtype)
+    say(f"calibration: products in {str(dtype).removeprefix('torch.')}: {why}")
     calibrated = {
         "scale": quant.chosen_scale, "damping": DAMPING, "data": quant.calibrate, "data_sha256": data.report.sha256,
         "tokens": tokens, "adapter_rank": max(ranks.values(), default=0),
@@ -102,7 +105,7 @@ def _calibrate(
     with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as folder:
         with ShardWriter(folder.path, header_bytes=job.header_bytes) as shards, BaseHash() as base:
             written = CalibratedWriter(job, shards, base, ranks, on_progress)
-            written.write(model, ids, counts)
+            written.write(model, ids, counts, dtype)
             shards.finish()
         job.finish(folder.path)
         layers = [asdict(layer) for layer in written.layers]

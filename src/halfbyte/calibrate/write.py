@@ -119,12 +119,13 @@ class CalibratedWriter(FourBitWriter):
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}
         self.layers: list[LayerError] = []
 
-    def write(self, model: LentModel, ids: Tensor, counts: Tensor) -> None:
-        """Run the text (`run_side_by_side`) and write."""
+    def write(self, model: LentModel, ids: Tensor, counts: Tensor, dtype: torch.dtype) -> None:
+        """Run the text, its products in `dtype` (`run_side_by_side`), and write."""
         targets = {f"{name}.weight" for name in self._job.targets}
         self.write_others()
-        run_side_by_side(model, ids, counts, self.stored, targets, self._round, chunk_tokens=CHUNK_TOKENS,
-                         capped=True)  # fmt: skip
+        run_side_by_side(
+            model, ids, counts, self.stored, targets, self._round, chunk_tokens=CHUNK_TOKENS, capped=True, dtype=dtype,
+        )  # fmt: skip
         for name in targets - set(self.done):  # no text passed them
             self.add(name, self.nearest(name, self.target(name)))
 
@@ -148,7 +149,12 @@ class CalibratedWriter(FourBitWriter):
         if not rank:
             return partial(_multiply, weight)
         a, b = self.starts[name] = start_of(wanted, decoded, moments, rank)
-        return lambda x: _multiply(weight, x) + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
+        return partial(_multiply_with_start, weight, a, b)
+
+
+def _multiply_with_start(weight: QuantizedWeight, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    low = torch.nn.functional.linear(x, a.to(x.dtype))
+    return _multiply(weight, x).add_(torch.nn.functional.linear(low, b.to(x.dtype)))
 
 
 def _multiply(weight: QuantizedWeight, x: Tensor) -> Tensor:

@@ -129,6 +129,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+@torch.library.impl("halfbyte::add_product_", "CPU")
+def _add_product(sums: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    native = a.dtype == b.dtype and a.dtype in DTYPES and sums.dtype == torch.float32 and sums.stride(1) == 1
+    if not (native and 0 not in (*a.shape, *b.shape)) or not run_native(
+        "hb_add_product", a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), DTYPES[a.dtype], *a.shape, b.shape[1],
+        alpha, sums.data_ptr(), sums.stride(0),
+    ):  # fmt: skip
+        sums.addmm_(a.to(sums.dtype), b.to(sums.dtype), alpha=alpha)
+
+
 @torch.library.impl("halfbyte::dequantize_4bit", "CPU")
 def _dequantize_4bit(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: float, quant_type: str, blocksize: int,

@@ -7,7 +7,7 @@ input, whose moments are summed; then the group is written. At last it goes thro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,12 @@ from halfbyte.kernels.buffers import steady_memory
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.quant.absmax import TINY
 from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.inverse import add_product
 
 PADDED = 64
 """Sequences are padded to multiples of this, so that the chunks are of few shapes."""
+SYMMETRIC = 1024
+"""Rows of a symmetric product that are computed together."""
 
 Multiply = Callable[[Tensor], Tensor]
 """x (..., in) by a weight: (..., out)."""
@@ -35,7 +38,7 @@ Writer = Callable[[str, Moments], Multiply]
 @torch.no_grad()
 def run_side_by_side(
     model: LentModel, ids: Tensor, counts: Tensor, weights: Weights, names: Collection[str], writer: Writer,
-    *, chunk_tokens: int, capped: bool = False,
+    *, chunk_tokens: int, capped: bool = False, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Run text through the decoder layers; `writer` gets each weight of `names` when its inputs are known.
 
@@ -48,23 +51,53 @@ def run_side_by_side(
         chunk_tokens: of text that goes through a layer at a time, in each of the two models.
         capped: let no token's input count for more than the median one's of its chunk. A few tokens, the first of each
             text above all, have inputs a hundred times as large: their outputs would be kept at all others' cost.
+        dtype: of matrix products' operands; everything else, and all sums, are in float32.
 
     Raises:
         ModelError: the model has no list of decoder layers, or they are given more of the text than hidden states.
     """
-    chunks = list(_chunks(ids, counts, chunk_tokens))
-    with model.lend(weights):
+    chunks, kept = list(_chunks(ids, counts, chunk_tokens)), _Kept(weights)
+    with model.lend(kept):
         layers = traced_layers(model, [pair for pair, _ in chunks], names)
         states = [input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
         for layer in layers:
+            own_names = [linear.name for group in layer.groups for linear in group]
             with ExitStack() as written:
                 for group in layer.groups:
-                    moments = _moments(layer, group[0].module, states, [count for _, count in chunks], capped)
+                    with kept.keep(own_names):
+                        passes = (input_of(group[0].module, partial(layer, state)) for state in states)
+                        moments = _moments(passes, [count for _, count in chunks], capped, dtype)
                     for linear in group:
-                        written.enter_context(linear.second_half_by(writer(linear.name, moments)))
+                        written.enter_context(linear.second_half_by(writer(linear.name, moments), dtype))
                     del moments
-                for i, state in enumerate(states):
-                    states[i] = layer(state)
+                with kept.keep(own_names):
+                    for i, state in enumerate(states):
+                        states[i] = layer(state)
+
+
+class _Kept:
+    """`weights`, of which some are read once and kept for a while: a layer's, while chunks go through it."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._read: dict[str, Tensor | None] = {}
+
+    @contextmanager
+    def keep(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside the block these."""
+        self._read = dict.fromkeys(names)
+        try:
+            yield
+        finally:
+            self._read = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._read:
+            return self._weights(name)
+        found = self._read[name]
+        if found is None:
+            found = self._read[name] = self._weights(name)
+        return found
 
 
 def _chunks(ids: Tensor, counts: Tensor, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,15 +120,17 @@ class _Linear:
         self._ours: Tensor | None = None
 
     @contextmanager
-    def second_half_by(self, multiply: Multiply) -> Iterator[None]:
-        """Inside the block the second half of a batch is multiplied with another weight instead of its own."""
+    def second_half_by(self, multiply: Multiply, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block the second half of a batch is multiplied with another weight instead of its own, and both
+        in `dtype`.
+        """
         with ExitStack() as hooks:
-            hooks.callback(self.module.register_forward_pre_hook(self._split, prepend=True).remove)
+            hooks.callback(self.module.register_forward_pre_hook(partial(self._split, dtype), prepend=True).remove)
             hooks.callback(self.module.register_forward_hook(partial(self._join, multiply), prepend=True).remove)
             yield
 
-    def _split(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        wanted, self._ours = args[0].chunk(2)
+    def _split(self, dtype: torch.dtype, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wanted, self._ours = args[0].to(dtype).chunk(2)
         return (wanted, *args[1:])
 
     def _join(self, multiply: Multiply, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -104,7 +139,9 @@ class _Linear:
         ours = multiply(ours)
         if isinstance(module.bias, Tensor):
             ours += module.bias
-        return torch.cat([output, ours])
+        both = output.new_empty(2 * len(output), *output.shape[1:], dtype=torch.float32)
+        both[: len(output)], both[len(output) :] = output, ours
+        return both
 
 
 @dataclass
@@ -122,20 +159,26 @@ class _Layer:
         return result
 
 
-def _moments(layer: _Layer, module: nn.Module, states: list[Tensor], counts: list[Tensor], capped: bool) -> Moments:
-    """Of the input of `module`, a part of `layer`."""
-    sums: list[Tensor] = []
-    for state, count in zip(states, counts, strict=True):
-        wanted, ours = (part[count] for part in input_of(module, partial(layer, state)).chunk(2))
-        if not sums:
-            sums = [torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2)]
-        weighted = ours
+def _moments(passes: Iterator[Tensor], counts: list[Tensor], capped: bool, dtype: torch.dtype) -> Moments:
+    """Of the inputs that `passes` gives, chunk by chunk."""
+    own = cross = torch.empty(0)
+    for both, count in zip(passes, counts, strict=True):
+        wanted, ours = (part[count] for part in both.chunk(2))
+        if not own.numel():
+            own, cross = (torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2))
         if capped:
             sizes = ours.square().mean(1, keepdim=True).clamp(min=TINY)
-            weighted = ours * (sizes.median() / sizes).clamp(max=1.0)
-        sums[0] += torch.ops.halfbyte.product(weighted.T, ours.T)
-        sums[1] += torch.ops.halfbyte.product(wanted.T, weighted.T)
-    return Moments(*sums)
+            roots = (sizes.median() / sizes).clamp_(max=1.0).sqrt_()
+            wanted, ours = wanted * roots, ours * roots
+        ours = ours.to(dtype)
+        turned = ours.T.contiguous()
+        for start in range(0, len(own), SYMMETRIC):  # above the diagonal is enough
+            add_product(own[start : start + SYMMETRIC, start:], turned[start : start + SYMMETRIC], ours[:, start:])
+        add_product(cross, wanted.to(dtype).T, ours)
+    for start in range(0, len(own), SYMMETRIC):
+        stop = start + SYMMETRIC
+        own[stop:, start:stop] = own[start:stop, stop:].T
+    return Moments(own, cross)
 
 
 class _Reached(BaseException):

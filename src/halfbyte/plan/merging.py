@@ -32,7 +32,8 @@ def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
     """Codes of 4 bits chosen on `rows` tokens of text, which go through two models side by side: the hidden states of
     all of it, and the larger of a chunk in a layer with the moments it is added to, and of a matrix being written.
     """
-    chunk = 2 * CHUNK_TOKENS * (TEXT * (widest + width) + widest) + 2 * widest**2
+    layer = 3 * widest * width + 4 * width**2  # its weights are read once for all chunks
+    chunk = 2 * CHUNK_TOKENS * (TEXT * (widest + width) + widest) + 2 * widest**2 + layer
     writing = SQUARES * widest**2
     return 4 * (2 * rows * width + max(chunk, writing) + MATRICES * widest * width)
 

@@ -19,7 +19,7 @@ from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.inverse import inverse_cholesky, product
+from halfbyte.quant.inverse import add_product, inverse_cholesky, product
 from halfbyte.quant.nibbles import pack_codes
 from halfbyte.quant.scales import fitted_scales
 from halfbyte.quant.weight import QuantizedWeight
@@ -70,11 +70,13 @@ class Moments:
 
     def wanted(self, target: Tensor) -> Tensor:
         """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
-        shift = product(target, (self.cross - self.own).T)
+        shift = torch.zeros_like(target)
+        add_product(shift, target, self.cross - self.own)
         half = product(shift[:, self.order], self.inverse_factor)
-        wanted = target.clone()
-        wanted[:, self.order] += product(half, self.inverse_factor.T)
-        return wanted
+        shift.zero_()
+        add_product(shift, half, self.inverse_factor)
+        half[:, self.order] = shift
+        return half.add_(target)
 
     def error(self, wrong: Tensor) -> float:
         """The sum of squares of x wrong^T, for `wrong` (out, in), over the text."""
@@ -191,7 +193,7 @@ def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
         )
 
     def pass_on(done: slice, left: slice) -> None:
-        columns[left] -= product(upper[done, left].T, errors[done].T)
+        add_product(columns[left], upper[done, left].T, errors[done], -1.0)
 
     _by_halves(0, len(columns), choose, pass_on)
     return ranks
@@ -205,7 +207,8 @@ def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: 
     """
     values = grid.levels[ranks.int()].mul_(grid.scales)
     wrong, changes = wanted.sub_(values), torch.empty_like(values)
-    pull = product(damped, wrong.T)
+    pull = torch.zeros_like(wrong)
+    add_product(pull, damped, wrong)
 
     def choose(part: slice) -> None:
         ranks[part], changes[part] = torch.ops.halfbyte.choose_codes(
@@ -214,7 +217,7 @@ def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: 
         pass_on(part, part)
 
     def pass_on(done: slice, left: slice) -> None:
-        pull[left] -= product(damped[left, done], changes[done].T)
+        add_product(pull[left], damped[left, done], changes[done], -1.0)
 
     for _ in range(sweeps):
         _by_halves(0, len(values), choose, pass_on, pass_on)

@@ -36,6 +36,7 @@ torch.library.define(
     "(Tensor state, Tensor? values, Tensor scales, Tensor matrix, Tensor levels) -> (Tensor, Tensor)",
 )
 torch.library.define("halfbyte::product", "(Tensor a, Tensor b) -> Tensor")
+torch.library.define("halfbyte::add_product_", "(Tensor(a!) sums, Tensor a, Tensor b, float alpha=1.0) -> ()")
 torch.library.define("halfbyte::dequantize_4bit", f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor")
 torch.library.define("halfbyte::linear_4bit", f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor")
 torch.library.define("halfbyte::linear_4bit_dx", f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor")
@@ -129,6 +130,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.register_fake("halfbyte::product")
 def _product_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(len(a), len(b))
+
+
+@torch.library.impl("halfbyte::add_product_", "CompositeExplicitAutograd")
+def _add_product(sums: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """sums (m, n) += alpha a (m, k) b (k, n): float32 sums of two matrices of one dtype."""
+    sums.addmm_(a.to(sums.dtype), b.to(sums.dtype), alpha=alpha)
+
+
+@torch.library.register_fake("halfbyte::add_product_")
+def _add_product_fake(sums: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    return None
 
 
 @torch.library.impl("halfbyte::dequantize_4bit", "CompositeExplicitAutograd")

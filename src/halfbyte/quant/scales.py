@@ -117,12 +117,12 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
     step = size * size  # so that the systems of equations are not more numbers than `moments`
     for start in range(0, rows, step):
         part = values[start : start + step]
-        blocks = (len(part), count, size)
         squares = torch.empty(len(part), count, count)
         for b in range(count):
-            block = slice(b * size, (b + 1) * size)
-            squares[:, b] = product(part[:, block], moments[:, block]).mul_(part).view(blocks).sum(2)
-        goal = product(wanted[start : start + step], moments).mul_(part).view(blocks).sum(2)
+            first, stop = b * size, (b + 1) * size
+            products = product(part[:, first:stop], moments[first:, first:stop]).mul_(part[:, first:])
+            squares[:, b, b:] = squares[:, b:, b] = products.view(len(part), count - b, size).sum(2)
+        goal = product(wanted[start : start + step], moments).mul_(part).view(len(part), count, size).sum(2)
         diagonal = squares.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
         scales[start : start + step] = torch.linalg.solve(squares, goal)
