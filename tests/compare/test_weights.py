@@ -18,15 +18,17 @@ from halfbyte.model.quantize import quantize_model
 from halfbyte.quant import quantize
 
 
-def test_formats_of_several_widths(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_type", ["int4", "int4-asym"])
+def test_formats_of_several_widths(make_llama: Callable[..., Path], tmp_path: Path, quant_type: str) -> None:
     model = make_llama()
-    run = load_config(model__path=str(model), quant__bits=5.0, quant__quant_type="int4")
+    run = load_config(model__path=str(model), quant__bits=5.0, quant__quant_type=quant_type)
     made = quantize_model(str(model), tmp_path / "mix", run.quant)
     report = weight_report(run, tmp_path / "mix")
     assert {layer.name: layer.quant_type for layer in report.layers} == made.formats
     assert report.values == pytest.approx([value / 7 for value in range(-8, 8)])
     assert sum(report.use) == pytest.approx(1)
     assert all(layer.error < (1e-4 if layer.quant_type == "int8" else 0.03) for layer in report.layers)
+    assert all(layer.clipped < 1e-3 for layer in report.layers)
 
 
 @pytest.mark.parametrize(("scale", "double_quant"), [("absmax", False), ("mse-signed", True)])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.config.formats import constants_of
 from halfbyte.kernels import lora_linear
 from halfbyte.kernels.registry import cpu_choice
 from halfbyte.quant.absmax import compress_absmax
@@ -55,7 +56,7 @@ def group(
     weights = []
     for number, (rows, rank) in enumerate(members):
         codes, absmax = torch.ops.halfbyte.quantize_4bit(torch.randn(rows, cols), quant_type, blocksize)
-        scales = compress_absmax(absmax) if nested else (absmax, None, 0.0)
+        scales = compress_absmax(absmax, constants_of(quant_type)) if nested else (absmax, None, 0.0)
         bias = torch.randn(rows).to(bias_dtype) if bias_dtype and number % 2 == 0 else None
         a, b = (torch.randn(rank, cols), torch.randn(rows, rank)) if rank else (None, None)
         for each, value in zip(lists, (codes, *scales, rows, bias, a, b, 0.5 + number), strict=False):
@@ -182,8 +183,10 @@ def test_groups_equal_the_oracle(isa: str, number: int) -> None:
             check(case, tokens, dtype)
 
 
-def test_fp4_and_single_quantization(isa: str) -> None:
+def test_other_formats_and_single_quantization(isa: str) -> None:
     check(group(128, [(96, 8), (40, 8)], quant_type="fp4", nested=False), 21, torch.float32)
+    for tokens in (3, 21):
+        check(group(192, [(96, 8), (40, 0)], quant_type="int4-asym"), tokens, torch.float32)
 
 
 def test_large_ranks(isa: str) -> None:

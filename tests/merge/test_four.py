@@ -96,18 +96,19 @@ def test_transformers_with_bitsandbytes_reads_it(merged: tuple[Path, MergeResult
     assert (logits_of(theirs) - logits_of(ours)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("quant_type", ["int4", "int4-asym"])
 def test_a_base_in_another_codebook_stays_in_it(
-    tmp_path: Path, make_llama: MakeLlama, make_adapter: MakeAdapter, chat_file: Path
+    tmp_path: Path, make_llama: MakeLlama, make_adapter: MakeAdapter, chat_file: Path, quant_type: str
 ) -> None:
     base = str(tmp_path / "base")
-    made = quantize_model(str(make_llama()), base, QuantConfig(quant_type="int4", bits=5.0))
+    made = quantize_model(str(make_llama()), base, QuantConfig(quant_type=quant_type, bits=5.0))
     config = hb.load_config(model__path=base, data__train=str(chat_file), data__eval=str(chat_file))
     adapter = make_adapter(Path(base), size=0.1)
     result = hb.merge(config, adapter, tmp_path / "out", format="4bit", base="quantized", max_drift=1.0)
-    assert result.form == "4bit int4"
+    assert result.form == f"4bit {quant_type}"
     merged = load_model(str(tmp_path / "out"), QuantConfig(), compute_dtype=torch.float32)
-    assert merged.quant["quant_type"] == "int4"
-    assert set(made.formats.values()) == {"int4", "int8"}
+    assert merged.quant["quant_type"] == quant_type
+    assert set(made.formats.values()) == {quant_type, "int8"}
     for name, kind in made.formats.items():
         assert merged.model.get_submodule(name).quant_type == kind
     assert "from halfbyte import HalfbyteConfig" in (tmp_path / "out" / "README.md").read_text()

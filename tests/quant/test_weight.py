@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.config import QuantConfig
+from halfbyte.config.formats import QUANT_TYPES
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant import QuantizedWeight, bits_per_weight, quantize, quantize_slices, quantized_bytes, slice_rows
 from halfbyte.quant.nibbles import pack_nibbles, unpack_nibbles
@@ -143,7 +144,22 @@ def test_bits_per_weight() -> None:
     assert bits_per_weight(64, False) == 4.5
     shape = (4096, 4096)
     for double_quant in (True, False):
-        assert quantized_bytes(shape, 64, double_quant) * 8 / (4096 * 4096) == bits_per_weight(64, double_quant)
+        for quant_type in QUANT_TYPES:
+            size = quantized_bytes(shape, 64, double_quant, quant_type)
+            assert size * 8 / (4096 * 4096) == bits_per_weight(64, double_quant, quant_type)
+    assert bits_per_weight(64, True, "int4-asym") == pytest.approx(4.254, abs=5e-4)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_bytes_and_pieces_of_every_format(quant_type: str, double_quant: bool) -> None:
+    """Of ragged sizes; pieces of rows decode to the same bits, constants of their blocks with them."""
+    for shape in ((129, 127), (96, 160), (7, 3)):
+        weight = quantize(torch.randn(shape), quant_type=quant_type, blocksize=32, double_quant=double_quant)
+        assert weight.nbytes == quantized_bytes(shape, 32, double_quant, quant_type)
+        parts = list(weight.row_slices(2048))
+        assert sum(part.shape[0] for part in parts) == shape[0]
+        assert torch.equal(torch.cat([part.dequantize() for part in parts]), weight.dequantize())
 
 
 def stored(double_quant: bool = True) -> tuple[Tensor, dict[str, Tensor]]:

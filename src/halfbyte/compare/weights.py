@@ -142,6 +142,8 @@ def _layer(name: str, original: Tensor, weight: QuantizedWeight) -> tuple[LayerR
     moved = flat if offsets is None else flat - offsets.repeat_interleave(size)[: flat.numel()]
     ratios = torch.where(each != 0, moved / torch.where(each != 0, each, 1.0), 0.0)
     ends = codebook(weight.quant_type, weight.blocksize).values
+    # Scales that were quantized themselves are a little off, and offsets: what lies beyond by so little is not cut.
+    slack = 1.005 if offsets is None else 1.02
     whole = flat.numel() // size * size
     norms = flat[:whole].square().view(-1, size).sum(1)
     blocks = errors[:whole].view(-1, size).sum(1)[norms > 0] / norms[norms > 0]
@@ -150,8 +152,7 @@ def _layer(name: str, original: Tensor, weight: QuantizedWeight) -> tuple[LayerR
         name=name.removesuffix(".weight"), shape=weight.shape, quant_type=weight.quant_type, blocksize=size,
         error=squared / max(float(flat.square().sum()), 1e-30),
         worst_block=float(blocks.max()) if blocks.numel() else 0.0,
-        # An absmax that was quantized itself is a little off: what lies beyond by less than half a percent is not cut.
-        clipped=float(((ratios > float(ends.max()) * 1.005) | (ratios < float(ends.min()) * 1.005)).float().mean()),
+        clipped=float(((ratios > float(ends.max()) * slack) | (ratios < float(ends.min()) * slack)).float().mean()),
         negative=float((scales < 0).float().mean()),
     )  # fmt: skip
     return layer, squared, ratios, unpack_codes(weight.codes, weight.bits, flat.numel()).long()

@@ -150,13 +150,13 @@ def round_with_feedback(
         refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
     """
     table = codebook(plain.quant_type, plain.blocksize)
-    levels, grid = table.levels, _grid(plain, table.levels)
-    ranks, error = _chosen(wanted, moments, grid, sweeps)
+    left, grid = _on_grid(wanted, plain, table.levels)
+    ranks, error = _chosen(left, moments, grid, sweeps)
     if refit and wanted.shape[1] % plain.blocksize == 0:
-        left = wanted if grid.offsets is None else wanted - grid.offsets
-        scales = fitted_scales(left, levels[ranks.int()], moments.damped, plain.blocksize)
+        scales = fitted_scales(left, table.levels[ranks.int()], moments.damped, plain.blocksize)
         other = _with_scales(plain, scales)
-        other_ranks, other_error = _chosen(wanted, moments, _grid(other, levels), sweeps, ranks)
+        left, grid = _on_grid(wanted, other, table.levels)
+        other_ranks, other_error = _chosen(left, moments, grid, sweeps, ranks)
         if other_error < error:
             plain, ranks = other, other_ranks
     codes = table.order[ranks.reshape(-1).int()]
@@ -172,15 +172,14 @@ def _with_scales(plain: QuantizedWeight, scales: Tensor) -> QuantizedWeight:
     return replace(plain, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset)
 
 
-def _grid(weight: QuantizedWeight, levels: Tensor) -> Grid:
-    """What each weight (out, in) may be decoded to."""
-    count = weight.shape[0] * weight.shape[1]
-    scales, offsets = (
-        None if each is None else each.repeat_interleave(weight.blocksize)[:count].view(weight.shape)
-        for each in weight.scales_and_offsets()
-    )
-    assert scales is not None
-    return Grid(levels, scales, offsets)
+def _on_grid(wanted: Tensor, weight: QuantizedWeight, levels: Tensor) -> tuple[Tensor, Grid]:
+    """(out, in): what is wanted of codes and scales alone, `wanted` less the offsets that `weight` has; their grid."""
+    scales, offsets = weight.scales_and_offsets()
+
+    def each(constants: Tensor) -> Tensor:
+        return constants.repeat_interleave(weight.blocksize)[: wanted.numel()].view(wanted.shape)
+
+    return wanted if offsets is None else wanted - each(offsets), Grid(levels, each(scales))
 
 
 def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
