@@ -19,7 +19,9 @@ def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return few + 0.1 * torch.randn(rows, columns, generator=generator)
 
 
-@pytest.mark.parametrize(("shape", "kind"), [((32, 128), "nf4"), ((48, 96), "fp4"), ((5, 40), "nf4"), ((32, 128), "int4-asym")])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((32, 128), "nf4"), ((48, 96), "fp4"), ((5, 40), "nf4"), ((32, 128), "int4-asym")]
+)
 def test_an_update_that_rounding_erases_survives_in_the_outputs(shape: tuple[int, int], kind: str) -> None:
     """Of a base on the grid, an update of 1.3 % of it."""
     torch.manual_seed(0)
