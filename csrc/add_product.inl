@@ -11,7 +11,7 @@ int add_product_typed(const T* a, int64_t a_stride, const T* b, int64_t b_stride
           *packed = space.take((part + max_panel_rows) * dwords_of<N>(slab));
     for (int64_t row = 0; row < m; row += part) {
         const Panels panels = panels_of(at_most(part, m - row));
-#pragma omp parallel num_threads(threads_for(panels.m* n* depth / 16, threads))
+#pragma omp parallel num_threads(threads_for(panels.m * n * depth / 16, threads))
         for (int64_t k0 = 0; k0 < depth; k0 += slab) {
             const Columns columns = {k0, at_most(slab, depth - k0)};
             const Dense<T> right = {b + k0 * b_stride, columns.count, n, b_stride, alpha};

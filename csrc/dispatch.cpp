@@ -91,10 +91,10 @@ int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const fl
     return HB_OK;
 }
 
-int hb_codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales,
+int hb_codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales, int constants,
                         const float* bounds, const uint8_t* order, uint8_t* codes, int threads) {
-    if (!power_of_two(blocksize, 32)) return HB_UNSUPPORTED;
-    current()->codes_for_scales(w, dtype, n, blocksize, scales, bounds, order, codes, threads);
+    if (!power_of_two(blocksize, 32) || constants < 1 || constants > 2) return HB_UNSUPPORTED;
+    current()->codes_for_scales(w, dtype, n, blocksize, scales, constants, bounds, order, codes, threads);
     return HB_OK;
 }
 
@@ -120,6 +120,15 @@ int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize
     if (!power_of_two(blocksize, 32) || blocksize > 4096 || cols < 1 || count < 1 || count > 32) return HB_UNSUPPORTED;
     current()->least_error_scales(w, dtype, n, blocksize, importance, cols, levels, bounds, factors, count, scales,
                                   threads);
+    return HB_OK;
+}
+
+int hb_least_error_constants(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
+                             int64_t cols, const float* levels, const float* bounds, const float* steps,
+                             const float* shifts, int count, float* constants, int threads) {
+    if (!power_of_two(blocksize, 32) || blocksize > 4096 || cols < 1 || count < 1 || count > 32) return HB_UNSUPPORTED;
+    current()->least_error_constants(w, dtype, n, blocksize, importance, cols, levels, bounds, steps, shifts, count,
+                                     constants, threads);
     return HB_OK;
 }
 
@@ -181,8 +190,8 @@ int hb_linear_frozen_dx(const void* w, const float* scales, int w_dtype, int64_t
     return function(w, scales, w_dtype, rows, cols, g, dtype, m, dx, threads);
 }
 
-int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int dtype, int64_t m, int64_t depth,
-                   int64_t n, float alpha, float* sums, int64_t stride, int threads) {
+int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int dtype, int64_t m,
+                   int64_t depth, int64_t n, float alpha, float* sums, int64_t stride, int threads) {
     const auto function = current()->add_product;
     return function ? function(a, a_stride, b, b_stride, dtype, m, depth, n, alpha, sums, stride, threads)
                     : HB_UNSUPPORTED;

@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 10, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 11, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -109,9 +109,10 @@ HB_API void hb_release_workspace(void);         // gives the linear functions' k
 HB_API int hb_quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const float* bounds,
                        const uint8_t* order, uint8_t* codes, float* absmax, int threads);
 
-// n elements, scales[ceil(n / blocksize)] -> codes[(n + 1) / 2], each the nearest under its scale, which may be negative.
+// n elements, scales[ceil(n / blocksize)] -> codes[(n + 1) / 2], each the nearest under its scale, which may be negative;
+// with 2 `constants` an offset follows each scale.
 HB_API int hb_codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales,
-                               const float* bounds, const uint8_t* order, uint8_t* codes, int threads);
+                               int constants, const float* bounds, const uint8_t* order, uint8_t* codes, int threads);
 
 HB_API int64_t hb_count_nonfinite(const void* x, int dtype, int64_t n, int threads);
 
@@ -129,6 +130,12 @@ HB_API int hb_quantize_8bit(const float* x, int64_t n, const hb_state_map* map, 
 HB_API int hb_least_error_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
                                  int64_t cols, const float* levels, const float* bounds, const float* factors,
                                  int count, float* scales, int threads);
+
+// The same for a scale and an offset of each block, constants[2 ceil(n / blocksize)]: a candidate's codes are those of
+// (weight - least - shifts[c] width) / (steps[c] width), width being that between a block's least and largest weight.
+HB_API int hb_least_error_constants(const void* w, int dtype, int64_t n, int64_t blocksize, const float* importance,
+                                    int64_t cols, const float* levels, const float* bounds, const float* steps,
+                                    const float* shifts, int count, float* constants, int threads);
 
 // Ranks of the `count` ascending levels for `rows` columns of a weight's codes, at most 128, and what each choice changes,
 // both [rows * cols] as all but `matrix` are, whose row i begins at i * stride: src/halfbyte/quant/choose.py says how.

@@ -51,6 +51,7 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, co
 
 #include "quantize.inl"
 #include "scales.inl"
+#include "constants.inl"
 #include "choose.inl"
 #include "dequantize.inl"
 #include "adamw.inl"
@@ -58,6 +59,12 @@ void decode_block(const uint8_t* codes, int64_t n, float scale, float offset, co
 }  // namespace hb_baseline
 }  // namespace
 
-extern const hb_table hb_table_baseline = {
-    hb_baseline::quantize,      hb_baseline::codes_for_scales,   hb_baseline::count_nonfinite, hb_baseline::dequantize,
-    hb_baseline::quantize_8bit, hb_baseline::least_error_scales, hb_baseline::choose_codes,    hb_baseline::adamw};
+extern const hb_table hb_table_baseline = {hb_baseline::quantize,
+                                           hb_baseline::codes_for_scales,
+                                           hb_baseline::count_nonfinite,
+                                           hb_baseline::dequantize,
+                                           hb_baseline::quantize_8bit,
+                                           hb_baseline::least_error_scales,
+                                           hb_baseline::least_error_constants,
+                                           hb_baseline::choose_codes,
+                                           hb_baseline::adamw};

@@ -3,6 +3,7 @@
 
 #include "quantize.inl"
 #include "scales.inl"
+#include "constants.inl"
 #include "choose.inl"
 #include "dequantize.inl"
 #include "adamw.inl"
@@ -47,6 +48,7 @@ constexpr hb_table all_kernels = {
     dequantize,
     quantize_8bit,
     least_error_scales,
+    least_error_constants,
     choose_codes,
     adamw,
     linear,

@@ -46,35 +46,52 @@ void quantize(const void* w, int dtype, int64_t n, int64_t blocksize, const floa
 }
 
 template <class T>
-void codes_for_scales_typed(const T* w, int64_t n, int64_t blocksize, const float* scales, const float* bounds,
-                            const uint8_t* order, uint8_t* codes, int threads) {
+void codes_for_scales_typed(const T* w, int64_t n, int64_t blocksize, const float* scales, int constants,
+                            const float* bounds, const uint8_t* order, uint8_t* codes, int threads) {
     const int64_t full = n / blocksize, done = full * blocksize;
     const Encoder encoder(bounds, order);
-    const auto inverse = [scales](int64_t b) {
-        return 1.0f / (scales[b] < 1e-38f && scales[b] > -1e-38f ? 1.0f : scales[b]);
+    constexpr int64_t moved_at_once = 256;
+    const auto inverse = [=](int64_t b) {
+        const float scale = scales[b * constants];
+        return 1.0f / (scale < 1e-38f && scale > -1e-38f ? 1.0f : scale);
     };
+    const auto offset = [=](int64_t b) { return constants == 2 ? scales[2 * b + 1] : 0.0f; };
 #pragma omp parallel for schedule(dynamic, serial_elements / blocksize) num_threads(threads_for(n, threads))
-    for (int64_t b = 0; b < full; ++b)
-        encode_block(w + b * blocksize, blocksize, inverse(b), encoder, codes + b * blocksize / 2);
+    for (int64_t b = 0; b < full; ++b) {
+        const int64_t start = b * blocksize;
+        if (constants == 1) {
+            encode_block(w + start, blocksize, inverse(b), encoder, codes + start / 2);
+            continue;
+        }
+        float moved[moved_at_once];
+        const float o = offset(b);
+        for (int64_t at = start; at < start + blocksize; at += moved_at_once) {
+            const int64_t count = blocksize < moved_at_once ? blocksize : moved_at_once;
+            for (int64_t i = 0; i < count; ++i) moved[i] = widen(w[at + i]) - o;
+            encode_block(moved, count, inverse(b), encoder, codes + at / 2);
+        }
+    }
     for (int64_t i = done; i < n; i += 2) {
-        const uint8_t high = encode_one(widen(w[i]) * inverse(full), bounds, order);
-        const uint8_t low = encode_one(i + 1 < n ? widen(w[i + 1]) * inverse(full) : 0.0f, bounds, order);
+        const auto one = [&](int64_t at) {
+            return encode_one((widen(w[at]) - offset(full)) * inverse(full), bounds, order);
+        };
+        const uint8_t high = one(i), low = i + 1 < n ? one(i + 1) : encode_one(0.0f, bounds, order);
         codes[i / 2] = uint8_t(high << 4 | low);
     }
 }
 
-void codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales, const float* bounds,
-                      const uint8_t* order, uint8_t* codes, int threads) {
+void codes_for_scales(const void* w, int dtype, int64_t n, int64_t blocksize, const float* scales, int constants,
+                      const float* bounds, const uint8_t* order, uint8_t* codes, int threads) {
     switch (dtype) {
         case HB_BF16:
-            return codes_for_scales_typed(static_cast<const bf16*>(w), n, blocksize, scales, bounds, order, codes,
-                                          threads);
+            return codes_for_scales_typed(static_cast<const bf16*>(w), n, blocksize, scales, constants, bounds, order,
+                                          codes, threads);
         case HB_F16:
-            return codes_for_scales_typed(static_cast<const fp16*>(w), n, blocksize, scales, bounds, order, codes,
-                                          threads);
+            return codes_for_scales_typed(static_cast<const fp16*>(w), n, blocksize, scales, constants, bounds, order,
+                                          codes, threads);
         default:
-            return codes_for_scales_typed(static_cast<const float*>(w), n, blocksize, scales, bounds, order, codes,
-                                          threads);
+            return codes_for_scales_typed(static_cast<const float*>(w), n, blocksize, scales, constants, bounds, order,
+                                          codes, threads);
     }
 }
 

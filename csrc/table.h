@@ -10,13 +10,15 @@
 
 struct hb_table {
     void (*quantize)(const void*, int, int64_t, int64_t, const float*, const uint8_t*, uint8_t*, float*, int);
-    void (*codes_for_scales)(const void*, int, int64_t, int64_t, const float*, const float*, const uint8_t*, uint8_t*,
-                             int);
+    void (*codes_for_scales)(const void*, int, int64_t, int64_t, const float*, int, const float*, const uint8_t*,
+                             uint8_t*, int);
     int64_t (*count_nonfinite)(const void*, int, int64_t, int);
     void (*dequantize)(const hb_weight*, int64_t, int64_t, int, void*, int);
     void (*quantize_8bit)(const float*, int64_t, const hb_state_map*, uint8_t*, float*, int);
     void (*least_error_scales)(const void*, int, int64_t, int64_t, const float*, int64_t, const float*, const float*,
                                const float*, int, float*, int);
+    void (*least_error_constants)(const void*, int, int64_t, int64_t, const float*, int64_t, const float*, const float*,
+                                  const float*, const float*, int, float*, int);
     void (*choose_codes)(const float*, const float*, const float*, int64_t, int64_t, const float*, int64_t,
                          const float*, const float*, int, uint8_t*, float*, int);
     void (*adamw)(const hb_adamw_numbers*, const hb_adamw_page*, int64_t, const hb_state_map*, int);
@@ -28,8 +30,8 @@ struct hb_table {
                          void*, int) = nullptr;
     int (*linear_frozen_dx)(const void*, const float*, int, int64_t, int64_t, const void*, int, int64_t, void*,
                             int) = nullptr;
-    int (*add_product)(const void*, int64_t, const void*, int64_t, int, int64_t, int64_t, int64_t, float, float*, int64_t,
-                       int) = nullptr;
+    int (*add_product)(const void*, int64_t, const void*, int64_t, int, int64_t, int64_t, int64_t, float, float*,
+                       int64_t, int) = nullptr;
     int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int) = nullptr;
     int (*rms_norm)(const void*, const void*, const void*, int, int, int64_t, int64_t, float, float, void*, void*,
                     float*, int) = nullptr;

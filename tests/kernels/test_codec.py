@@ -213,24 +213,30 @@ def test_wrong_sizes_are_refused(isa: str) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-def test_scales_of_least_error_are_as_good_as_the_reference(isa: str, blocksize: int, weighted: bool) -> None:
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize"), [("nf4", 32), ("nf4", 64), ("nf4", 4096), ("int4-asym", 64), ("int4-asym", 4096)]
+)
+def test_scales_of_least_error_are_as_good_as_the_reference(
+    isa: str, quant_type: str, blocksize: int, weighted: bool
+) -> None:
     """Sums run in another order, so that candidates that are as good may change places: what counts is the error,
     which was at most 1e-5 of itself away (ties in bfloat16, one block of 64)."""
     for shape in ((64, 64), (127, 129), (3, 5), (1,), (0,), (2, 3, 67)):
         for dtype in DTYPES:
             weight = weight_of(shape, dtype)
             importance = torch.rand(shape[-1]) + 0.01 if weighted else None
-            args = (weight, "nf4", blocksize, True, importance)
+            args = (weight, quant_type, blocksize, True, importance)
             found, wanted = torch.ops.halfbyte.least_error_scales(*args), least_error_scales_reference(*args)
             assert found.shape == wanted.shape
-            errors = [_weighted_error(weight, scales, blocksize, importance) for scales in (found, wanted)]
+            errors = [_weighted_error(weight, scales, quant_type, blocksize, importance) for scales in (found, wanted)]
             assert errors[0] == pytest.approx(errors[1], rel=1e-4, abs=1e-12), (shape, dtype)
 
 
-def _weighted_error(weight: Tensor, scales: Tensor, blocksize: int, importance: Tensor | None) -> float:
-    codes = codes_for_scales(weight, scales, "nf4", blocksize)
-    decoded = dequantize_reference(codes, scales, None, 0.0, "nf4", blocksize, tuple(weight.shape), torch.float32)
+def _weighted_error(
+    weight: Tensor, scales: Tensor, quant_type: str, blocksize: int, importance: Tensor | None
+) -> float:
+    codes = codes_for_scales(weight, scales, quant_type, blocksize)
+    decoded = dequantize_reference(codes, scales, None, 0.0, quant_type, blocksize, tuple(weight.shape), torch.float32)
     wrong = (decoded - weight.float()).square()
     return float((wrong if importance is None else wrong * importance).sum())
 
@@ -247,7 +253,8 @@ def test_every_instruction_set_finds_the_same_scales(isa: str) -> None:
     library = cpu_choice().library
     assert library is not None
     weight, importance = torch.randn(33, 67), torch.rand(67) + 0.01
-    for quant_type, blocksize, h in (("nf4", 64, None), ("bof4-s", 32, importance), ("nf3", 4096, importance)):
+    for quant_type, blocksize, h in (("nf4", 64, None), ("bof4-s", 32, importance), ("nf3", 4096, importance),
+                                     ("int4-asym", 64, None), ("int4-asym", 32, importance)):  # fmt: skip
         found = []
         for name in (isa, "baseline"):
             library.force(name)

@@ -56,6 +56,27 @@ def test_no_scale_of_a_fine_grid_is_much_better(quant_type: str, weighted: bool)
     assert found.sum() < (1.05 if quant_type == "int4" else 1.02) * best.sum()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_scale_and_offset_of_a_fine_grid_are_much_better(weighted: bool) -> None:
+    """Measured over all blocks: 1.7 and 2.7 % more than the best of 40 x 21 for each, in sum."""
+    torch.manual_seed(1)
+    weight, importance = torch.randn(64, 128), torch.rand(128) ** 4 if weighted else None
+    blocks = weight.view(-1, 64)
+    h = torch.ones_like(blocks) if importance is None else importance.expand(64, 128).reshape(-1, 64)
+
+    def errors(scales: Tensor, offsets: Tensor) -> Tensor:
+        values = ((blocks - offsets[:, None]) / scales[:, None]).round().clamp(-8, 7)
+        return (h * (values * scales[:, None] + offsets[:, None] - blocks).square()).sum(1)
+
+    found = least_error_scales(weight, "int4-asym", 64, signed=True, importance=importance)
+    low, width = blocks.amin(1), blocks.amax(1) - blocks.amin(1)
+    best = torch.stack([
+        errors(span * width / 15, low + place * (1 - span) * width + 8 * span * width / 15)
+        for span in torch.linspace(0.5, 1.05, 40) for place in torch.linspace(0, 1, 21)
+    ]).amin(0)  # fmt: skip
+    assert errors(found[::2], found[1::2]).sum() < 1.04 * best.sum()
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (3, 5), (127, 129), (1,), (0,), (33, 64), (2, 3, 67)])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_codes_are_the_nearest_to_what_is_decoded(shape: tuple[int, ...], double_quant: bool) -> None:

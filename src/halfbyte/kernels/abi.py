@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -210,12 +210,15 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_openmp": (_INT, ()),
     "hb_release_workspace": (None, ()),
     "hb_quantize": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
-    "hb_codes_for_scales": (_INT, (_POINTER, _INT, *2 * [_SIZE], *4 * [_POINTER], _INT)),
+    "hb_codes_for_scales": (_INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _INT, *3 * [_POINTER], _INT)),
     "hb_count_nonfinite": (_SIZE, (_POINTER, _INT, _SIZE, _INT)),
     "hb_dequantize": (_INT, (_POINTER, _SIZE, _SIZE, _INT, _POINTER, _INT)),
     "hb_quantize_8bit": (_INT, (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _INT)),
     "hb_least_error_scales": (
         _INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _SIZE, *3 * [_POINTER], _INT, _POINTER, _INT),
+    ),
+    "hb_least_error_constants": (
+        _INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _SIZE, *4 * [_POINTER], _INT, _POINTER, _INT),
     ),
     "hb_choose_codes": (
         _INT, (*3 * [_POINTER], *2 * [_SIZE], _POINTER, _SIZE, *2 * [_POINTER], _INT, *2 * [_POINTER], _INT),

@@ -90,12 +90,12 @@ class Library:
         """`quant.scales.codes_for_scales_reference`, bit for bit."""
         table, flat = codebook(quant_type, blocksize), weight.detach().contiguous()
         scales, codes = scales.contiguous(), _empty_codes(flat.numel())
-        if scales.dtype != torch.float32 or scales.numel() != num_blocks(flat.numel(), blocksize):
+        if scales.dtype != torch.float32 or scales.numel() != num_constants(flat.numel(), blocksize, quant_type):
             raise ValueError(
                 f"{scales.numel()} {scales.dtype} scales for {num_blocks(flat.numel(), blocksize)} blocks"
             )
         status = self.call.hb_codes_for_scales(
-            flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, scales.data_ptr(),
+            flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, scales.data_ptr(), constants_of(quant_type),
             table.boundaries.data_ptr(), table.order.data_ptr(), codes.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if status != OK:

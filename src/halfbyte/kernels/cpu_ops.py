@@ -23,10 +23,11 @@ from halfbyte.kernels.frozen_linear import dx_into, linear_into
 from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
-from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks
+from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_constants
 from halfbyte.quant.choose import choose_codes_reference
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.int8 import int8_rows
+from halfbyte.quant.offsets import RANGES
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import codes_for_scales_reference, factors_of, least_error_scales_reference
 
@@ -81,17 +82,20 @@ def _least_error_scales(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     flat, table = weight.detach().contiguous(), codebook(quant_type, blocksize)
-    scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
-    factors, short = torch.tensor(factors_of(table, signed)), 16 - table.values.numel()
+    scales = flat.new_empty(num_constants(flat.numel(), blocksize, quant_type), dtype=torch.float32)
+    name, candidates, short = "hb_least_error_scales", [factors_of(table, signed)], 16 - table.values.numel()
+    if constants_of(quant_type) > 1:
+        name, candidates = "hb_least_error_constants", [*zip(*RANGES, strict=True)]
+    factors = [torch.tensor(numbers) for numbers in candidates]
     # A table of fewer values repeats the last one, behind boundaries that nothing passes.
     levels = torch.cat([table.levels, table.levels[-1:].expand(max(short, 0))])
     bounds = torch.nn.functional.pad(table.boundaries, (0, max(short, 0)), value=torch.inf)
     weights = None if importance is None else importance.float().contiguous()
     columns = 1 if weights is None else weights.numel()
     if short >= 0 and flat.dtype in DTYPES and run_native(
-        "hb_least_error_scales", flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize,
+        name, flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize,
         None if weights is None else weights.data_ptr(), columns, levels.data_ptr(),
-        bounds.data_ptr(), factors.data_ptr(), len(factors), scales.data_ptr(),
+        bounds.data_ptr(), *(numbers.data_ptr() for numbers in factors), len(factors[0]), scales.data_ptr(),
     ):  # fmt: skip
         return scales
     return least_error_scales_reference(weight, quant_type, blocksize, signed, importance)
@@ -100,7 +104,7 @@ def _least_error_scales(
 @torch.library.impl("halfbyte::codes_for_scales", "CPU")
 def _codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize: int) -> Tensor:
     library = _library(weight.dtype, blocksize)
-    if library is None or bits_of(quant_type) != 4 or constants_of(quant_type) > 1:
+    if library is None or bits_of(quant_type) != 4:
         return codes_for_scales_reference(weight, scales, quant_type, blocksize)
     return library.codes_for_scales(weight, scales, quant_type, blocksize)
 

@@ -100,7 +100,7 @@ torch.library.impl("halfbyte::least_error_scales", "CompositeExplicitAutograd", 
 def _least_error_scales_fake(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
-    return weight.new_empty(num_blocks(weight.numel(), blocksize), dtype=torch.float32)
+    return weight.new_empty(num_constants(weight.numel(), blocksize, quant_type), dtype=torch.float32)
 
 
 torch.library.impl("halfbyte::codes_for_scales", "CompositeExplicitAutograd", codes_for_scales_reference)

@@ -16,7 +16,7 @@ from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_code_bytes
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.memory import lasting
-from halfbyte.quant.offsets import block_constants
+from halfbyte.quant.offsets import range_constants
 from halfbyte.quant.scales import codes_for_scales, double_quantized, least_error_scales, peak_scales
 from halfbyte.quant.weight import SOURCE_DTYPES, QuantizedWeight
 
@@ -155,10 +155,8 @@ class SliceQuantizer:
         if importance is not None:
             importance = importance.roll(-(self._taken % len(importance)))
         self._taken += part.numel()
-        if self._constants > 1:
-            return block_constants(part, config, importance)
         if config.chosen_scale == "absmax":
-            return peak_scales(part, config.blocksize)
+            return (peak_scales if self._constants == 1 else range_constants)(part, config.blocksize)
         return least_error_scales(
             part, config.quant_type, config.blocksize, signed=self._signed, importance=importance
         )

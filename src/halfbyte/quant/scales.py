@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfbyte.config.formats import bits_of
+from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax, scales_and_offsets
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import Codebook, codebook
 from halfbyte.quant.inverse import product
 from halfbyte.quant.nibbles import pack_codes
+from halfbyte.quant.offsets import least_error_constants
 
 FACTORS = (0.66, 0.72, 0.78, 0.84, 0.90, 0.96, 1.02, 1.08)
 """Candidates, as parts of the largest magnitude; what is between them is found in closed form."""
@@ -39,7 +40,8 @@ def least_error_scales(
         importance: (weight.shape[-1],) float32, at least 0; None: all alike.
 
     Returns:
-        (ceil(n/blocksize),) float32; 0 for a block of zeros; not finite where the weight is not.
+        (ceil(n/blocksize),) float32; 0 for a block of zeros; not finite where the weight is not. Of int4-asym each has
+        its offset after it, whatever `signed` says.
     """
     if importance is not None:
         importance = importance.clamp(min=FLOOR * float(importance.mean()) + TINY)
@@ -57,6 +59,8 @@ def least_error_scales_reference(
     weight: Tensor, quant_type: str, blocksize: int, signed: bool, importance: Tensor | None
 ) -> Tensor:
     """The operator `least_error_scales` in plain torch: `least_error_scales`, `importance` above 0."""
+    if constants_of(quant_type) > 1:
+        return least_error_constants(weight, blocksize, importance)
     flat, table = weight.detach().reshape(-1), codebook(quant_type, blocksize)
     scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
     step = max(CHUNK // blocksize, 1)
