@@ -126,7 +126,7 @@ def divergences(
 ) -> dict[int, float]:  # fmt: skip
     """KL(what `model` predicts || what it predicts with the layers of one of `units` `coarse`), nats by token.
 
-    Memory is the text's hidden states once for each unit, in float32, beside what one layer computes.
+    Memory is the text's hidden states once for each unit, in float32, beside one layer's weights and what it computes.
 
     Args:
         ids: (sequences, tokens) int64, padded at the end.
@@ -139,23 +139,32 @@ def divergences(
     Raises:
         ModelError: the model has no list of decoder layers.
     """
-    quantized: dict[str, Tensor] = {}
+    lent: dict[str, Tensor] = {}
     states: dict[int, Tensor] = {}
-    with model.lend(lambda name: quantized[name] if name in quantized else weights(name)):
+
+    def value(name: str) -> Tensor:
+        return lent[name] if name in lent else lent.setdefault(name, weights(name))
+
+    with model.lend(weights):
         layers = traced_layers(model, [ids], [f"{name}.weight" for unit in units for name in unit.layers])
         clean = input_of(layers[0].module, partial(model.run, ids))
+    with model.lend(value):
         for done, layer in enumerate(layers):
             if on_progress:
                 on_progress(done, len(layers), "measuring")
             for number in states:
                 states[number] = layer(states[number])
+            after = layer(clean)
             passed = {linear.name.removesuffix(".weight") for group in layer.groups for linear in group}
             for number, unit in enumerate(units):
                 if passed.issuperset(unit.layers):
-                    quantized.update((name, coarse(name)) for name in map("{}.weight".format, unit.layers))
+                    names = [f"{name}.weight" for name in unit.layers]
+                    exact = {name: lent[name] for name in names}
+                    lent.update((name, coarse(name)) for name in names)
                     states[number] = layer(clean)
-                    quantized.clear()
-            clean = layer(clean)
+                    lent.update(exact)
+            clean = after
+            lent.clear()  # read once a layer, for all that goes through it
     return _predicted(model, ids, counts, weights, clean, states)
 
 
