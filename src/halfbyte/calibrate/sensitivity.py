@@ -109,8 +109,8 @@ def measure(
 
 
 def weighted(units: Sequence[Unit], found: Mapping[str, Measured]) -> list[Unit]:
-    """`units` with the divergence that is expected in each format in place of the weights' error, for it grows as this
-    does (measured: docs/formats.md)."""
+    """`units` with the divergence expected in each format in place of the weights' error, for it grows about as this
+    does (docs/formats.md: measured)."""
     each = ((unit, found[unit_of(unit.layers[0])]) for unit in units)
     return [
         replace(unit, errors=tuple(part.moved / max(part.error, 1e-30) * error for error in unit.errors))
