@@ -45,7 +45,7 @@ class Base:
 
 BASES = {
     "16 bits": Base(used=EXACT),
-    "NF4": Base([]),
+    "NF4": Base(["--set", "quant.scale=absmax"]),
     "NF4, mse-signed scales": Base(["--set", "quant.scale=mse-signed"]),
     "NF4, calibrated on generic text": Base(["--set", "quant.calibrate=generic"]),
     "NF4, calibrated": Base(["--set", "quant.calibrate={train}"]),

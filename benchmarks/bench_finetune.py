@@ -36,7 +36,8 @@ def main() -> None:
             result = halfbyte(
                 "train", "--model", model, "--data", train, "--eval-data", held_out, "--output", str(output),
                 "--steps", str(options.steps), "--resume", "never", "--set", f"quant.compute_dtype={compute}",
-                "--set", "data.packing=false", "--set", f"train.micro_batch_size={options.batch}",
+                "--set", "data.packing=false", "--set", "quant.scale=absmax",
+                "--set", f"train.micro_batch_size={options.batch}",
             )  # fmt: skip
             runs.setdefault(f"halfbyte, compute {compute}", []).append({**result, "path": str(output / "adapter")})
         peer = last_json([

@@ -25,7 +25,7 @@ from texts import docstring_data, prose_file
 import halfbyte as hb
 from halfbyte.compare.weights import weight_report
 from halfbyte.config import load_config
-from halfbyte.config.formats import QUANT_TYPES
+from halfbyte.config.formats import QUANT_TYPES, bits_of
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
 EVAL = ["--set", "quant.compute_dtype=float32"]
@@ -66,7 +66,8 @@ def measure(name: str, model: str, train: str, texts: dict[str, str], work: Path
         settings = ["--quant-type", name]
         row["seconds"] = {str(rows): product_seconds(name, rows) for rows in ROWS}
         row["normal_error"] = {scale: normal_error(name, scale=scale) for scale in ("absmax", "mse-signed")}
-    for key, more in [("plain", []), ("calibrated", ["--set", f"quant.calibrate={train}"])][: 2 if train else 1]:
+    plain = ["--set", "quant.scale=absmax"] if name in QUANT_TYPES and bits_of(name) >= 4 else []
+    for key, more in [("plain", plain), ("calibrated", ["--set", f"quant.calibrate={train}"])][: 2 if train else 1]:
         shutil.rmtree(base, ignore_errors=True)  # of the format before
         made = halfbyte("quantize", "--model", model, "--output", str(base), *settings, *more)
         row["bits"] = made["bits_per_weight"]

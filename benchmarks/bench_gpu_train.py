@@ -57,7 +57,7 @@ def run_halfbyte(folder: Path, data: Path, output: Path, options: argparse.Names
         "train", "--model", str(folder), "--data", str(data), "--output", str(output), "--device", "cuda",
         "--steps", str(options.steps), "--resume", "never", "--set", f"data.max_seq_len={options.tokens}",
         "--set", f"train.micro_batch_size={options.batch}", "--set", "data.format=text",
-        "--set", "optim.lr=1e-4", *more,
+        "--set", "optim.lr=1e-4", "--set", "quant.scale=absmax", *more,
     ]  # fmt: skip
     started = time.perf_counter()
     try:

@@ -31,7 +31,7 @@ def main() -> None:
     whole = random_2gb_folder(options.work / "random-2gb")
     stored = options.work / "random-2gb-4bit"
     if not stored.exists():
-        quantize_model(str(whole), stored, QuantConfig())
+        quantize_model(str(whole), stored, QuantConfig(scale="absmax"))
     figures = {
         f"{kind}, {'from the disk' if cold else 'from the page cache'}": disk_turns(
             "load",

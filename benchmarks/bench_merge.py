@@ -41,6 +41,7 @@ from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.codebook import codebook
 
 PROMPTS, NEW_TOKENS = 50, 24
+ABSMAX = QuantConfig(scale="absmax")
 LLAMA_CPP = Path(__file__).parents[1] / "tests" / "merge" / "llama_cpp.py"
 MERGES = {
     "16bit, quantized base": ["--format", "16bit"],
@@ -75,7 +76,7 @@ class Bench:
 
     def fold(self) -> Fold:
         """Base + adapter, exactly."""
-        adapter, base = load_adapter(self.run / "adapter"), open_base(self.model, QuantConfig())
+        adapter, base = load_adapter(self.run / "adapter"), open_base(self.model, ABSMAX)
         return Fold(base, updates_of(adapter, base.model))
 
     def merged(self, output: Path, *options: str) -> dict[str, Any]:
@@ -92,12 +93,12 @@ class Bench:
 
 def nearest(values: Tensor) -> Tensor:
     """Every weight to its nearest code."""
-    return quantize(values).dequantize(torch.float32)
+    return quantize(values, scale="absmax").dequantize(torch.float32)
 
 
 def stochastic(values: Tensor) -> Tensor:
     """Every weight to one of the two codes around it, so that the mean is right."""
-    plain = quantize(values)
+    plain = quantize(values, scale="absmax")
     assert plain.nested_absmax is not None
     scales = expand_absmax(plain.absmax, plain.nested_absmax, plain.nested_offset)
     steps = scales.repeat_interleave(64)[: values.numel()].view(values.shape)
@@ -148,7 +149,7 @@ def answers(bench: Bench) -> None:
     prompts = [prompt_ids(tokenizer, json.loads(line)["messages"][:-1]) for line in lines]
 
     def ours(dtype: torch.dtype) -> list[list[int]]:
-        loaded = load_model(bench.model, QuantConfig(), compute_dtype=dtype).model
+        loaded = load_model(bench.model, ABSMAX, compute_dtype=dtype).model
         adapted = attach_saved(loaded, load_adapter(bench.run / "adapter"))
         return [generate_ids(adapted, tokenizer, [prompt], max_new_tokens=NEW_TOKENS)[0] for prompt in prompts]
 
@@ -201,7 +202,7 @@ def combined(bench: Bench) -> None:
         if not (folder / "adapter").exists():
             data.write_text("".join(lines[number::2]), encoding="utf-8")
             halfbyte("train", "--model", bench.model, "--data", str(data), "--output", str(folder), "--steps", "100",
-                     "--set", "data.max_seq_len=512", "--set", "optim.lr=1e-3",
+                     "--set", "data.max_seq_len=512", "--set", "optim.lr=1e-3", "--set", "quant.scale=absmax",
                      "--set", "optim.schedule=cosine")  # fmt: skip
         adapters += ["--adapter", f"{folder / 'adapter'}=0.5"]
     with tempfile.TemporaryDirectory() as folder:

@@ -49,8 +49,8 @@ def halfbyte(folder: Path, output: Path | None) -> Callable[[], object]:
     from halfbyte.model.quantize import quantize_model
 
     if output:
-        return lambda: quantize_model(str(folder), output / "halfbyte", QuantConfig())
-    return lambda: _one_token(load_model(str(folder), QuantConfig(), compute_dtype=torch.float32).model)
+        return lambda: quantize_model(str(folder), output / "halfbyte", QuantConfig(scale="absmax"))  # as the others
+    return lambda: _one_token(load_model(str(folder), QuantConfig(scale="absmax"), compute_dtype=torch.float32).model)
 
 
 def bitsandbytes(folder: Path, output: Path | None) -> Callable[[], object]:

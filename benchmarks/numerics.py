@@ -53,7 +53,7 @@ def codec() -> None:
             kind = {"quant_type": ("nf4", "fp4")[trial % 2], "blocksize": BLOCKSIZES[trial % 8]}
             nested = trial % 4 < 2
             packed, state = functional.quantize_4bit(weight, compress_statistics=nested, **kind)
-            ours = halfbyte.quantize(weight, double_quant=nested, **kind)
+            ours = halfbyte.quantize(weight, double_quant=nested, scale="absmax", **kind)
             theirs = halfbyte.QuantizedWeight.from_bnb(packed, state)
             total += packed.numel()
             different += int((ours.codes != packed.view(-1)).sum())
@@ -69,7 +69,7 @@ def codec() -> None:
     weight = torch.randn(2**23, generator=generator)
     for quant_type in ("nf4", "fp4"):
         for nested in (True, False):
-            q = halfbyte.quantize(weight, quant_type=quant_type, double_quant=nested)
+            q = halfbyte.quantize(weight, quant_type=quant_type, double_quant=nested, scale="absmax")
             error = float(((q.dequantize() - weight).double() ** 2).mean() / (weight.double() ** 2).mean())
             say(f"codec: relative squared error, {quant_type}, double_quant={nested}", f"{error:.3e}")
     q = halfbyte.quantize(weight)

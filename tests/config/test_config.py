@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import halfbyte
-from halfbyte.config import RunConfig, config_from_dict, field_help, load_config, to_dict
+from halfbyte.config import QuantConfig, RunConfig, config_from_dict, field_help, load_config, to_dict
 from halfbyte.config.limits import LimitsConfig
 from halfbyte.config.load import SECTIONS
 from halfbyte.config.running import warmup_of
@@ -273,3 +273,14 @@ def test_every_field_is_used() -> None:
     read = fields_read()
     unused = [f"{section}.{name}" for section, name in FIELDS if not {(section, name), ("config", name)} & read]
     assert unused == []
+
+
+def test_what_is_recorded_without_a_scale_has_absmax() -> None:
+    """An adapter or a checkpoint from before least error was the default finds its base again."""
+    quant = QuantConfig()
+    assert quant.chosen_scale == quant.recipe["scale"] == "mse-signed"
+    assert QuantConfig(quant_type="int8").chosen_scale == "absmax"
+    before = quant.with_recipe({"quant_type": "nf4", "double_quant": True, "blocksize": 64})
+    assert before.chosen_scale == "absmax"
+    assert quant.with_recipe(before.recipe) == before
+    assert quant.with_recipe(quant.recipe).chosen_scale == "mse-signed"

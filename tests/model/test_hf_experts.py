@@ -116,8 +116,9 @@ def test_each_expert_is_quantized_by_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_trains_as_the_decoded_weights_do(folder: Path, checkpointing: bool) -> None:
-    """Measured: losses 5e-7, gradients 6e-7 of their norm apart."""
-    model = load(folder, quantization_config=HalfbyteConfig())
+    """Measured: losses 5e-7, gradients 6e-7 of their norm apart. With absmax, for its weights give no gradient so near
+    0 (2e-8 with signed scales) that Adam's first step is its rounding; before it they are 4e-7 apart with both."""
+    model = load(folder, quantization_config=HalfbyteConfig(scale="absmax"))
     decoded = copy.deepcopy(model)
     decoded.dequantize()
     assert not in_4_bits(decoded)

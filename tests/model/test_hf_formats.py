@@ -51,7 +51,8 @@ def test_without_halfbyte_a_folder_is_refused_whatever_its_config_says(
 
     quantize_model(str(tiny_llama), tmp_path / quant_type, QuantConfig(quant_type=quant_type))
     loaded = load_model(str(tmp_path / quant_type), QuantConfig(), compute_dtype=torch.float32)
-    assert loaded.quant == {"quant_type": quant_type, "double_quant": True, "blocksize": 64}
+    expected = {"quant_type": quant_type, "double_quant": True, "blocksize": 64, "scale": "mse-signed"}
+    assert loaded.quant == expected
     file = tmp_path / quant_type / "config.json"
     config = json.loads(file.read_text())
     forged = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True).to_dict()

@@ -79,7 +79,11 @@ def test_equals_transformers(make_llama: MakeLlama, tied: bool, max_shard_size: 
 def test_recipes(tiny_llama: Path, quant: dict[str, Any]) -> None:
     loaded = load(tiny_llama, **quant)
     torch.testing.assert_close(logits(loaded.model), logits(dequantized_reference(tiny_llama, **quant)), **ROUNDING)
-    assert loaded.quant == {"quant_type": "nf4", "blocksize": 64, "double_quant": True} | quant
+    expected = {"quant_type": "nf4", "blocksize": 64, "double_quant": True, "scale": "mse-signed"} | quant
+    assert loaded.quant == expected
+    absmax = load(tiny_llama, **quant, scale="absmax")
+    assert absmax.quant | {"scale": "mse-signed"} == expected
+    assert "scale" not in absmax.quant
 
 
 def test_slices_change_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +217,10 @@ def test_bitsandbytes_folder_byte_for_byte(
     }  # fmt: skip
     assert torch.isfinite(logits(loaded.model)).all()
     if recipe.get("bnb_4bit_quant_type") == "nf4" and not recipe.get("bnb_4bit_use_double_quant"):
-        assert loaded.base_sha256 == load(make_llama(tie_word_embeddings=tied), double_quant=False).base_sha256
+        assert (
+            loaded.base_sha256
+            == load(make_llama(tie_word_embeddings=tied), double_quant=False, scale="absmax").base_sha256
+        )
 
 
 def test_bitsandbytes_folder_keeps_what_its_maker_left_out(tiny_llama: Path, tmp_path: Path) -> None:
@@ -224,7 +231,9 @@ def test_bitsandbytes_folder_keeps_what_its_maker_left_out(tiny_llama: Path, tmp
     loaded = load(tmp_path)
     kept = {name.rpartition(".")[2] for name, m in loaded.model.named_modules() if isinstance(m, FrozenLinear)}
     assert kept == {"lm_head", "down_proj", "q_proj"}
-    reference = dequantized_reference(tiny_llama, skip=("lm_head", "down_proj", "q_proj"), double_quant=False)
+    reference = dequantized_reference(
+        tiny_llama, skip=("lm_head", "down_proj", "q_proj"), double_quant=False, scale="absmax"
+    )
     torch.testing.assert_close(logits(loaded.model), logits(reference), **ROUNDING)
 
 

@@ -52,7 +52,7 @@ def test_int8_by_hand(backend: str) -> None:
 
 
 def test_int4_by_hand(backend: str) -> None:
-    weight = hb.quantize(torch.tensor([0.1, 2.5, -1.5]), quant_type="int4", double_quant=False)
+    weight = hb.quantize(torch.tensor([0.1, 2.5, -1.5]), quant_type="int4", double_quant=False, scale="absmax")
     assert weight.codes.tolist() == [(0 + 8) << 4 | (7 + 8), (-4 + 8) << 4 | 8]
     assert weight.absmax.tolist() == pytest.approx([2.5 / 7])
     assert weight.dequantize().tolist() == pytest.approx([0.0, 2.5, -4 * 2.5 / 7])
@@ -93,7 +93,7 @@ def test_odd_sizes_and_zeros(backend: str, quant_type: str, shape: tuple[int, ..
     weight.view(-1)[64:160] = 0.0
     most = 0.55 if quant_type == "nf2" else 0.35
     for blocksize in BLOCKSIZES[::3]:
-        made = hb.quantize(weight, quant_type=quant_type, blocksize=blocksize)
+        made = hb.quantize(weight, quant_type=quant_type, blocksize=blocksize, scale="absmax")
         assert ((made.dequantize() - weight).abs() <= most * weight.abs().max()).all() if weight.numel() else True
         if constants_of(quant_type) == 1 or blocksize == 32:
             assert not made.dequantize().view(-1)[64:160].any()
@@ -105,7 +105,7 @@ def test_zeros_beside_others_are_within_half_a_step_of_an_offset(backend: str, d
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
     weight.view(-1)[::10] = 0.0
     weight[:, 128:256] = 0.0
-    made = hb.quantize(weight, quant_type="int4-asym", double_quant=double_quant)
+    made = hb.quantize(weight, quant_type="int4-asym", double_quant=double_quant, scale="absmax")
     steps = made.scales_and_offsets()[0].repeat_interleave(64).view(weight.shape)
     assert not made.dequantize()[:, 128:256].any()
     off = (made.dequantize() / steps)[weight == 0].abs()

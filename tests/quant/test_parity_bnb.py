@@ -59,7 +59,7 @@ def compare(trial: int) -> tuple[int, int]:
     weight = random_weight(generator)
     shape, (quant_type, double_quant) = tuple(weight.shape), (("nf4", "fp4")[trial % 2], trial % 4 < 2)
     blocksize = BLOCKSIZES[trial % len(BLOCKSIZES)]
-    ours = quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+    ours = quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant, scale="absmax")
     packed, state = functional.quantize_4bit(
         weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
     )
@@ -125,4 +125,4 @@ def test_quant_storage(storage: torch.dtype) -> None:
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", quant_storage=storage)
     assert packed.dtype == storage
     found = QuantizedWeight.from_bnb(packed, state)
-    assert torch.equal(found.codes, quantize(weight, double_quant=False).codes)
+    assert torch.equal(found.codes, quantize(weight, double_quant=False, scale="absmax").codes)

@@ -12,7 +12,12 @@ from halfbyte.errors import ModelError
 from halfbyte.quant import quantize_slices
 from halfbyte.quant.absmax import expand_absmax
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.scales import codes_for_scales, least_error_scales
+from halfbyte.quant.scales import (
+    codes_for_scales,
+    codes_for_scales_reference,
+    least_error_scales,
+    least_error_scales_reference,
+)
 
 SCALES = ("absmax", "mse", "mse-signed")
 
@@ -105,7 +110,7 @@ def test_slices_equal_the_whole_and_16_bits_are_read(backend: str) -> None:
 
 def test_absmax_scales_give_stock_codes() -> None:
     weight = torch.randn(50, 64)
-    stock = hb.quantize(weight, double_quant=False)
+    stock = hb.quantize(weight, double_quant=False, scale="absmax")
     assert torch.equal(codes_for_scales(weight, stock.absmax, "nf4", 64), stock.codes)
 
 
@@ -116,10 +121,33 @@ def test_nan_is_refused() -> None:
         hb.quantize(weight, scale="mse")
 
 
+def test_the_default_is_the_scale_of_least_error(backend: str) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    default = hb.quantize(weight)
+    assert torch.equal(default.codes, hb.quantize(weight, scale="mse-signed").codes)
+    assert error(weight, default) < 0.84 * error(weight, hb.quantize(weight, scale="absmax"))
+    assert (default.scale, default.nested_offset) == ("mse-signed", 0.0)
+    assert hb.quantize(weight, scale="absmax").scale == "absmax"
+    assert torch.equal(
+        hb.quantize(weight, quant_type="int8").codes, hb.quantize(weight, quant_type="int8", scale="absmax").codes
+    )
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "nf3"])
+def test_what_searches_in_torch_stays_on_the_weight_s_device(quant_type: str) -> None:
+    """As on a GPU: what is not made where the weight is would be on another device here, too."""
+    weight, importance = torch.randn(8, 64), torch.rand(64) + 0.1
+    codebook(quant_type, 64)  # made once, on the CPU
+    with torch.device("meta"):
+        scales = least_error_scales_reference(weight, quant_type, 64, True, importance)
+        codes = codes_for_scales_reference(weight, scales, quant_type, 64) if quant_type == "nf4" else scales
+    assert scales.device.type == codes.device.type == "cpu"
+
+
 def test_bitsandbytes_decodes_negative_scales() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     for double_quant in (False, True):
-        made = hb.quantize(torch.randn(96, 128), scale="mse-signed", double_quant=double_quant)
+        made = hb.quantize(torch.randn(96, 128), double_quant=double_quant)
         with torch.compiler.set_stance("force_eager"):
             theirs = functional.dequantize_4bit(*made.to_bnb())
         assert (theirs.view(-1, 64) * 1.0).isfinite().all()

@@ -95,7 +95,7 @@ def test_it_learns(make_run: MakeRun, eval_file: Path) -> None:
     for folder in (output / "adapter", output / "checkpoint-15"):
         verify_folder(folder)
     info = json.loads((output / "adapter/halfbyte.json").read_text())
-    assert info["quant"] == {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
+    assert info["quant"] == {"quant_type": "nf4", "blocksize": 64, "double_quant": True, "scale": "mse-signed"}
     assert len(info["base_sha256"]) == 64
     assert "<|im_start|>" in info["chat_template"]
 

@@ -23,7 +23,7 @@ from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
-from halfbyte.model.quantize import QuantizeResult, open_unquantized
+from halfbyte.model.quantize import QuantizeResult, open_unquantized, scale_text
 from halfbyte.model.source import load_tokenizer, tokenizer_sha256
 from halfbyte.quant.error_feedback import DAMPING
 
@@ -91,9 +91,8 @@ def _calibrate(
         job = replace(job, formats=mix.formats)
     (ids, counts), predicted = text_within(config, job.model, data)
     tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
-    why = "calibrated" if quant.scale == "auto" else "as set"
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
-    say(f"scales: {quant.chosen_scale} ({why})")
+    say(scale_text(quant))
     dtype, why = choose_compute_dtype(quant.compute_dtype)
     say(f"calibration: products in {str(dtype).removeprefix('torch.')}: {why}")
     calibrated = {

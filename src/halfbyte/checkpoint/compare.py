@@ -21,6 +21,10 @@ SAME_BYTES = {"model.path": "base", "data.train": "data"}
 """Paths that may be spelled differently when the hash of this name is the same."""
 
 
+ANYHOW = {"quant.scale": "base"}
+"""What says nothing when the hash of this name is the same: `auto` is what the base has."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One setting, `key` as `section.name`, in the checkpoint and now."""
@@ -55,12 +59,12 @@ def compare_config(
     before, now = dict(saved_hashes or {}), dict(current_hashes or {})
     old, new = _flat(to_dict(RunConfig())) | _flat(saved), _flat(current)
     missing = object()
+    same = {name for name in before if before[name] == now.get(name)}
     differences = [
         Difference(key, old.get(key), new.get(key))
         for key in dict.fromkeys((*new, *old))
-        if old.get(key, missing) != new.get(key, missing)
+        if old.get(key, missing) != new.get(key, missing) and ANYHOW.get(key) not in same
     ]
-    same = {name for name in before if before[name] == now.get(name)}
     refused = [str(each) for each in differences if each.key not in ALLOWED and SAME_BYTES.get(each.key) not in same]
     refused += [
         f"sha256 of {name} {before[name][:12]} -> {now[name][:12]}"

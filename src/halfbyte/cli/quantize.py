@@ -79,15 +79,18 @@ def _write(run: RunConfig, output: Path, out: Console) -> QuantizeResult:
     """As the settings say: on a text, with a start, or by the nearest codes."""
     from halfbyte.calibrate import calibrate_model, quantize_with_start
     from halfbyte.cli.progress import LoadBar
-    from halfbyte.model.quantize import quantize_model
+    from halfbyte.model.quantize import quantize_model, scale_text
     from halfbyte.train.match import match_start
 
     with LoadBar(out) as bar:
         if run.quant.calibrate:
             return calibrate_model(run, output, match=match_start, say=out.print, on_progress=bar.update)
         if run.lora.init != "random":
-            return quantize_with_start(run, output, on_progress=bar.update)
-        return quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+            result: QuantizeResult = quantize_with_start(run, output, on_progress=bar.update)
+        else:
+            result = quantize_model(run.model.path, output, run.quant, on_progress=bar.update)
+    out.print(scale_text(run.quant), markup=False)
+    return result
 
 
 def _formats(formats: dict[str, str]) -> str:

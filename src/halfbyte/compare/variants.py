@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halfbyte.config.formats import QUANT_TYPES
+from halfbyte.config.formats import QUANT_TYPES, bits_of
 from halfbyte.config.load import nearest
 from halfbyte.errors import ConfigError
 
@@ -36,6 +36,8 @@ class Variant:
 
 
 _CALIBRATED = "quant.calibrate={data}"
+_PUBLISHED = "quant.scale=absmax"
+"""A block's scale as the formats of 4 bits were published with."""
 BUILT_IN = {
     variant.name: variant
     for variant in (
@@ -44,8 +46,8 @@ BUILT_IN = {
             "16bit", "LoRA on the 16-bit base",
             (f"quant.skip_modules={LINEARS}", f"lora.target_modules={LINEARS}"),
         ),
-        Variant("nf4", "NF4, double quantization: QLoRA as published"),
-        Variant("nf4-single", "NF4, scales in 32 bits", ("quant.double_quant=false",)),
+        Variant("nf4", "NF4, double quantization: QLoRA as published", (_PUBLISHED,)),
+        Variant("nf4-single", "NF4, scales in 32 bits", (_PUBLISHED, "quant.double_quant=false")),
         Variant("nf4-mse", "NF4, scales of least error", ("quant.scale=mse",)),
         Variant("nf4-signed", "NF4, scales of least error and either sign", ("quant.scale=mse-signed",)),
         Variant("nf4-calibrated", "NF4, codes chosen on the training data", (_CALIBRATED,)),
@@ -54,7 +56,10 @@ BUILT_IN = {
             (_CALIBRATED, "lora.init=cloq"),
         ),
         *(
-            Variant(name, f"{name.upper()}, double quantization", (f"quant.quant_type={name}",))
+            Variant(
+                name, f"{name.upper()}, double quantization",
+                (f"quant.quant_type={name}", *([_PUBLISHED] if bits_of(name) >= 4 else [])),
+            )
             for name in QUANT_TYPES if name != "nf4"
         ),
     )

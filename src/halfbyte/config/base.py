@@ -43,7 +43,7 @@ class QuantConfig:
     double_quant: bool = True
     """Quantize the scales themselves to 8 bits: 0.127 instead of 0.5 bits for each weight."""
     scale: Scale = "auto"
-    """absmax (largest magnitude), mse (least error), mse-signed (either sign: auto if calibrated or below 4 bits)."""
+    """mse-signed (least error, of either sign: auto, but of int8), mse, or absmax (bitsandbytes' own bytes)."""
     calibrate: str = ""
     """`halfbyte quantize`: samples whose text decides scales and codes; generic: Python's own; empty: none does."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -66,7 +66,7 @@ class QuantConfig:
         """`scale`, auto decided."""
         if self.scale != "auto":
             return self.scale
-        return "mse-signed" if self.calibrate or bits_of(self.quant_type) < 4 else "absmax"
+        return "absmax" if bits_of(self.quant_type) == 8 and not self.calibrate else "mse-signed"
 
     @property
     def whole_weights(self) -> bool:

@@ -16,7 +16,7 @@ from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.load import Progress, skeleton
 from halfbyte.model.names import file_name, match_names
 from halfbyte.model.read import read_quantized, read_unquantized, state_names, weight_slices
-from halfbyte.model.source import Source, TensorReader, open_source, stored_quant_settings
+from halfbyte.model.source import Source, TensorReader, open_source, recipe_of
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.quant import QuantizedWeight
 
@@ -109,12 +109,11 @@ class MergeBase:
         return base.hexdigest()
 
     def recipe(self) -> dict[str, Any]:
-        """{"quant_type": ..., "blocksize": ..., "double_quant": ...} of the 4-bit weights."""
+        """{"quant_type": ..., "blocksize": ..., "double_quant": ...} of the 4-bit weights, "scale" if not absmax."""
         if not self.in_4_bits or not self.targets:
             return self.quant.recipe
-        assert self.source.stored_quantization is not None
-        blocksize = self.quantized(min(self.targets)).blocksize
-        return {**stored_quant_settings(self.source.stored_quantization), "blocksize": blocksize}
+        name = min(self.targets, key=lambda name: (self.format_of(name) == "int8", name))  # its scales show little
+        return recipe_of(self.source, self.quant, self.quantized(name))
 
 
 def open_base(path: str, quant: QuantConfig) -> MergeBase:

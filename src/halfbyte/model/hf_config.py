@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from transformers import AutoConfig
@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, regis
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import halfbyte.model.hf_quantizer  # noqa: F401  (registers it)
-from halfbyte.config.base import BLOCKSIZES
+from halfbyte.config.base import BLOCKSIZES, Scale
 from halfbyte.config.formats import BNB_TYPES, QUANT_TYPES
 from halfbyte.dtypes import COMPUTE_DTYPES
 from halfbyte.errors import ConfigError, ModelError
@@ -44,7 +44,7 @@ _EIGHT_BIT = {
 
 _KEYWORDS = (
     "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage", "llm_int8_skip_modules", "blocksize", "layers",
+    "bnb_4bit_quant_storage", "llm_int8_skip_modules", "blocksize", "scale", "layers",
 )  # fmt: skip
 
 
@@ -69,6 +69,8 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         llm_int8_skip_modules: linear layers to leave as they are, by full name or last part, beside the output
             head and what is tied to it, which always are.
         blocksize: weights that share one scale: 32 to 4096, a power of two.
+        scale: "auto", "absmax" (bitsandbytes' own bytes), "mse" or "mse-signed", as `halfbyte.quantize` has them. It
+            is not saved: what is saved has its scales.
         layers: formats of single layers, by full name; what `halfbyte quantize` with `quant.bits` writes.
 
     Raises:
@@ -84,6 +86,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         llm_int8_skip_modules: list[str] | None = None,
         blocksize: int = 64,
+        scale: str = "auto",
         layers: Mapping[str, str] | None = None,
         **other: Any,
     ) -> None:
@@ -97,6 +100,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _require_choice("bnb_4bit_quant_type", bnb_4bit_quant_type, QUANT_TYPES)
         _require_choice("bnb_4bit_use_double_quant", bnb_4bit_use_double_quant, (True, False))
         _require_choice("blocksize", blocksize, BLOCKSIZES)
+        _require_choice("scale", scale, get_args(Scale))
         _require_choice("bnb_4bit_quant_storage", _dtype_name(bnb_4bit_quant_storage), ("uint8", None))
         compute = _dtype_name(bnb_4bit_compute_dtype)
         _require_choice("bnb_4bit_compute_dtype", compute, (*COMPUTE_DTYPES, "auto", None))
@@ -107,7 +111,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
         self.bnb_4bit_compute_dtype = None if compute in (None, "auto") else getattr(torch, compute)
         self.llm_int8_skip_modules = None if llm_int8_skip_modules is None else list(llm_int8_skip_modules)
-        self.blocksize = blocksize
+        self.blocksize, self.scale = blocksize, scale
         self.layers = {name: kind for name, kind in (layers or {}).items() if kind != bnb_4bit_quant_type}
         for name, kind in self.layers.items():
             _require_choice(f"layers: {name}", kind, QUANT_TYPES)

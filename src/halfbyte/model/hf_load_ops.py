@@ -41,7 +41,8 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             try:
                 weight = quantize(
                     value.T.contiguous() if layer.from_conv1d else value, quant_type=layer.quant_type,
-                    blocksize=settings.blocksize, double_quant=settings.bnb_4bit_use_double_quant, name=name,
+                    blocksize=settings.blocksize, double_quant=settings.bnb_4bit_use_double_quant,
+                    scale=settings.scale, name=name,
                 )  # fmt: skip
                 result[name] = _keep(quantizer, layer, name, weight)
             except HalfbyteError as error:

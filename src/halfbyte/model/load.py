@@ -24,7 +24,7 @@ from halfbyte.model.inventory import Inventory, inventory
 from halfbyte.model.names import match_names
 from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
-from halfbyte.model.source import Source, TensorReader, first_line, open_source, stored_quant_settings
+from halfbyte.model.source import Source, TensorReader, first_line, open_source, recipe_of
 from halfbyte.model.targets import modules_to_quantize
 from halfbyte.model.tokens import NONE, Tokens, fill_grown, read_grown, tables_to_grow
 from halfbyte.nn import FrozenLinear, Linear4bit
@@ -49,7 +49,8 @@ class LoadedModel:
         source: where it came from.
         compute_dtype: of activations and matrix products.
         base_sha256: hash over the names and bytes of all its tensors, 4-bit weights as they are in memory.
-        quant: {"quant_type": ..., "blocksize": ..., "double_quant": ...} of the weights in memory.
+        quant: {"quant_type": ..., "blocksize": ..., "double_quant": ...} of the weights in memory, and "scale" if it
+            is not absmax.
         inventory: dtypes and bytes by group, and what was left unquantized and why.
         store: what lends the layers their bytes that are streamed or sharded, if any are.
     """
@@ -65,8 +66,8 @@ class LoadedModel:
     @property
     def origin(self) -> str:
         """One sentence: how the 4-bit weights came about."""
-        scales = "8-bit scales" if self.quant["double_quant"] else "float32 scales"
-        recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {scales}"
+        bits, kind = "8-bit" if self.quant["double_quant"] else "float32", self.quant.get("scale", "absmax")
+        recipe = f"{self.quant['quant_type']}, blocks of {self.quant['blocksize']}, {bits} scales ({kind})"
         if self.source.stored_quantization is None:
             return f"base: quantized while loading to {recipe}"
         return f"base: already quantized ({recipe}) and taken as it is, what [quant] says of them is not applied"
@@ -102,13 +103,12 @@ def load_model(
     """
     source = open_source(path)
     _check_stored(source, placement, quant)
-    reader = source.open_tensors(mapped=placement.weights == "mmap")
-    model = skeleton(source)
+    reader, model = source.open_tensors(mapped=placement.weights == "mmap"), skeleton(source)
     names = match_names(model, reader, path)
     targets = _targets(model, reader, names, quant, source)
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
-    int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
+    int8, held, recipe = int8_names(model, quant) - {row_table}, list[Int8Weight](), dict[str, Any]()
     grow = dict.fromkeys(tables_to_grow(model, tokens) - {row_table}, tokens.rows)
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
@@ -118,6 +118,7 @@ def load_model(
             if module_name in targets and leaf == "weight":
                 weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
                 base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
+                recipe = recipe or recipe_of(source, quant, weight)
                 if is_streamed(module_name, streamed):
                     weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
                 _place_linear4bit(model, module_name, weight.to(device), compute_dtype)
@@ -139,7 +140,7 @@ def load_model(
         on_progress(len(names), len(names), "")
     return LoadedModel(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
-        quant=_recipe(source, quant, model), inventory=inventory(model), store=store,
+        quant=recipe or quant.recipe, inventory=inventory(model), store=store,
     )  # fmt: skip
 
 
@@ -224,10 +225,3 @@ def _finish(model: PreTrainedModel, compute_dtype: torch.dtype, device: torch.de
 
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(dtype)
-
-
-def _recipe(source: Source, quant: QuantConfig, model: PreTrainedModel) -> dict[str, Any]:
-    layer = next((m for m in model.modules() if isinstance(m, Linear4bit)), None)
-    if source.stored_quantization is not None and layer is not None:
-        return {**stored_quant_settings(source.stored_quantization), "blocksize": layer.blocksize}
-    return quant.recipe

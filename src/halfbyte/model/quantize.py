@@ -167,6 +167,18 @@ def quantize_model(
     )  # fmt: skip
 
 
+def scale_text(quant: QuantConfig) -> str:
+    """`quant.chosen_scale` and why, for people."""
+    why = "of least squared error and either sign; absmax gives bitsandbytes' own bytes"
+    if quant.scale != "auto":
+        why = "as set"
+    elif quant.calibrate:
+        why = "calibrated"
+    elif quant.chosen_scale == "absmax":
+        why = "eight bits leave little to gain"
+    return f"scales: {quant.chosen_scale} ({why})"
+
+
 def _check_wish(source: Source, quant: QuantConfig) -> None:
     if source.stored_quantization is not None:
         raise ConfigError("is already quantized", where=source.label, fix="Give the 16-bit model")

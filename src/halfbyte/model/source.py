@@ -18,10 +18,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from halfbyte.checkpoint.adapter import Adapter
 from halfbyte.checkpoint.rows import has_rows
 from halfbyte.checkpoint.shards import PICKLE_SUFFIXES, SafetensorsFolder
+from halfbyte.config import QuantConfig
 from halfbyte.config.gguf_header import read_gguf_header
 from halfbyte.config.model_config import check_links, check_sizes, read_model_config
 from halfbyte.errors import ModelError, ResourceError
 from halfbyte.model.gguf_source import GgufFile
+from halfbyte.quant import QuantizedWeight
 
 logger = logging.getLogger("halfbyte")
 
@@ -205,6 +207,18 @@ def stored_quant_settings(stored: dict[str, Any]) -> dict[str, Any]:
         "quant_type": str(stored.get("bnb_4bit_quant_type", "fp4")),
         "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),
     }
+
+
+def recipe_of(source: Source, quant: QuantConfig, weight: QuantizedWeight) -> dict[str, Any]:
+    """What the bytes of `source`'s 4-bit weights depend on, as it is recorded; `weight` is one of them.
+
+    Args:
+        quant: what applies where `source` is not quantized.
+    """
+    if source.stored_quantization is None:
+        return quant.recipe
+    scale = {} if weight.scale == "absmax" else {"scale": weight.scale}
+    return {**stored_quant_settings(source.stored_quantization), "blocksize": weight.blocksize, **scale}
 
 
 def first_line(error: BaseException) -> str:

@@ -118,10 +118,12 @@ class Linear4bit(nn.Linear):
     @classmethod
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None = None, *, quant_type: str = "nf4", blocksize: int = 64,
-        double_quant: bool = True, compute_dtype: torch.dtype | None = None,
+        double_quant: bool = True, scale: str = "auto", compute_dtype: torch.dtype | None = None,
     ) -> Self:  # fmt: skip
-        """Quantize `weight` (out_features, in_features) and make a layer of it."""
-        quantized = quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+        """Quantize `weight` (out_features, in_features), as `halfbyte.quantize` does, and make a layer of it."""
+        quantized = quantize(
+            weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant, scale=scale
+        )
         return cls.from_quantized(quantized, bias, compute_dtype=compute_dtype)
 
     @property

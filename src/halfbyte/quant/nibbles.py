@@ -30,8 +30,8 @@ def pack_codes(codes: Tensor, bits: int, pad_code: int) -> Tensor:
         return pack_nibbles(codes, pad_code)
     each, size = _period(bits)
     padded = torch.nn.functional.pad(codes, (0, -codes.numel() % each), value=pad_code).view(-1, each).int()
-    word = (padded << _shifts(bits, each)).sum(1, keepdim=True)
-    packed: Tensor = (word >> _shifts(8, size)).to(torch.uint8).view(-1)  # cut to its lowest byte
+    word = (padded << _shifts(bits, each).to(codes.device)).sum(1, keepdim=True)
+    packed: Tensor = (word >> _shifts(8, size).to(codes.device)).to(torch.uint8).view(-1)  # cut to its lowest byte
     return packed[: num_code_bytes(codes.numel(), bits)]
 
 

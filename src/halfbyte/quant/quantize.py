@@ -27,14 +27,15 @@ def quantize(
     quant_type: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
-    scale: str = "absmax",
+    scale: str = "auto",
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize `weight` to 4 bits.
 
     Args:
         weight: any shape; float32, bfloat16 or float16; every element finite.
-        scale: of a block: "absmax", "mse" (of least squared error) or "mse-signed" (the same, of either sign).
+        scale: of a block: "mse-signed" (of least squared error and either sign), "mse", "absmax" (the largest
+            magnitude: bitsandbytes' own bytes), or "auto": mse-signed, but absmax of int8.
         name: what an error calls it.
 
     Raises:

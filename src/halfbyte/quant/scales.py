@@ -63,7 +63,7 @@ def least_error_scales_reference(
         return least_error_constants(weight, blocksize, importance)
     flat, table = weight.detach().reshape(-1), codebook(quant_type, blocksize)
     scales = flat.new_empty(num_blocks(flat.numel(), blocksize), dtype=torch.float32)
-    step = max(CHUNK // blocksize, 1)
+    step = max(_chunk(flat) // blocksize, 1)
     for first in range(0, len(scales), step):
         start, stop = first * blocksize, min((first + step) * blocksize, flat.numel())
         w = _blocks(flat[start:stop].float(), blocksize)
@@ -86,12 +86,13 @@ def codes_for_scales_reference(weight: Tensor, scales: Tensor, quant_type: str, 
     flat, table = weight.detach().reshape(-1), codebook(quant_type, blocksize)
     codes = flat.new_empty(flat.numel(), dtype=torch.uint8)
     bounds, order = table.boundaries.to(flat.device), table.order.to(flat.device)
-    for start in range(0, flat.numel(), CHUNK):
-        w = _blocks(flat[start : start + CHUNK].float(), blocksize)
+    chunk = _chunk(flat)
+    for start in range(0, flat.numel(), chunk):
+        w = _blocks(flat[start : start + chunk].float(), blocksize)
         if offsets is not None:
             w = w - offsets[start // blocksize :][: len(w), None]
         ranks = torch.bucketize(w * _inverse(scales[start // blocksize :][: len(w)])[:, None], bounds)
-        part = codes[start : start + CHUNK]
+        part = codes[start : start + chunk]
         part.copy_(order[ranks.view(-1)[: len(part)]])
     return pack_codes(codes, bits_of(quant_type), table.zero_code)
 
@@ -153,6 +154,10 @@ def _best(w: Tensor, h: Tensor | None, table: Codebook, signed: bool) -> Tensor:
         best = gain.where(better, best)
         scales = (along / norm).where(better, scales)
     return scales.where(peak.isfinite(), peak)
+
+
+def _chunk(flat: Tensor) -> int:
+    return CHUNK if flat.device.type == "cpu" else 16 * CHUNK  # a GPU waits for the launches of small ones
 
 
 def _inverse(scales: Tensor) -> Tensor:

@@ -76,6 +76,15 @@ class QuantizedWeight:
         """(ceil(n/blocksize),) float32 each, decoded: scales, and offsets where the format has them."""
         return scales_and_offsets(self.absmax, self.nested_absmax, self.nested_offset, self.quant_type)
 
+    @property
+    def scale(self) -> str:
+        """The `quant.scale` that its scales show: mse-signed where one is negative, else absmax (or mse).
+
+        Where they cannot show it, of bof4-s and int4-asym, mse-signed, the default.
+        """
+        scales, offsets = self.scales_and_offsets()
+        return "mse-signed" if offsets is not None or (scales < 0).any() else "absmax"
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight, `shape`, in `dtype` (default: `self.dtype`)."""
         result: Tensor = torch.ops.halfbyte.dequantize_4bit(*self.op_args, list(self.shape), dtype or self.dtype)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint import checkpoint_origin
+from halfbyte.checkpoint.adapter import INFO
 from halfbyte.checkpoint.disk import check_space, disk_errors
+from halfbyte.checkpoint.manifest import read_json
 from halfbyte.config import RunConfig
 from halfbyte.data import BatchLoader, TokenizedData, Worst, compact
 from halfbyte.dtypes import format_bytes
@@ -76,6 +78,7 @@ def in_the_same_parts(
     if checkpoint is None:
         return config
     saved, environment = checkpoint_origin(checkpoint)
+    config = _in_its_scales(config, checkpoint)
     for sentence in keep_to(environment.get("panel_rows", {})):
         observer.note(sentence)
     train, parts = config.train, saved.get("train", {})
@@ -91,6 +94,14 @@ def in_the_same_parts(
         return config
     observer.note(f"micro-batches of {size}, as the checkpoint's")
     return replace(config, train=replace(train, micro_batch_size=size, gradient_accumulation_steps=count))
+
+
+def _in_its_scales(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """With the scales that its base had: auto was absmax once, which is recorded as none."""
+    if config.quant.scale != "auto":
+        return config
+    recipe = read_json(checkpoint / INFO).get("quant") or {}
+    return replace(config, quant=replace(config.quant, scale=recipe.get("scale", "absmax")))
 
 
 def as_of_ranks(
