@@ -21,7 +21,7 @@ from halfbyte.quant import quantize
 @pytest.mark.parametrize("quant_type", ["int4", "int4-asym"])
 def test_formats_of_several_widths(make_llama: Callable[..., Path], tmp_path: Path, quant_type: str) -> None:
     model = make_llama()
-    run = load_config(model__path=str(model), quant__bits=5.0, quant__quant_type=quant_type)
+    run = load_config(model__path=str(model), quant__bits=5.0, quant__quant_type=quant_type, quant__scale="absmax")
     made = quantize_model(str(model), tmp_path / "mix", run.quant)
     report = weight_report(run, tmp_path / "mix")
     assert {layer.name: layer.quant_type for layer in report.layers} == made.formats
