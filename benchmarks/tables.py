@@ -232,6 +232,19 @@ def bits(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def calibration(result: dict[str, Any]) -> Rows:
+    """Seconds a decoder layer, what they come to, and memory beside the plan's."""
+    rows = [["shape", "layers measured", "seconds a layer", "all layers, by these", "peak memory", "planned"]]
+    for row in result["rows"].values():
+        each = row["seconds"] / row["layers"]
+        shape = row["shape"] + (", with a start" if row["start"] else "")
+        memory = [f"{row[key] / 1e9:.2f} GB" for key in ("peak_memory", "predicted_peak_memory")]
+        rows.append(
+            [shape, f"{row['layers']} of {row['of']}", f"{each:.0f}", f"{each * row['of'] / 60:.0f} min", *memory]
+        )
+    return rows
+
+
 def scales(result: dict[str, Any]) -> Rows:
     """Perplexities of each kind of scale on both weight sets."""
     rows = [["weights", "scale", "squared error", "reference", "licences", "code", "embeddings moved"]]
@@ -417,6 +430,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "fidelity": ("fidelity", fidelity),
     "formats": ("formats", formats),
     "bits": ("bits", bits),
+    "calibration": ("calibrate", calibration),
     "fidelity GPU": ("fidelity-gpu", fidelity),
     "scales": ("scales", scales),
     "reliability": ("reliability", reliability),

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halfbyte.calibrate.memory import text_within
 from halfbyte.calibrate.sensitivity import Mix, measured_mix
 from halfbyte.calibrate.start_folder import ranks_of, write_start
@@ -19,7 +21,6 @@ from halfbyte.data import load_data, samples_file
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ConfigError, NumericsError, ResourceError
 from halfbyte.model.base_hash import BaseHash
-from halfbyte.model.compute_dtype import choose_compute_dtype
 from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
@@ -93,8 +94,9 @@ def _calibrate(
     tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(scale_text(quant))
-    dtype, why = choose_compute_dtype(quant.compute_dtype)
-    say(f"calibration: products in {str(dtype).removeprefix('torch.')}: {why}")
+    fast = quant.compute_dtype == "bfloat16"
+    dtype, why = (torch.bfloat16, "as set") if fast else (torch.float32, "quant.compute_dtype=bfloat16 may be faster")
+    say(f"calibration: products in {str(dtype).removeprefix('torch.')} ({why})")
     calibrated = {
         "scale": quant.chosen_scale, "damping": DAMPING, "data": quant.calibrate, "data_sha256": data.report.sha256,
         "tokens": tokens, "adapter_rank": max(ranks.values(), default=0),

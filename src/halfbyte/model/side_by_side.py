@@ -170,15 +170,16 @@ def _moments(passes: Iterator[Tensor], counts: list[Tensor], capped: bool, dtype
             sizes = ours.square().mean(1, keepdim=True).clamp(min=TINY)
             roots = (sizes.median() / sizes).clamp_(max=1.0).sqrt_()
             wanted, ours = wanted * roots, ours * roots
+        apart = (wanted - ours).to(dtype)  # before they are rounded: it is a small part of either
         ours = ours.to(dtype)
         turned = ours.T.contiguous()
         for start in range(0, len(own), SYMMETRIC):  # above the diagonal is enough
             add_product(own[start : start + SYMMETRIC, start:], turned[start : start + SYMMETRIC], ours[:, start:])
-        add_product(cross, wanted.to(dtype).T, ours)
+        add_product(cross, apart.T, ours)
     for start in range(0, len(own), SYMMETRIC):
         stop = start + SYMMETRIC
         own[stop:, start:stop] = own[start:stop, stop:].T
-    return Moments(own, cross)
+    return Moments(own, cross.add_(own))
 
 
 class _Reached(BaseException):
