@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import halfbyte as hb
 from halfbyte.cli.main import main
 from halfbyte.config import QuantConfig, RunConfig
+from halfbyte.config.base import Scale
 from halfbyte.errors import ConfigError
 from halfbyte.model import load_model
 from halfbyte.model.hf_config import prequantized_config
@@ -27,7 +28,7 @@ from halfbyte.plan.base import read_base
 from halfbyte.train import train
 
 MakeRun = Callable[..., RunConfig]
-MakeMixture = Callable[[str], Path]
+MakeMixture = Callable[..., Path]
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 
 pytestmark = [
@@ -51,9 +52,9 @@ def outcome(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def in_4_bits(make_mixture: MakeMixture, tmp_path: Path) -> Callable[[str], Path]:
-    def made(family: str) -> Path:
-        quantize_model(str(make_mixture(family)), tmp_path / "base", QuantConfig())
+def in_4_bits(make_mixture: MakeMixture, tmp_path: Path) -> Callable[..., Path]:
+    def made(family: str, scale: Scale = "absmax") -> Path:  # which the bounds below were measured with
+        quantize_model(str(make_mixture(family)), tmp_path / "base", QuantConfig(scale=scale))
         return tmp_path / "base"
 
     return made
@@ -61,9 +62,9 @@ def in_4_bits(make_mixture: MakeMixture, tmp_path: Path) -> Callable[[str], Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_in_4_bits_is_ours_and_holds_every_expert(
-    family: str, make_mixture: MakeMixture, in_4_bits: Callable[[str], Path]
+    family: str, make_mixture: MakeMixture, in_4_bits: Callable[..., Path]
 ) -> None:
-    plain, folder = make_mixture(family), in_4_bits(family)
+    plain, folder = make_mixture(family), in_4_bits(family, "auto")
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "halfbyte"
     assert {name for name in keys(folder) if ".weight." not in name} == keys(plain)
     experts = {name for name in keys(plain) if ".experts." in name}
@@ -81,7 +82,7 @@ def test_a_folder_in_4_bits_is_ours_and_holds_every_expert(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_things_live_changes_nothing(family: str, make_run: MakeRun, in_4_bits: Callable[[str], Path]) -> None:
+def test_where_things_live_changes_nothing(family: str, make_run: MakeRun, in_4_bits: Callable[..., Path]) -> None:
     """Streamed layers are computed again in the backward pass; with dropout, from the same random numbers."""
     settings: dict[str, Any] = {
         "model__path": str(in_4_bits(family)), "train__steps": 3, "train__gradient_accumulation_steps": 2,
@@ -114,7 +115,7 @@ def test_a_run_goes_on_to_the_same_bytes(family: str, make_run: MakeRun, make_mi
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_command_takes_it(
-    family: str, make_run: MakeRun, make_mixture: MakeMixture, in_4_bits: Callable[[str], Path], tmp_path: Path,
+    family: str, make_run: MakeRun, make_mixture: MakeMixture, in_4_bits: Callable[..., Path], tmp_path: Path,
     eval_file: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """And what is merged transformers reads: in 16 bits under the names of the model's own files."""
@@ -151,9 +152,9 @@ def test_every_command_takes_it(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_counts_every_byte_of_the_base(
-    family: str, make_mixture: MakeMixture, in_4_bits: Callable[[str], Path]
+    family: str, make_mixture: MakeMixture, in_4_bits: Callable[..., Path]
 ) -> None:
-    for path in (make_mixture(family), in_4_bits(family)):
+    for path in (make_mixture(family), in_4_bits(family, "auto")):
         base, groups = read_base(str(path), QuantConfig(), "float32"), dict[str, int]()
         loaded = load_model(str(path), QuantConfig(), compute_dtype=torch.float32)
         for row in loaded.inventory.rows:

@@ -136,6 +136,7 @@ def test_other_ranks_make_the_same_step(make_run: MakeRun, tmp_path: Path) -> No
     folder.mkdir()
     saved = {"train": {"micro_batch_size": 4, "gradient_accumulation_steps": 2}}
     (folder / "run_state.json").write_text(json.dumps({"config": saved, "environment": {"ranks": 2}}))
+    (folder / "halfbyte.json").write_text("{}")
 
     def count(size: int, ranks: Ranks) -> int:
         config = make_run(train__micro_batch_size=size, train__gradient_accumulation_steps=2)

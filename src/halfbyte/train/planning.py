@@ -100,7 +100,9 @@ def _in_its_scales(config: RunConfig, checkpoint: Path) -> RunConfig:
     """With the scales that its base had: auto was absmax once, which is recorded as none."""
     if config.quant.scale != "auto":
         return config
-    recipe = read_json(checkpoint / INFO).get("quant") or {}
+    recipe = read_json(checkpoint / INFO).get("quant")
+    if recipe is None or recipe.get("scale", "absmax") == config.quant.chosen_scale:
+        return config
     return replace(config, quant=replace(config.quant, scale=recipe.get("scale", "absmax")))
 
 
