@@ -90,7 +90,7 @@ def test_base_check_names_both_sides(tmp_path: Path) -> None:
     save_adapter(tmp_path / "out", state, config, INFO)
     adapter = load_adapter(tmp_path / "out")
     assert check_base(adapter, "ab" * 32, quant=INFO["quant"], tokenizer_sha256="cd" * 32) == []  # type: ignore[arg-type]
-    signed = {**INFO["quant"], "scale": "mse-signed"}  # type: ignore[dict-item]
+    signed = {"quant_type": "nf4", "blocksize": 64, "scale": "mse-signed"}
     assert check_base(adapter, "ab" * 32, quant=signed) == []  # the same bytes
     with pytest.raises(AdapterError, match="mse-signed"):
         check_base(adapter, "ef" * 32, quant=signed)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte as hb
 from halfbyte.cli.main import main
 from halfbyte.config import QuantConfig
+from halfbyte.config.base import Scale
 from halfbyte.errors import ConfigError
 from halfbyte.merge.base import open_base
 from halfbyte.merge.run import MergeResult
@@ -122,12 +123,12 @@ def test_it_wants_text(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("scale", ["auto", "absmax"])
-def test_the_scales_are_of_the_base_s_kind(model: Path, tmp_path: Path, scale: str) -> None:
+def test_the_scales_are_of_the_base_s_kind(model: Path, tmp_path: Path, scale: Scale) -> None:
     """Weights on a grid of scales of either sign were 3e-3 off (relative squared) rounded to absmax, and 2e-5 to their
     own kind; a stored base says nothing of it but in its bytes."""
     folder = tmp_path / "base"
-    quantize_model(str(model), folder, QuantConfig(scale=scale))  # type: ignore[arg-type]
-    base, asked = open_base(str(folder), QuantConfig()), QuantConfig(scale=scale).chosen_scale  # type: ignore[arg-type]
+    quantize_model(str(model), folder, QuantConfig(scale=scale))
+    base, asked = open_base(str(folder), QuantConfig()), QuantConfig(scale=scale).chosen_scale
     recipe = QuantConfig().with_recipe(base.recipe())
     assert recipe.chosen_scale == asked
     assert load_model(str(folder), QuantConfig(), compute_dtype=torch.float32).quant == base.recipe()

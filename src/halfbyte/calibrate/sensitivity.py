@@ -24,7 +24,7 @@ from halfbyte.model.load import Progress
 from halfbyte.model.mix import relative_error, unit_errors
 from halfbyte.model.quantize import Unquantized
 from halfbyte.model.read import read_unquantized
-from halfbyte.model.side_by_side import input_of, traced_layers
+from halfbyte.model.side_by_side import KeptWeights, input_of, traced_layers
 from halfbyte.quant import quantize_slices
 from halfbyte.quant.mix import Unit, spread, unit_of
 
@@ -139,32 +139,24 @@ def divergences(
     Raises:
         ModelError: the model has no list of decoder layers.
     """
-    lent: dict[str, Tensor] = {}
-    states: dict[int, Tensor] = {}
-
-    def value(name: str) -> Tensor:
-        return lent[name] if name in lent else lent.setdefault(name, weights(name))
-
-    with model.lend(weights):
+    kept, states = KeptWeights(weights), dict[int, Tensor]()
+    with model.lend(kept):
         layers = traced_layers(model, [ids], [f"{name}.weight" for unit in units for name in unit.layers])
         clean = input_of(layers[0].module, partial(model.run, ids))
-    with model.lend(value):
         for done, layer in enumerate(layers):
             if on_progress:
                 on_progress(done, len(layers), "measuring")
-            for number in states:
-                states[number] = layer(states[number])
-            after = layer(clean)
-            passed = {linear.name.removesuffix(".weight") for group in layer.groups for linear in group}
-            for number, unit in enumerate(units):
-                if passed.issuperset(unit.layers):
+            passed = {linear.name for group in layer.groups for linear in group}
+            with kept.keep(passed):
+                for number in states:
+                    states[number] = layer(states[number])
+                after = layer(clean)
+                for number, unit in enumerate(units):
                     names = [f"{name}.weight" for name in unit.layers]
-                    exact = {name: lent[name] for name in names}
-                    lent.update((name, coarse(name)) for name in names)
-                    states[number] = layer(clean)
-                    lent.update(exact)
+                    if passed.issuperset(names):
+                        with kept.replaced({name: coarse(name) for name in names}):
+                            states[number] = layer(clean)
             clean = after
-            lent.clear()  # read once a layer, for all that goes through it
     return _predicted(model, ids, counts, weights, clean, states)
 
 

@@ -37,7 +37,7 @@ class QuantConfig:
     quant_type: QuantType = "nf4"
     """nf4 (the paper's), fp4; our own: int4, int4-asym, af4, bof4, bof4-s, int8, nf3, nf2 (docs/formats.md)."""
     bits: float = 0.0
-    """`halfbyte quantize`: bits a weight on average, scales included, spread over layers; 0: all in quant_type."""
+    """`halfbyte quantize`: bits a weight on average, spread over layers as calibrate's text measures, or by error."""
     blocksize: int = 64
     """Weights that share one scale: 32 to 4096, a power of two."""
     double_quant: bool = True
@@ -47,7 +47,7 @@ class QuantConfig:
     calibrate: str = ""
     """`halfbyte quantize`: samples whose text decides scales and codes; generic: Python's own; empty: none does."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What matrix products run in; auto takes what this hardware does fast and says why."""
+    """Of matrix products; auto: what this hardware does fast, said with its reason (calibrating: float32)."""
     skip_modules: tuple[str, ...] = ()
     """Linear layers to leave unquantized, by full name or last part (the output head always is)."""
     embeddings: Literal["as_stored", "int8"] = "as_stored"

@@ -101,14 +101,13 @@ def load_model(
         ModelError: files are missing, damaged, or do not fit the config; a weight has NaN or Inf.
         ConfigError: weights that are not stored in 4 bits cannot be left on disk.
     """
-    source = open_source(path)
+    source, recipe, shown = open_source(path), quant.recipe, ""
     _check_stored(source, placement, quant)
     reader, model = source.open_tensors(mapped=placement.weights == "mmap"), skeleton(source)
-    names = match_names(model, reader, path)
-    targets = _targets(model, reader, names, quant, source)
+    targets = _targets(model, reader, names := match_names(model, reader, path), quant, source)
     streamed = placement.streamed(name.rpartition(".")[0] for name in names if name.rpartition(".")[0] in targets)
     row_table = placement.row_table(model, names)
-    int8, held, recipe = int8_names(model, quant) - {row_table}, list[Int8Weight](), dict[str, Any]()
+    int8, held = int8_names(model, quant) - {row_table}, list[Int8Weight]()
     grow = dict.fromkeys(tables_to_grow(model, tokens) - {row_table}, tokens.rows)
     with BaseHash() as base:
         for done, (name, stored_name) in enumerate(names.items()):
@@ -118,7 +117,8 @@ def load_model(
             if module_name in targets and leaf == "weight":
                 weight = read_quantized(reader, stored_name, model.get_submodule(module_name), quant, path)
                 base.add(name, weight.codes, weight.absmax, weight.nested_absmax)
-                recipe = recipe or recipe_of(source, quant, weight)
+                if shown in ("", "int8"):  # whose scales show little of their kind
+                    recipe, shown = recipe_of(source, quant, weight), weight.quant_type
                 if is_streamed(module_name, streamed):
                     weight = replace(weight, codes=weight.codes.new_empty(0), absmax=weight.absmax.new_empty(0))
                 _place_linear4bit(model, module_name, weight.to(device), compute_dtype)
@@ -127,8 +127,8 @@ def load_model(
             else:
                 tensor = _unquantized(model, name, reader, stored_name, path, base, grow.get(name, 0))
                 if name != row_table:
-                    is_vector = tensor.is_floating_point() and tensor.dim() < 2
-                    _place(model, name, tensor.to(device, compute_dtype if is_vector else tensor.dtype))
+                    dtype = compute_dtype if tensor.is_floating_point() and tensor.dim() < 2 else tensor.dtype
+                    _place(model, name, tensor.to(device, dtype))
     if row_table:
         stream_rows(model, reader, names[row_table], compute_dtype, tokens.rows, int8=quant.embeddings == "int8")
     model.tie_weights()
@@ -140,7 +140,7 @@ def load_model(
         on_progress(len(names), len(names), "")
     return LoadedModel(
         model=model, source=source, compute_dtype=compute_dtype, base_sha256=base.hexdigest(),
-        quant=recipe or quant.recipe, inventory=inventory(model), store=store,
+        quant=recipe, inventory=inventory(model), store=store,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def run_side_by_side(
     Raises:
         ModelError: the model has no list of decoder layers, or they are given more of the text than hidden states.
     """
-    chunks, kept = list(_chunks(ids, counts, chunk_tokens)), _Kept(weights)
+    chunks, kept = list(_chunks(ids, counts, chunk_tokens)), KeptWeights(weights)
     with model.lend(kept):
         layers = traced_layers(model, [pair for pair, _ in chunks], names)
         states = [input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
@@ -75,7 +75,7 @@ def run_side_by_side(
                         states[i] = layer(state)
 
 
-class _Kept:
+class KeptWeights:
     """`weights`, of which some are read once and kept for a while: a layer's, while chunks go through it."""
 
     def __init__(self, weights: Weights) -> None:
@@ -90,6 +90,16 @@ class _Kept:
             yield
         finally:
             self._read = {}
+
+    @contextmanager
+    def replaced(self, others: dict[str, Tensor]) -> Iterator[None]:
+        """Inside the block these have other values; they are kept ones."""
+        before = {name: self._read[name] for name in others}
+        self._read.update(others)
+        try:
+            yield
+        finally:
+            self._read.update(before)
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._read:

@@ -147,8 +147,10 @@ def round_with_feedback(
     """`plain`, a quantized form of `wanted` (out, in), with other codes: W such that x W^T is close to x wanted^T.
 
     Args:
-        refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`; about twice as long.
+        refit: choose scales once more, for these codes, and codes for these scales, by `sweeps`, of which there is one
+            at least; about twice as long.
     """
+    assert sweeps or not refit
     table = codebook(plain.quant_type, plain.blocksize)
     left, grid = _on_grid(wanted, plain, table.levels)
     ranks, error = _chosen(left, moments, grid, sweeps)
@@ -232,7 +234,8 @@ def _by_halves(
     first from the first to the second; with two functions back as well.
     """
     if stop - start <= MOST:
-        return choose(slice(start, stop))
+        choose(slice(start, stop))
+        return
     middle = start + -(-(stop - start) // (2 * MOST)) * MOST
     halves = slice(start, middle), slice(middle, stop)
     _by_halves(start, middle, choose, *pass_on)
@@ -240,4 +243,3 @@ def _by_halves(
     _by_halves(middle, stop, choose, *pass_on)
     if len(pass_on) > 1:
         pass_on[1](halves[1], halves[0])
-    return None
