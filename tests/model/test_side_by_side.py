@@ -33,19 +33,25 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def through(
-    model: Path, text: tuple[Tensor, Tensor], chunk_tokens: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Moments]:
+    model: Path, text: tuple[Tensor, Tensor], chunk_tokens: int, dtype: torch.dtype = torch.float32, waiting: int = 0,
+    change: Callable[[LentModel], object] = lambda model: None,
+) -> dict[str, Moments]:  # fmt: skip
     """Moments by parameter, every layer written as its nearest 4-bit weight."""
     source = open_source(str(model))
     reader = source.open_tensors()
     seen: dict[str, Moments] = {}
+
+    def read(name: str) -> Tensor:
+        return torch.full((1,), 1.5) if name.endswith("mlp.scale") else reader.read(name)
 
     def write(name: str, moments: Moments) -> Multiply:
         seen[name] = moments
         return partial(linear, weight=quantize(reader.read(name).float()).dequantize(dtype))
 
     names = {name for name in reader.names() if "_proj" in name}
-    run_side_by_side(LentModel(source), *text, reader.read, names, write, chunk_tokens=chunk_tokens, dtype=dtype)
+    lent = LentModel(source)
+    change(lent)
+    run_side_by_side(lent, *text, read, names, write, chunk_tokens=chunk_tokens, waiting_tokens=waiting, dtype=dtype)
     assert seen.keys() == names
     return seen
 
@@ -56,6 +62,59 @@ def test_chunks_change_nothing_but_the_last_bits(tiny_llama: Path, text: tuple[T
     for name, moments in once.items():
         for one, other in ((moments.own, chunked[name].own), (moments.cross, chunked[name].cross)):
             assert (one - other).norm() < 2e-5 * one.norm(), name
+
+
+def layers_entered(seen: list[str]) -> Callable[[LentModel], object]:
+    """Notes each pass of text that begins a decoder layer."""
+
+    def add_hooks(model: LentModel) -> None:
+        for layer in model.decoder_layers():
+            layer.register_forward_pre_hook(lambda *_: seen.append("layer"))
+
+    return add_hooks
+
+
+@pytest.mark.parametrize("waiting", [10**6, 200])
+def test_chunks_that_wait_see_what_those_that_begin_anew_see(
+    tiny_llama: Path, text: tuple[Tensor, Tensor], waiting: int
+) -> None:
+    """To the bit, with all or some of them waiting; and those go through a layer once instead of five times."""
+    anew, once = list[str](), list[str]()
+    expected = through(tiny_llama, text, 64, change=layers_entered(anew))
+    for name, moments in through(tiny_llama, text, 64, waiting=waiting, change=layers_entered(once)).items():
+        assert torch.equal(moments.own, expected[name].own), name
+        assert torch.equal(moments.cross, expected[name].cross), name
+    assert len(once) < (0.4 if waiting > 1000 else 0.9) * len(anew)
+
+
+def test_no_chunk_waits_in_a_module_that_is_lent_parameters_itself(
+    tiny_llama: Path, text: tuple[Tensor, Tensor]
+) -> None:
+    """They would be taken from it when the first of several passes ends."""
+
+    def change(model: LentModel) -> None:
+        mlp = model.decoder_layers()[0].mlp
+        mlp.register_parameter("scale", torch.nn.Parameter(torch.empty(1, device="meta"), requires_grad=False))
+        mlp.register_forward_hook(lambda module, args, output: output * module.scale)
+
+    expected, plain = through(tiny_llama, text, 64, change=change), through(tiny_llama, text, 64)
+    for name, moments in through(tiny_llama, text, 64, waiting=10**6, change=change).items():
+        assert torch.equal(moments.own, expected[name].own), name
+    last = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(expected[last].own, plain[last].own)
+
+
+def test_an_error_ends_the_chunks_that_wait(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:
+    source = open_source(str(tiny_llama))
+    model, read = LentModel(source), source.open_tensors().read
+
+    def write(name: str, moments: Moments) -> Multiply:
+        raise OSError("the disk is full")
+
+    names = ["model.layers.0.self_attn.q_proj.weight"]
+    with pytest.raises(OSError, match="full"):
+        run_side_by_side(model, *text, read, names, write, chunk_tokens=64, waiting_tokens=10**6)
+    assert torch.isfinite(model.logits(text[0][:1], read)).all()
 
 
 def test_products_in_bfloat16(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:

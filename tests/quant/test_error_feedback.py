@@ -112,12 +112,15 @@ def test_scales_fitted_to_codes(double_quant: bool, kind: str) -> None:
 
 
 def test_fitted_scales_are_the_least_squares() -> None:
-    """Against torch's solver, row by row; a row of zeros gets zeros."""
+    """Against torch's solver, row by row, from any scales; a row of zeros keeps them."""
     torch.manual_seed(5)
     values, scales, x = torch.randn(6, 128), torch.randn(6, 4), correlated(500, 128)
     values[5] = 0
     wanted = values * scales.repeat_interleave(32, 1) + 0.1 * torch.randn(6, 128)
-    found = fitted_scales(wanted, values, x.T @ x, 32).view(6, 4)
+    before = torch.randn(6, 4)
+    before[5] = 0
+    pull = (wanted - values * before.repeat_interleave(32, 1)) @ (x.T @ x)
+    found = before + fitted_scales(pull, values, x.T @ x, 32).view(6, 4)
     for row in range(5):
         blocks = (x * values[row]).view(500, 4, 32).sum(2)
         expected = torch.linalg.lstsq(blocks, (x @ wanted[row])[:, None]).solution[:, 0]
@@ -128,10 +131,11 @@ def test_fitted_scales_are_the_least_squares() -> None:
 def test_the_factor_of_the_inverse() -> None:
     x = correlated(500, 96)
     moments = Moments(x.T @ x, x.T @ x)
-    upper = moments.inverse_factor
-    assert torch.equal(upper, upper.triu())
+    lower = moments.inverse_factor
+    assert torch.equal(lower, lower.tril())
+    assert moments.ordered.diagonal().diff().max() <= 0
     inverse = moments.damped[moments.order][:, moments.order].double().inverse()
-    assert (upper.T @ upper - inverse).norm() < 1e-4 * inverse.norm()
+    assert (lower @ lower.T - inverse).norm() < 1e-4 * inverse.norm()
 
 
 def test_the_native_loop_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,11 +35,14 @@ def test_a_matrix_that_is_not_positive_definite() -> None:
         inverse_cholesky(matrix)
 
 
-def test_wanted_and_error() -> None:
-    """Measured: 2e-5 of the shift in the outputs, and 1e-6."""
-    moments, target = moments_of(1200), torch.randn(40, 1200, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("rows", "bound"), [(40, 1e-4), (1200, 5e-4)])
+def test_wanted_and_error(rows: int, bound: float) -> None:
+    """Of a weight with fewer rows than columns, and not. Measured: 2e-5 and 1.6e-4 of the shift in the outputs, and
+    1e-6.
+    """
+    moments, target = moments_of(1200), torch.randn(rows, 1200, generator=torch.Generator().manual_seed(1))
     damped, own, cross = moments.damped.double(), moments.own.double(), moments.cross.double()
     shift = torch.linalg.solve(damped, (cross - own).T @ target.double().T).T
     wrong = moments.wanted(target).double() - (target.double() + shift)
-    assert (wrong @ damped * wrong).sum() < 1e-8 * (shift @ damped * shift).sum()
+    assert (wrong @ damped * wrong).sum() < bound**2 * (shift @ damped * shift).sum()
     assert moments.error(target) == pytest.approx(float((target.double() @ own * target.double()).sum()), rel=1e-5)

@@ -14,7 +14,7 @@ from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import free_memory, matrix_sides, resident_memory
 from halfbyte.plan import Budget, budget_of
-from halfbyte.plan.merging import MEASURED_LENGTH, error_feedback_bytes, sensitivity_bytes
+from halfbyte.plan.merging import MEASURED_LENGTH, error_feedback_bytes, sensitivity_bytes, waiting_bytes
 
 MOST_TOKENS, LEAST_TOKENS = 16_384, 512
 """Of text to calibrate on: fewer where memory does not suffice."""
@@ -24,8 +24,9 @@ MOST_MEASURED, LEAST_MEASURED = 512, 128
 Text = tuple[Tensor, Tensor]
 
 
-def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) -> tuple[Text, int]:
-    """As much of `data` as memory.budget, or the machine, has room for, and the bytes of the fullest moment.
+def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) -> tuple[Text, int, int]:
+    """As much of `data` as memory.budget, or the machine, has room for; how many tokens of it may wait inside a layer;
+    and the bytes of the fullest moment.
 
     Raises:
         ResourceError: not even for LEAST_TOKENS; names the smallest budget that works.
@@ -38,7 +39,9 @@ def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) 
     def bytes_of(text: Text) -> int:
         return error_feedback_bytes(*matrix_sides(model), text[0].numel())
 
-    return _most(config, text_of, bytes_of, MOST_TOKENS, LEAST_TOKENS)
+    text, needed, left = _most(config, text_of, bytes_of, MOST_TOKENS, LEAST_TOKENS)
+    waiting = min(text[0].numel(), left // waiting_bytes(*matrix_sides(model), 1))
+    return text, waiting, needed + waiting_bytes(*matrix_sides(model), waiting)
 
 
 def measured_within(
@@ -54,19 +57,20 @@ def measured_within(
         vocab = model.get_input_embeddings().weight.shape[0]
         return sensitivity_bytes(int(vocab), *matrix_sides(model), num_units, text[0].numel())
 
-    return _most(config, text_of, bytes_of, MOST_MEASURED, LEAST_MEASURED)
+    return _most(config, text_of, bytes_of, MOST_MEASURED, LEAST_MEASURED)[:2]
 
 
 def _most(
     config: RunConfig, text_of: Callable[[int], Text], bytes_of: Callable[[Text], int], most: int, least: int
-) -> tuple[Text, int]:
+) -> tuple[Text, int, int]:
+    """The text, the bytes it needs, and those that the budget leaves."""
     resident, tokens = resident_memory(), most
     budget = budget_of(config) or Budget(resident + free_memory(), "this machine's free memory")
     while True:
         text = text_of(tokens)
         needed = resident + bytes_of(text)
         if needed <= budget.bytes:
-            return text, needed
+            return text, needed, budget.bytes - needed
         if tokens == least:
             raise ResourceError(
                 f"{format_bytes(budget.bytes)} are not enough to calibrate", where=budget.source,

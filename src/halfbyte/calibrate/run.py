@@ -90,7 +90,7 @@ def _calibrate(
     if quant.bits:
         mix = measured_mix(job, model, config, data, say, on_progress)
         job = replace(job, formats=mix.formats)
-    (ids, counts), predicted = text_within(config, job.model, data)
+    (ids, counts), waiting, predicted = text_within(config, job.model, data)
     tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(scale_text(quant))
@@ -106,7 +106,7 @@ def _calibrate(
     with write_folder(output, expected_bytes=sum(job.sizes.values()) // 3) as folder:
         with ShardWriter(folder.path, header_bytes=job.header_bytes) as shards, BaseHash() as base:
             written = CalibratedWriter(job, shards, base, ranks, on_progress)
-            written.write(model, ids, counts, dtype)
+            written.write(model, ids, counts, waiting, dtype)
             shards.finish()
         job.finish(folder.path)
         layers = [asdict(layer) for layer in written.layers]

@@ -1,8 +1,8 @@
 """Text through a model as it should be and as it is being written, layer by layer: what calibration needs to see.
 
-Of all the text only the hidden states between two decoder layers are kept. It goes through a layer in chunks, several
-times: for each group of linear layers that have one input (of a Llama's: q, k, v; o; gate, up; down) as far as that
-input, whose moments are summed; then the group is written. At last it goes through the whole layer.
+Of all the text only the hidden states between two decoder layers are kept. It goes through a layer in chunks, each
+of which waits before every group of linear layers that have one input (of a Llama's: q, k, v; o; gate, up; down) until
+that input's moments are summed and the group is written. A chunk that has no room to wait begins anew each time.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.buffers import steady_memory
+from halfbyte.kernels.buffers import empty, steady_memory, trim_heap
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.quant.absmax import TINY
 from halfbyte.quant.error_feedback import Moments
@@ -38,7 +40,7 @@ Writer = Callable[[str, Moments], Multiply]
 @torch.no_grad()
 def run_side_by_side(
     model: LentModel, ids: Tensor, counts: Tensor, weights: Weights, names: Collection[str], writer: Writer,
-    *, chunk_tokens: int, capped: bool = False, dtype: torch.dtype = torch.float32,
+    *, chunk_tokens: int, waiting_tokens: int = 0, capped: bool = False, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Run text through the decoder layers; `writer` gets each weight of `names` when its inputs are known.
 
@@ -49,6 +51,8 @@ def run_side_by_side(
         names: parameters called "<linear layer>.weight". Those that no text passes, row by row in a decoder layer, are
             not given to `writer`.
         chunk_tokens: of text that goes through a layer at a time, in each of the two models.
+        waiting_tokens: of text that may wait inside a layer (`halfbyte.plan.merging.waiting_bytes`): those of the rest
+            begin it again for each group.
         capped: let no token's input count for more than the median one's of its chunk. A few tokens, the first of each
             text above all, have inputs a hundred times as large: their outputs would be kept at all others' cost.
         dtype: of matrix products' operands; everything else, and all sums, are in float32.
@@ -60,19 +64,24 @@ def run_side_by_side(
     with model.lend(kept):
         layers = traced_layers(model, [pair for pair, _ in chunks], names)
         states = [input_of(layers[0].module, partial(model.run, pair)) for pair, _ in chunks]
+        sizes = accumulate(count.numel() for _, count in chunks)
+        waits = [size <= waiting_tokens for size in sizes]
         for layer in layers:
             own_names = [linear.name for group in layer.groups for linear in group]
-            with ExitStack() as written:
+            with layer.stopping(dtype):
+                can_wait = layer.can_wait()
+                passes = [_Pass(layer, state, can_wait and wait) for state, wait in zip(states, waits, strict=True)]
                 for group in layer.groups:
                     with kept.keep(own_names):
-                        passes = (input_of(group[0].module, partial(layer, state)) for state in states)
-                        moments = _moments(passes, [count for _, count in chunks], capped, dtype)
+                        inputs = (one.go_on() for one in passes)
+                        moments = _moments(inputs, [count for _, count in chunks], capped, dtype)
+                    trim_heap()  # small tensors that wait leave holes in it
                     for linear in group:
-                        written.enter_context(linear.second_half_by(writer(linear.name, moments), dtype))
+                        linear.written = writer(linear.name, moments)
                     del moments
                 with kept.keep(own_names):
-                    for i, state in enumerate(states):
-                        states[i] = layer(state)
+                    for i, one in enumerate(passes):
+                        states[i] = one.go_on()
 
 
 class KeptWeights:
@@ -123,33 +132,46 @@ def _chunks(ids: Tensor, counts: Tensor, tokens: int) -> Iterator[tuple[Tensor, 
 
 
 class _Linear:
-    """A linear layer, and the name of its weight."""
+    """A linear layer, and the name of its weight.
+
+    Attributes:
+        written: the product with what was written as its weight; None: nothing yet.
+    """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        self.written: Multiply | None = None
         self._ours: Tensor | None = None
 
     @contextmanager
-    def second_half_by(self, multiply: Multiply, dtype: torch.dtype) -> Iterator[None]:
-        """Inside the block the second half of a batch is multiplied with another weight instead of its own, and both
-        in `dtype`.
+    def stopping(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block a pass that comes here waits until the layer is `written`. Then the second half of a batch
+        is multiplied with that, the first with its own weight, and both in `dtype`.
         """
         with ExitStack() as hooks:
             hooks.callback(self.module.register_forward_pre_hook(partial(self._split, dtype), prepend=True).remove)
-            hooks.callback(self.module.register_forward_hook(partial(self._join, multiply), prepend=True).remove)
-            yield
+            hooks.callback(self.module.register_forward_hook(self._join, prepend=True).remove)
+            try:
+                yield
+            finally:
+                self.written = None
 
     def _split(self, dtype: torch.dtype, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.written is None:
+            around = getcurrent().parent
+            assert around is not None
+            around.switch(args[0])
         wanted, self._ours = args[0].to(dtype).chunk(2)
         return (wanted, *args[1:])
 
-    def _join(self, multiply: Multiply, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _join(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert self._ours is not None
+        assert self.written is not None
         ours, self._ours = self._ours, None
-        ours = multiply(ours)
+        ours = self.written(ours)
         if isinstance(module.bias, Tensor):
             ours += module.bias
-        both = output.new_empty(2 * len(output), *output.shape[1:], dtype=torch.float32)
+        both = empty((2 * len(output), *output.shape[1:]), torch.float32)
         both[: len(output)], both[len(output) :] = output, ours
         return both
 
@@ -168,28 +190,81 @@ class _Layer:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @contextmanager
+    def stopping(self, dtype: torch.dtype) -> Iterator[None]:
+        """`_Linear.stopping` of all linear layers."""
+        with ExitStack() as linears:
+            for group in self.groups:
+                for linear in group:
+                    linears.enter_context(linear.stopping(dtype))
+            yield
+
+    def can_wait(self) -> bool:
+        """Whether several passes may be inside: not where a module around linear layers has parameters itself, which
+        it is lent for one pass.
+        """
+        linears = {linear.module for group in self.groups for linear in group}
+        around = (module for module in self.module.modules() if linears & {*module.modules()} - {module})
+        return all(next(module.parameters(recurse=False), None) is None for module in around)
+
+
+class _Pass:
+    """A chunk on its way through a layer.
+
+    Args:
+        states: what the layer is given.
+        waits: where it stops; otherwise it comes there anew.
+    """
+
+    def __init__(self, layer: _Layer, states: Tensor, waits: bool) -> None:
+        self._layer, self._states, self._waits = layer, states, waits
+        self._running: greenlet | None = None
+
+    def go_on(self) -> Tensor:
+        """To the next linear layer that is not written, whose input it returns, or to the end: the layer's output."""
+        running, self._running = self._running or greenlet(partial(self._layer, self._states)), None
+        found: Tensor = running.switch()
+        if not running.dead:
+            if self._waits:
+                self._running = running
+            else:
+                running.throw()
+        return found
+
 
 def _moments(passes: Iterator[Tensor], counts: list[Tensor], capped: bool, dtype: torch.dtype) -> Moments:
     """Of the inputs that `passes` gives, chunk by chunk."""
     own = cross = torch.empty(0)
     for both, count in zip(passes, counts, strict=True):
-        wanted, ours = (part[count] for part in both.chunk(2))
+        wanted, ours = _only(count, both)
         if not own.numel():
             own, cross = (torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2))
         if capped:
-            sizes = ours.square().mean(1, keepdim=True).clamp(min=TINY)
-            roots = (sizes.median() / sizes).clamp_(max=1.0).sqrt_()
-            wanted, ours = wanted * roots, ours * roots
-        apart = (wanted - ours).to(dtype)  # before they are rounded: it is a small part of either
+            sizes = torch.linalg.vector_norm(ours, dim=1, keepdim=True).clamp_(min=TINY)
+            roots = (sizes.median() / sizes).clamp_(max=1.0)
+            wanted, ours = wanted.mul_(roots), ours.mul_(roots)
+        apart = wanted.sub_(ours).to(dtype)  # before they are rounded: it is a small part of either
         ours = ours.to(dtype)
-        turned = ours.T.contiguous()
+        turned = _turned(ours)
         for start in range(0, len(own), SYMMETRIC):  # above the diagonal is enough
             add_product(own[start : start + SYMMETRIC, start:], turned[start : start + SYMMETRIC], ours[:, start:])
-        add_product(cross, apart.T, ours)
+        add_product(cross, _turned(apart), ours)
     for start in range(0, len(own), SYMMETRIC):
         stop = start + SYMMETRIC
         own[stop:, start:stop] = own[start:stop, stop:].T
     return Moments(own, cross.add_(own))
+
+
+def _only(count: Tensor, both: Tensor) -> list[Tensor]:
+    """Of each half of `both` (2 sequences, tokens, in) the tokens that `count` (sequences, tokens): (some, in)."""
+    index = count.view(-1).nonzero().view(-1)
+    halves = [half.reshape(count.numel(), -1) for half in both.chunk(2)]
+    return [torch.index_select(half, 0, index, out=empty((len(index), half.shape[1]), half.dtype)) for half in halves]
+
+
+def _turned(x: Tensor) -> Tensor:
+    """The transpose of a matrix, in one piece."""
+    return empty((x.shape[1], x.shape[0]), x.dtype).copy_(x.T)
 
 
 class _Reached(BaseException):

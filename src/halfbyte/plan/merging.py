@@ -38,6 +38,11 @@ def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
     return 4 * (2 * rows * width + max(chunk, writing) + MATRICES * widest * width)
 
 
+def waiting_bytes(width: int, widest: int, tokens: int) -> int:
+    """Text that waits inside a decoder layer, in both models: a residual, a normalized state, the widest input."""
+    return 4 * 2 * tokens * (2 * width + widest)
+
+
 def sensitivity_bytes(vocab: int, width: int, widest: int, units: int, tokens: int) -> int:
     """Each of `units` quantized alone: the hidden states of `tokens` tokens once for each, and the larger of a pass
     through a layer with two matrices decoded, and of embeddings, head and the logits of MEASURED_LENGTH tokens.

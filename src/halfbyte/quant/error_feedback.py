@@ -19,7 +19,7 @@ from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.quant.absmax import compress_absmax
 from halfbyte.quant.choose import MOST
 from halfbyte.quant.codebook import codebook
-from halfbyte.quant.inverse import add_product, inverse_cholesky, product
+from halfbyte.quant.inverse import add_lower_product, add_product, inverse_cholesky, lower_product, product
 from halfbyte.quant.nibbles import pack_codes
 from halfbyte.quant.scales import fitted_scales
 from halfbyte.quant.weight import QuantizedWeight
@@ -63,20 +63,36 @@ class Moments:
         return self.damped.diagonal().argsort(descending=True)
 
     @cached_property
+    def ordered(self) -> Tensor:
+        """(in, in): `damped` in `order`."""
+        return self.damped[self.order[:, None], self.order]
+
+    @cached_property
     def inverse_factor(self) -> Tensor:
-        """(in, in): the upper Cholesky factor of the inverse of `damped`, both in `order`."""
-        backwards = self.order.flip(0)
-        return inverse_cholesky(self.damped[backwards][:, backwards]).flip(0, 1)
+        """(in, in): the lower Cholesky factor of the inverse of `ordered`."""
+        return inverse_cholesky(self.ordered.flip(0, 1)).T.flip(0, 1).contiguous()
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """(in, in): what a weight is to be multiplied with to make of x the difference that it makes of t and x."""
+        return self._solved(self.cross - self.own)
 
     def wanted(self, target: Tensor) -> Tensor:
         """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
+        if len(target) >= len(self.own):
+            result = target.clone()
+            add_product(result, target, self.moved)
+            return result
         shift = torch.zeros_like(target)
         add_product(shift, target, self.cross - self.own)
-        half = product(shift[:, self.order], self.inverse_factor)
-        shift.zero_()
-        add_product(shift, half, self.inverse_factor)
-        half[:, self.order] = shift
-        return half.add_(target)
+        return self._solved(shift).add_(target)
+
+    def _solved(self, rows: Tensor) -> Tensor:
+        """`rows` (n, in), used up, times the inverse of `damped`."""
+        half = torch.zeros_like(rows)
+        add_lower_product(half, rows[:, self.order], self.inverse_factor)
+        rows[:, self.order] = lower_product(half, self.inverse_factor)
+        return rows
 
     def error(self, wrong: Tensor) -> float:
         """The sum of squares of x wrong^T, for `wrong` (out, in), over the text."""
@@ -119,26 +135,44 @@ def ranks_with_feedback(wanted: Tensor, moments: Moments, grid: Grid, sweeps: in
     Returns:
         (out, in) uint8.
     """
-    return _chosen(wanted, moments, grid, sweeps)[0]
+    return _chosen(wanted, moments, grid, sweeps).ranks
 
 
-def _chosen(
-    wanted: Tensor, moments: Moments, grid: Grid, sweeps: int, ranks: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """`ranks_with_feedback`, and the error that is left after `sweeps`, which begin at `ranks` where given."""
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Codes, and after sweeps what they leave.
+
+    Attributes:
+        ranks: (out, in) uint8.
+        pull: (out, in) float32, what is missing of the wanted weight times the inputs' second moments.
+        error: the sum of squares of what is missing of the outputs.
+    """
+
+    ranks: Tensor
+    pull: Tensor
+    error: float = 0.0
+
+
+def _chosen(wanted: Tensor, moments: Moments, grid: Grid, sweeps: int, ranks: Tensor | None = None) -> _Chosen:
+    """Codes for `wanted` (out, in), after `sweeps`, which begin at `ranks` where given."""
     order = moments.order
-    columns, grid, error = wanted.T[order], grid.taken(order), 0.0
+    columns, grid = wanted.T[order], grid.taken(order)
     if grid.offsets is not None:
         columns -= grid.offsets
     if ranks is None:
         found = _ranks(columns.clone() if sweeps else columns, moments.inverse_factor, grid)
     else:
         found = ranks.T[order]
-    if sweeps:
-        error = _improve(found, columns, moments.damped[order][:, order], grid, sweeps)
-    back = torch.empty_like(found)
-    back[order] = found
-    return back.T.contiguous(), error
+
+    def back(ordered: Tensor) -> Tensor:
+        rows = torch.empty_like(ordered)
+        rows[order] = ordered
+        return rows.T.contiguous()
+
+    if not sweeps:
+        return _Chosen(back(found), torch.empty(0))
+    pull, error = _improve(found, columns, moments.ordered, grid, sweeps)
+    return _Chosen(back(found), back(pull), error)
 
 
 def round_with_feedback(
@@ -151,16 +185,18 @@ def round_with_feedback(
             at least; about twice as long.
     """
     assert sweeps or not refit
+    refit = refit and wanted.shape[1] % plain.blocksize == 0
     table = codebook(plain.quant_type, plain.blocksize)
     left, grid = _on_grid(wanted, plain, table.levels)
-    ranks, error = _chosen(left, moments, grid, sweeps)
-    if refit and wanted.shape[1] % plain.blocksize == 0:
-        scales = fitted_scales(left, table.levels[ranks.int()], moments.damped, plain.blocksize)
-        other = _with_scales(plain, scales)
+    first = _chosen(left, moments, grid, sweeps)
+    ranks = first.ranks
+    if refit:
+        change = fitted_scales(first.pull, table.levels[ranks.int()], moments.damped, plain.blocksize)
+        other = _with_scales(plain, plain.scales_and_offsets()[0] + change)
         left, grid = _on_grid(wanted, other, table.levels)
-        other_ranks, other_error = _chosen(left, moments, grid, sweeps, ranks)
-        if other_error < error:
-            plain, ranks = other, other_ranks
+        second = _chosen(left, moments, grid, sweeps, ranks)
+        if second.error < first.error:
+            plain, ranks = other, second.ranks
     codes = table.order[ranks.reshape(-1).int()]
     return replace(plain, codes=pack_codes(codes, bits_of(plain.quant_type), table.zero_code))
 
@@ -184,27 +220,27 @@ def _on_grid(wanted: Tensor, weight: QuantizedWeight, levels: Tensor) -> tuple[T
     return wanted if offsets is None else wanted - each(offsets), Grid(levels, each(scales))
 
 
-def _ranks(columns: Tensor, upper: Tensor, grid: Grid) -> Tensor:
+def _ranks(columns: Tensor, lower: Tensor, grid: Grid) -> Tensor:
     """(in, out) uint8, of `columns` (in, out), which are used up."""
     ranks, errors = torch.empty(columns.shape, dtype=torch.uint8), torch.empty_like(columns)
 
     def choose(part: slice) -> None:
         ranks[part], errors[part] = torch.ops.halfbyte.choose_codes(
-            columns[part], None, grid.scales[part], upper[part, part], grid.levels
+            columns[part], None, grid.scales[part], lower[part, part].T, grid.levels
         )
 
     def pass_on(done: slice, left: slice) -> None:
-        add_product(columns[left], upper[done, left].T, errors[done], -1.0)
+        add_product(columns[left], lower[left, done], errors[done], -1.0)
 
     _by_halves(0, len(columns), choose, pass_on)
     return ranks
 
 
-def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: int) -> float:
+def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: int) -> tuple[Tensor, float]:
     """Coordinate descent on the codes, in place: `ranks` (in, out) of `wanted` (in, out), which is used up.
 
     Returns:
-        the error that is left: the sum of ``wrong damped wrong^T``.
+        ``damped wrong^T`` (in, out) of what is wrong at last, and the error: the sum of ``wrong damped wrong^T``.
     """
     values = grid.levels[ranks.int()].mul_(grid.scales)
     wrong, changes = wanted.sub_(values), torch.empty_like(values)
@@ -224,7 +260,7 @@ def _improve(ranks: Tensor, wanted: Tensor, damped: Tensor, grid: Grid, sweeps: 
         _by_halves(0, len(values), choose, pass_on, pass_on)
         values += changes
         wrong -= changes
-    return float(pull.mul_(wrong).sum())
+    return pull, float(wrong.mul_(pull).sum())
 
 
 def _by_halves(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 LEAST = 256
 """Rows of a matrix that LAPACK factorises."""
+STEP = 1024
+"""Columns of a product with a triangle that are computed together."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -18,6 +20,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def add_product(sums: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """sums (m, n) float32 += alpha a (m, k) b (k, n), of one dtype; best with rows that lie in one piece."""
     torch.ops.halfbyte.add_product_(sums, a, b, alpha)
+
+
+def add_lower_product(sums: Tensor, a: Tensor, lower: Tensor) -> None:
+    """sums (m, n) += a (m, n) lower (n, n), a lower triangle."""
+    for start in range(0, len(lower), STEP):
+        add_product(sums[:, start : start + STEP], a[:, start:], lower[start:, start : start + STEP])
+
+
+def lower_product(a: Tensor, lower: Tensor) -> Tensor:
+    """a (m, n) lower^T (n, n), of a lower triangle."""
+    steps = ((start, min(start + STEP, len(lower))) for start in range(0, len(lower), STEP))
+    return torch.cat([product(a[:, :stop], lower[start:stop, :stop]) for start, stop in steps], 1)
 
 
 def inverse_cholesky(matrix: Tensor) -> Tensor:

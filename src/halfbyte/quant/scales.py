@@ -105,20 +105,20 @@ def double_quantized(
     return compressed, expand_absmax(*compressed, constants)
 
 
-def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: int) -> Tensor:
-    """The scales of least ||x wanted^T - x W^T||, W being `values` times them: all of a row's at once.
+def fitted_scales(pull: Tensor, values: Tensor, moments: Tensor, blocksize: int) -> Tensor:
+    """How scales change to those of least ||x wanted^T - x W^T||, W being `values` times them: all of a row's at once.
 
     Args:
-        wanted: (out, in) float32, in a multiple of `blocksize`.
+        pull: (out, in) float32, (wanted - W) moments, W with the scales before; in a multiple of `blocksize`.
         values: (out, in) float32, what its codes mean.
         moments: (in, in) float32, x^T x: symmetric.
 
     Returns:
         (out * in / blocksize,) float32.
     """
-    size, (rows, columns) = blocksize, wanted.shape
+    size, (rows, columns) = blocksize, values.shape
     count = columns // size
-    scales = torch.empty(rows, count)
+    changes = torch.empty(rows, count)
     step = size * size  # so that the systems of equations are not more numbers than `moments`
     for start in range(0, rows, step):
         part = values[start : start + step]
@@ -127,11 +127,11 @@ def fitted_scales(wanted: Tensor, values: Tensor, moments: Tensor, blocksize: in
             first, stop = b * size, (b + 1) * size
             products = product(part[:, first:stop], moments[first:, first:stop]).mul_(part[:, first:])
             squares[:, b, b:] = squares[:, b:, b] = products.view(len(part), count - b, size).sum(2)
-        goal = product(wanted[start : start + step], moments).mul_(part).view(len(part), count, size).sum(2)
+        goal = (pull[start : start + step] * part).view(len(part), count, size).sum(2)
         diagonal = squares.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
-        scales[start : start + step] = torch.linalg.solve(squares, goal)
-    return scales.view(-1)
+        changes[start : start + step] = torch.linalg.solve(squares, goal)
+    return changes.view(-1)
 
 
 def factors_of(table: Codebook, signed: bool) -> tuple[float, ...]:
