@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import halfbyte, smollm2_folder, write_result
+from common import halfbyte, provenance, smollm2_folder, write_result
 from texts import docstring_data, function_data, licence_file, prose_file
 
 LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -100,7 +100,7 @@ def row_of(options: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run, print, write results/fidelity.json after each row, for they are minutes."""
+    """Run, print, add each row to those in results/fidelity.json: they are minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
@@ -113,13 +113,16 @@ def main() -> None:
     options = parser.parse_args()
     smollm2_folder(options.work / "model")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    sets: dict[str, dict[str, Any]] = {data: {} for data in options.data}
+    how = {"steps": options.steps, "batch": options.batch}
+    before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else how
+    sets: dict[str, dict[str, Any]] = before.get("sets", {}) if how.items() <= before.items() else {}
     for data in options.data:
         for name, row in zip(options.bases, map(partial(row_of, options, data), options.bases), strict=True):
-            sets[data][name] = row
+            rows = sets.setdefault(data, {})
+            rows[name] = {**row, "device": device, "commit": provenance()["commit"]}
+            sets[data] = {base: rows[base] for base in BASES if base in rows}  # in the table's order
             print(data, name, row, flush=True)
-            result = {"device": device, "steps": options.steps, "batch": options.batch, "sets": sets}
-            write_result(options.output, result)
+            write_result(options.output, {"device": "by row", **how, "sets": sets})
 
 
 if __name__ == "__main__":
