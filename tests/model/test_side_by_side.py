@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from halfbyte.errors import ModelError
 from halfbyte.model.lent import LentModel
-from halfbyte.model.side_by_side import Multiply, run_side_by_side
+from halfbyte.model.side_by_side import Multiply, padded_tokens, run_side_by_side
 from halfbyte.model.source import open_source
 from halfbyte.quant import quantize
 from halfbyte.quant.error_feedback import Moments
@@ -102,6 +102,12 @@ def test_no_chunk_waits_in_a_module_that_is_lent_parameters_itself(
         assert torch.equal(moments.own, expected[name].own), name
     last = "model.layers.1.mlp.down_proj.weight"
     assert not torch.equal(expected[last].own, plain[last].own)
+
+
+def test_padded_tokens(text: tuple[Tensor, Tensor]) -> None:
+    """Two of 70 and one of 120 become 128 long, the others 64; of the three a fourth makes two pairs."""
+    assert padded_tokens(*text, 64) == 3 * 128 + 5 * 64
+    assert padded_tokens(*text, 256) == 4 * 128 + 5 * 64 + 3 * 64
 
 
 def test_an_error_ends_the_chunks_that_wait(tiny_llama: Path, text: tuple[Tensor, Tensor]) -> None:

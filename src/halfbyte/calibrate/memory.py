@@ -13,8 +13,9 @@ from halfbyte.data import TokenizedData, calibration_text
 from halfbyte.dtypes import format_bytes
 from halfbyte.errors import ResourceError
 from halfbyte.model.memory import free_memory, matrix_sides, resident_memory
+from halfbyte.model.side_by_side import padded_tokens
 from halfbyte.plan import Budget, budget_of
-from halfbyte.plan.merging import MEASURED_LENGTH, error_feedback_bytes, sensitivity_bytes, waiting_bytes
+from halfbyte.plan.merging import CHUNK_TOKENS, MEASURED_LENGTH, error_feedback_bytes, sensitivity_bytes, waiting_bytes
 
 MOST_TOKENS, LEAST_TOKENS = 16_384, 512
 """Of text to calibrate on: fewer where memory does not suffice."""
@@ -40,7 +41,7 @@ def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) 
         return error_feedback_bytes(*matrix_sides(model), text[0].numel())
 
     text, needed, left = _most(config, text_of, bytes_of, MOST_TOKENS, LEAST_TOKENS)
-    waiting = min(text[0].numel(), left // waiting_bytes(*matrix_sides(model), 1))
+    waiting = min(padded_tokens(*text, CHUNK_TOKENS), left // waiting_bytes(*matrix_sides(model), 1))
     return text, waiting, needed + waiting_bytes(*matrix_sides(model), waiting)
 
 

@@ -84,6 +84,11 @@ def run_side_by_side(
                         states[i] = one.go_on()
 
 
+def padded_tokens(ids: Tensor, counts: Tensor, chunk_tokens: int) -> int:
+    """Of the text of `run_side_by_side`, as it goes through a layer: with its chunks' padding."""
+    return sum(count.numel() for _, count in _chunks(ids, counts, chunk_tokens))
+
+
 class KeptWeights:
     """`weights`, of which some are read once and kept for a while: a layer's, while chunks go through it."""
 
