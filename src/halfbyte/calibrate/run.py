@@ -136,6 +136,7 @@ def _matched(match: Match, config: RunConfig, folder: Path, say: Say) -> dict[st
         return None
     say(
         f"start: {matched['steps']} steps towards the 16-bit model's predictions in {matched['seconds']:.1f} s, "
-        f"KL {matched['kl_first']:.4f} -> {matched['kl_last']:.4f} by token"
+        f"KL {matched['kl_first']:.4f} by token in their first quarter, {matched['kl_last']:.4f} in the last, "
+        "on other samples"
     )
     return matched

@@ -14,13 +14,19 @@ from halfbyte.config import LoraConfig
 from halfbyte.model.adapt import peft_config
 from halfbyte.model.quantize import Unquantized
 from halfbyte.model.targets import modules_to_adapt
-from halfbyte.plan.start import START
+from halfbyte.plan.start import START, check_rank
 
 
 def ranks_of(job: Unquantized, lora: LoraConfig) -> dict[str, int]:
-    """Of the parameters whose layers get an adapter to begin at."""
+    """Of the parameters whose layers get an adapter to begin at.
+
+    Raises:
+        ConfigError: there is no such layer, or none has this rank.
+    """
     wanted = set(modules_to_adapt(job.model, lora.target_modules))
-    return {f"{name}.weight": lora.r for name in job.targets if name in wanted}
+    names = [f"{name}.weight" for name in job.targets if name in wanted]
+    check_rank(lora.r, max((min(job.model.get_parameter(name).shape) for name in names), default=lora.r))
+    return dict.fromkeys(names, lora.r)
 
 
 def write_start(

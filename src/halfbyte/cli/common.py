@@ -257,8 +257,11 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
         the loaded base, the model to run, its tokenizer, and notes for the user.
     """
     from halfbyte.model.adapt import attach_saved
+    from halfbyte.plan.start import check_whole
 
     saved, tokenizer = read_adapter(run, adapter)
+    if saved is None:
+        check_whole(Path(run.model.path))
     loaded, notes = load_base(with_base_of(run, saved), out, saved)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes

@@ -108,7 +108,9 @@ def _check_report(report: Path | None, eval_data: Path | None, init: str) -> Non
     if report is None and eval_data is not None:
         raise ConfigError("needs --report", where="--eval-data", fix="Give --report PAGE.html, too")
     if report is not None and init == "pissa":
-        raise ConfigError("shows a base, and pissa's is not the model without its start", where="--report")
+        raise ConfigError(
+            "shows a base, and pissa's is not the model without its start", where="--report", fix="Leave it out"
+        )
     if report is not None and report.suffix != ".html":
         raise ConfigError(
             f"{report} is not a .html file", where="--report", why="the .json of its name lies beside it"

@@ -71,9 +71,12 @@ def open_served(run: RunConfig, wanted: Wanted) -> Served:
     from halfbyte.kernels.buffers import trim_heap
     from halfbyte.model import load_tokenizer
     from halfbyte.model.generate import stop_ids
+    from halfbyte.plan.start import check_whole
     from halfbyte.serve import Adapters
     from halfbyte.serve.text import Texts
 
+    if not wanted.named and wanted.folder is None:
+        check_whole(Path(run.model.path))
     as_trained = with_base_of(run, load_adapter(wanted.named[0][1]) if wanted.named else None)
     tokenizer = load_tokenizer(run.model.path)
     planned, text, room = _plan(as_trained, wanted)

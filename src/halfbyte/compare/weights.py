@@ -163,8 +163,9 @@ def _losses(run: RunConfig, folder: Path, layers: list[LayerReport]) -> dict[str
         return {"note": "no text was given: --eval-data FILE"}
     parts = ",".join(sorted({layer.name.rpartition(".")[2] for layer in layers}))
     found: dict[str, Any] = {"text": run.data.eval}
+    use = [*settings_of(run), "quant.calibrate=", "quant.bits=0", "data.eval="]  # not how the base is made
     for key, changes in (("", [f"model.path={folder}"]), ("_16bit", [f"quant.skip_modules={parts}"])):
-        settings = settings_of(load_config(None, [*settings_of(run), "quant.calibrate=", "data.eval=", *changes]))
+        settings = settings_of(load_config(None, [*use, *changes]))
         said, failed = run_command("eval", settings, "--data", run.data.eval)
         if failed:
             return {"note": f"not evaluated: {failed.line}"}

@@ -35,5 +35,5 @@ def check_budget(config: RunConfig, needed: int) -> None:
     if budget is not None and needed > budget.bytes:
         raise ResourceError(
             f"{format_bytes(budget.bytes)} are not enough for this merge", where=budget.source,
-            why=f"its fullest moment takes {needed} bytes", fix=f"Give --memory {-(-needed // 10**6)}MB",
+            why=f"its fullest moment takes {format_bytes(needed)}", fix=f"Give --memory {-(-needed // 10**6)}MB",
         )  # fmt: skip

@@ -169,7 +169,9 @@ def quantize_model(
 
 def scale_text(quant: QuantConfig) -> str:
     """`quant.chosen_scale` and why, for people."""
-    why = "of least squared error and either sign; absmax gives bitsandbytes' own bytes"
+    why = "of least squared error and either sign"
+    if not quant.bits and quant.quant_type in ("nf4", "fp4"):
+        why += "; absmax gives bitsandbytes' own bytes"
     if quant.scale != "auto":
         why = "as set"
     elif quant.calibrate:

@@ -13,7 +13,7 @@ from halfbyte.errors import ConfigError, DataError, FileError, ModelError
 from halfbyte.plan.architecture import FUSED
 from halfbyte.plan.base import EMBEDDINGS, HEADS, Base, read_base
 from halfbyte.plan.files import locate
-from halfbyte.plan.start import check_start
+from halfbyte.plan.start import check_rank, check_start
 
 FLAGS = {"model.path": "--model", "data.train": "--data", "train.output": "--output"}
 
@@ -41,7 +41,7 @@ def check_run(config: RunConfig) -> None:
     with suppress(ModelError):  # who reads the whole model says it better
         base = read_base(config.model.path, config.quant, "float32")
         check_layers(config, base)
-        _check_rank(config.lora.r, base)
+        check_rank(config.lora.r, max(map(min, base.architecture.linears.values())))
         if base.exact:
             _check_stored(config, base)
             check_start(config.lora, folder)
@@ -100,13 +100,6 @@ def _check_stored(config: RunConfig, base: Base) -> None:
         )  # fmt: skip
     check_stored(weights, path, in_4_bits=base.in_4_bits)
     check_chosen(config.quant, path, in_4_bits=base.in_4_bits)
-
-
-def _check_rank(rank: int, base: Base) -> None:
-    largest = max(map(min, base.architecture.linears.values()))
-    if rank > largest:
-        why = f"the model's largest layer has rank {largest}"
-        raise ConfigError(f"{rank} is not possible", where="lora.r", why=why, fix="16 serves most models")
 
 
 def _last(name: str) -> str:

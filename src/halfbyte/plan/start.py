@@ -43,10 +43,32 @@ def check_start(lora: LoraConfig, base: Path) -> None:
         )  # fmt: skip
 
 
+def check_rank(rank: int, largest: int) -> None:
+    """ConfigError where adapters of `rank` are beyond every layer's, of which the `largest` is given."""
+    if rank > largest:
+        why = f"the model's largest layer has rank {largest}"
+        raise ConfigError(f"{rank} is not possible", where="lora.r", why=why, fix="16 serves most models")
+
+
+def check_whole(base: Path) -> None:
+    """ConfigError where the base in `base`, a folder or a .gguf file, is no model without an adapter."""
+    if _left_by(base) == "pissa":
+        raise ConfigError(
+            "is what PiSSA's start left of the model", where="model.path",
+            why="the start has the largest part of every weight",
+            fix=f"Give --adapter {base / START}, or one that began there",
+        )  # fmt: skip
+
+
+def _left_by(base: Path) -> str:
+    """The start that the base was written for: pissa, loftq, or "" where it has no record of one."""
+    written = read_model_config(base / "config.json").get(CONFIG_KEY) if base.is_dir() else None
+    return str(written.get("init", "")) if isinstance(written, dict) else ""
+
+
 def _check_left(lora: LoraConfig, base: Path) -> None:
     """ConfigError where the base is what a start left of the model, and the run begins elsewhere."""
-    written = read_model_config(base / "config.json").get(CONFIG_KEY) if base.is_dir() else None
-    if isinstance(written, dict) and written.get("init") == "pissa" and lora.init != "pissa":
+    if _left_by(base) == "pissa" and lora.init != "pissa":
         raise ConfigError(
             f"is {lora.init}, the base was written for pissa", where="lora.init",
             why=f"without {base / START} it lacks the largest part of every weight",

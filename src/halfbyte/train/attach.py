@@ -7,6 +7,7 @@ import peft
 from halfbyte.checkpoint import Adapter, check_base, load_adapter
 from halfbyte.config import RunConfig
 from halfbyte.data import TokenizedData
+from halfbyte.errors import ConfigError
 from halfbyte.model.adapt import attach_lora, begin_at
 from halfbyte.model.load import LoadedModel
 from halfbyte.model.tokens import Tokens
@@ -22,7 +23,9 @@ def attach(loaded: LoadedModel, config: RunConfig, observer: Observer, tokens: T
     """
     model = attach_lora(loaded.model, config.lora, seed=config.train.seed, tokens=tokens)
     if config.lora.init != "random":
-        begin_at(model, _start(loaded, config), config.lora.scaling)
+        start = _start(loaded, config)
+        _check_layers(model, start)
+        begin_at(model, start, config.lora.scaling)
         observer.note(f"adapter: begins at {loaded.source.path / START}")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = sum("lora_A" in name for name in trainable)
@@ -48,6 +51,18 @@ def _tokens_text(config: RunConfig, tokens: Tokens) -> str:
              if number in tokens.pieces]  # fmt: skip
     new = f"; added to the tokenizer: {', '.join(added)}, which begin as the mean of their pieces" if added else ""
     return f"tokens: the rows of {len(tokens.ids)} are trained{new}"
+
+
+def _check_layers(model: peft.PeftModel, start: Adapter) -> None:
+    """ConfigError where other layers have adapters than the start has."""
+    here, there = ({name.partition(".lora_A.")[0] for name in names if ".lora_A." in name}
+                   for names in (dict(model.named_parameters()), start.state))  # fmt: skip
+    if here != there:
+        kinds = ",".join(sorted({name.rpartition(".")[2] for name in there}))
+        raise ConfigError(
+            f"gives {len(here)} layers adapters", where="lora.target_modules", why=f"{start.folder} has {len(there)}",
+            fix=f"Give --set lora.target_modules={kinds}, or quantize with the layers wanted",
+        )  # fmt: skip
 
 
 def _start(loaded: LoadedModel, config: RunConfig) -> Adapter:
