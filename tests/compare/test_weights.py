@@ -59,6 +59,18 @@ def test_figures_are_those_of_the_tensors(
         assert all(layer.clipped > 0 and 0.2 < layer.negative < 0.8 for layer in report.layers)
 
 
+def test_a_base_of_mixed_bits_is_evaluated(
+    make_llama: Callable[..., Path], eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the 16-bit model, which quant.bits is not for: its refusal once stood in the page in place of figures."""
+    command = ["quantize", "--model", str(make_llama()), "--output", str(tmp_path / "four"), "--set", "quant.bits=4.5"]
+    command += ["--report", str(tmp_path / "report.html"), "--eval-data", str(eval_file), "--json"]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["report"]
+    assert said["perplexity"] != said["perplexity_16bit"] > 1
+    assert not said["note"]
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_command_writes_page_and_json(
     kind: str, make_llama: Callable[..., Path], eval_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
