@@ -44,6 +44,7 @@ def main() -> None:
             use_cpu=on_cpu, bf16=not on_cpu, save_strategy="no", logging_steps=1,
         ),
     )  # fmt: skip
+    print("reference: the base with the adapter off; no second model is loaded")
     trainer.train()
     trainer.save_model(arguments.output)
 
