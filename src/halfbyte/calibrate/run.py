@@ -85,13 +85,14 @@ def _calibrate(
         )  # fmt: skip
     job = open_unquantized(path, output, replace(quant, bits=0.0))  # which are spread as is measured here
     model, tokenizer = LentModel(job.source), load_tokenizer(path)
+    ranks = ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
     data = load_data(text, tokenizer, config.data)
     mix = Mix(formats={}, sensitivities={}, predicted=0)
     if quant.bits:
         mix = measured_mix(job, model, config, data, say, on_progress)
         job = replace(job, formats=mix.formats)
     (ids, counts), waiting, predicted = text_within(config, job.model, data)
-    tokens, ranks = int(counts.sum()), ranks_of(job, config.lora) if config.lora.init == "cloq" else {}
+    tokens = int(counts.sum())
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(scale_text(quant))
     fast = quant.compute_dtype == "bfloat16"

@@ -261,7 +261,7 @@ def open_model(run: RunConfig, adapter: Path | None, out: Console) -> tuple[Load
 
     saved, tokenizer = read_adapter(run, adapter)
     if saved is None:
-        check_whole(Path(run.model.path))
+        check_whole(run.model.path)
     loaded, notes = load_base(with_base_of(run, saved), out, saved)
     if saved is None:
         return loaded, loaded.model, tokenizer, notes

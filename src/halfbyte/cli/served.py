@@ -76,7 +76,7 @@ def open_served(run: RunConfig, wanted: Wanted) -> Served:
     from halfbyte.serve.text import Texts
 
     if not wanted.named and wanted.folder is None:
-        check_whole(Path(run.model.path))
+        check_whole(run.model.path)
     as_trained = with_base_of(run, load_adapter(wanted.named[0][1]) if wanted.named else None)
     tokenizer = load_tokenizer(run.model.path)
     planned, text, room = _plan(as_trained, wanted)

@@ -7,6 +7,7 @@ from pathlib import Path
 from halfbyte.config import LoraConfig
 from halfbyte.config.model_config import read_model_config
 from halfbyte.errors import ConfigError
+from halfbyte.plan.files import locate
 
 START = "start"
 """Folder beside a base's files: the adapter that training may begin at."""
@@ -50,8 +51,9 @@ def check_rank(rank: int, largest: int) -> None:
         raise ConfigError(f"{rank} is not possible", where="lora.r", why=why, fix="16 serves most models")
 
 
-def check_whole(base: Path) -> None:
-    """ConfigError where the base in `base`, a folder or a .gguf file, is no model without an adapter."""
+def check_whole(path: str) -> None:
+    """ConfigError where the base called `path` is no model without an adapter."""
+    base = locate(path)
     if _left_by(base) == "pissa":
         raise ConfigError(
             "is what PiSSA's start left of the model", where="model.path",
