@@ -132,12 +132,11 @@ int hb_least_error_constants(const void* w, int dtype, int64_t n, int64_t blocks
     return HB_OK;
 }
 
-int hb_choose_codes(const float* state, const float* values, const float* scales, int64_t rows, int64_t cols,
-                    const float* matrix, int64_t stride, const float* levels, const float* bounds, int count,
-                    uint8_t* ranks, float* changes, int threads) {
+int hb_choose_codes(const float* state, const float* scales, int64_t rows, int64_t cols, const float* factor,
+                    int64_t stride, const float* levels, const float* bounds, int count, uint8_t* ranks, float* errors,
+                    int threads) {
     if (rows > 128 || count < 1 || count > 256) return HB_UNSUPPORTED;
-    current()->choose_codes(state, values, scales, rows, cols, matrix, stride, levels, bounds, count, ranks, changes,
-                            threads);
+    current()->choose_codes(state, scales, rows, cols, factor, stride, levels, bounds, count, ranks, errors, threads);
     return HB_OK;
 }
 
@@ -195,6 +194,14 @@ int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_t b_str
     const auto function = current()->add_product;
     return function ? function(a, a_stride, b, b_stride, dtype, m, depth, n, alpha, sums, stride, threads)
                     : HB_UNSUPPORTED;
+}
+
+int hb_improve_codes(uint8_t* ranks, float* values, float* pull, const float* scales, int64_t rows, int64_t cols,
+                     const float* moments, const float* levels, const float* bounds, int count, hb_change* changes,
+                     int32_t* ends, int threads) {
+    const auto function = current()->improve_codes;
+    if (!function || count < 1 || count > 256) return HB_UNSUPPORTED;
+    return function(ranks, values, pull, scales, rows, cols, moments, levels, bounds, count, changes, ends, threads);
 }
 
 int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets, double* loss,

@@ -12,7 +12,7 @@
 #define HB_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { HB_ABI_VERSION = 11, HB_MAX_MEMBERS = 8 };
+enum { HB_ABI_VERSION = 12, HB_MAX_MEMBERS = 8 };
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };  // HB_I8 only where a weight with scales may be
 enum { HB_INT8_BLOCK = 64 };                                       // columns of a row in int8 that share a scale
 enum hb_isa { HB_BASELINE = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512_BF16 = 3, HB_NEON = 4 };
@@ -137,12 +137,12 @@ HB_API int hb_least_error_constants(const void* w, int dtype, int64_t n, int64_t
                                     int64_t cols, const float* levels, const float* bounds, const float* steps,
                                     const float* shifts, int count, float* constants, int threads);
 
-// Ranks of the `count` ascending levels for `rows` columns of a weight's codes, at most 128, and what each choice changes,
-// both [rows * cols] as all but `matrix` are, whose row i begins at i * stride: src/halfbyte/quant/choose.py says how.
-// `values` may be NULL; `bounds` are the midpoints of the levels.
-HB_API int hb_choose_codes(const float* state, const float* values, const float* scales, int64_t rows, int64_t cols,
-                           const float* matrix, int64_t stride, const float* levels, const float* bounds, int count,
-                           uint8_t* ranks, float* changes, int threads);
+// Ranks of the `count` ascending levels for `rows` columns of a weight's codes, at most 128, and what each is off by, both
+// [rows * cols] as all but `factor` are, whose row i begins at i * stride: src/halfbyte/quant/choose.py says how.
+// `bounds` are the midpoints of the levels.
+HB_API int hb_choose_codes(const float* state, const float* scales, int64_t rows, int64_t cols, const float* factor,
+                           int64_t stride, const float* levels, const float* bounds, int count, uint8_t* ranks,
+                           float* errors, int threads);
 
 // One step in place; maps[0] is exp_avg's, maps[1] exp_avg_sq's, read only where moments have 8 bits.
 HB_API int hb_adamw(const hb_adamw_numbers* numbers, const hb_adamw_page* pages, int64_t count,
@@ -170,6 +170,17 @@ HB_API int hb_add_product(const void* a, int64_t a_stride, const void* b, int64_
                           int64_t depth, int64_t n, float alpha, float* sums, int64_t stride, int threads);
 // *loss = the cross-entropy of logits(n, vocab), contiguous, summed over rows; with `write` they are overwritten by
 // softmax - onehot. Targets lie in [0, vocab): the caller has checked.
+typedef struct {
+    int32_t column;
+    float by;
+} hb_change;
+
+// One sweep over all columns of ranks, values and pull [rows * cols], in place; moments [cols * cols] are symmetric, and
+// `changes` [rows * cols] and `ends` [rows * (1 + ceil(cols / 128))] are scratch. HB_UNSUPPORTED where the ISA lacks it.
+HB_API int hb_improve_codes(uint8_t* ranks, float* values, float* pull, const float* scales, int64_t rows, int64_t cols,
+                            const float* moments, const float* levels, const float* bounds, int count, hb_change* changes,
+                            int32_t* ends, int threads);
+
 HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,
                                     double* loss, int write, int threads);
 // The kernels below are elementwise over contiguous rows: float32 inside, one rounding to `dtype`. Weights and angles may

@@ -10,6 +10,7 @@
 
 #include "lanes.inl"
 #include "exp.inl"
+#include "improve.inl"
 #include "measure.inl"
 
 #include "pack.inl"
@@ -56,6 +57,7 @@ constexpr hb_table all_kernels = {
     linear_frozen,
     linear_frozen_dx,
     add_product,
+    improve_codes,
     softmax_cross_entropy,
     rms_norm,
     rms_norm_backward,

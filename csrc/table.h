@@ -19,8 +19,8 @@ struct hb_table {
                                const float*, int, float*, int);
     void (*least_error_constants)(const void*, int, int64_t, int64_t, const float*, int64_t, const float*, const float*,
                                   const float*, const float*, int, float*, int);
-    void (*choose_codes)(const float*, const float*, const float*, int64_t, int64_t, const float*, int64_t,
-                         const float*, const float*, int, uint8_t*, float*, int);
+    void (*choose_codes)(const float*, const float*, int64_t, int64_t, const float*, int64_t, const float*,
+                         const float*, int, uint8_t*, float*, int);
     void (*adamw)(const hb_adamw_numbers*, const hb_adamw_page*, int64_t, const hb_state_map*, int);
     // An ISA may lack those below; dispatch.cpp says so to the caller.
     int (*linear)(const hb_member*, int, const void*, int, int64_t, void*, float*, int) = nullptr;
@@ -32,6 +32,8 @@ struct hb_table {
                             int) = nullptr;
     int (*add_product)(const void*, int64_t, const void*, int64_t, int, int64_t, int64_t, int64_t, float, float*,
                        int64_t, int) = nullptr;
+    int (*improve_codes)(uint8_t*, float*, float*, const float*, int64_t, int64_t, const float*, const float*,
+                         const float*, int, hb_change*, int32_t*, int) = nullptr;
     int (*softmax_cross_entropy)(void*, int, int64_t, int64_t, const int64_t*, double*, int, int) = nullptr;
     int (*rms_norm)(const void*, const void*, const void*, int, int, int64_t, int64_t, float, float, void*, void*,
                     float*, int) = nullptr;

@@ -9,7 +9,7 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from halfbyte.merge.gguf_blocks import TYPES, blocks_with_feedback
-from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.moments import Moments
 
 
 def moments_of(columns: int, few: int) -> tuple[Tensor, Moments]:

@@ -16,7 +16,7 @@ from halfbyte.model.lent import LentModel
 from halfbyte.model.side_by_side import Multiply, padded_tokens, run_side_by_side
 from halfbyte.model.source import open_source
 from halfbyte.quant import quantize
-from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.moments import Moments
 
 MakeLlama = Callable[..., Path]
 

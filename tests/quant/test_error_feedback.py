@@ -8,7 +8,9 @@ import torch
 import halfbyte as hb
 from halfbyte.kernels import cpu_ops
 from halfbyte.kernels.registry import cpu_choice
-from halfbyte.quant.error_feedback import Grid, Moments, ranks_with_feedback, round_with_feedback
+from halfbyte.quant.error_feedback import ranks_with_feedback, round_with_feedback
+from halfbyte.quant.moments import Moments
+from halfbyte.quant.on_grid import Grid
 from halfbyte.quant.scales import fitted_scales
 
 
@@ -147,6 +149,7 @@ def test_the_native_loop_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the reference was asked")
 
     monkeypatch.setattr(cpu_ops, "choose_codes_reference", reference)
+    monkeypatch.setattr(cpu_ops, "improve_codes_reference", reference)
     x = correlated(500, 192)
     target = torch.randn(8, 192)
     plain = hb.quantize(target)

@@ -12,6 +12,7 @@ import pytest
 
 from halfbyte.calibrate import calibrate_model, quantize_with_start
 from halfbyte.config import RunConfig, load_config
+from halfbyte.config.formats import QUANT_TYPES
 from halfbyte.model.quantize import quantize_model
 from halfbyte.train import train
 
@@ -22,9 +23,10 @@ pytestmark = [
 SAMPLES, STEPS, R = 12, 3, 8
 TOKENS = {"lora__trainable_tokens": ["After", "<|im_end|>"]}  # the first is in every answer, and no token so far
 VARIANTS: dict[str, dict[str, Any]] = {
-    "NF4": {},
-    "FP4": {"quant__quant_type": "fp4"},
-    "INT4": {"quant__quant_type": "int4"},
+    **{quant_type: {"quant__quant_type": quant_type} for quant_type in QUANT_TYPES},
+    "4.5 bits": {"quant__bits": 4.5},
+    "4.5 bits, calibrated": {"quant__bits": 4.5, "quant__calibrate": "DATA"},
+    "blocks of 256": {"quant__blocksize": 256},
     "scales in float32": {"quant__double_quant": False},
     "scales of least error": {"quant__scale": "mse-signed"},
     "calibrated": {"quant__calibrate": "DATA"},
@@ -70,7 +72,7 @@ def written(config: RunConfig, folder: Path) -> Path:
     return folder
 
 
-QUICK = ("NF4", "DoRA", "LoftQ", "new tokens", "mixture of experts")
+QUICK = ("nf4", "DoRA", "LoftQ", "new tokens", "mixture of experts")
 
 
 @pytest.mark.parametrize(

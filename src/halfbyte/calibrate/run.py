@@ -26,7 +26,7 @@ from halfbyte.model.load import Progress
 from halfbyte.model.memory import peak_memory
 from halfbyte.model.quantize import QuantizeResult, open_unquantized, scale_text
 from halfbyte.model.source import load_tokenizer, tokenizer_sha256
-from halfbyte.quant.error_feedback import DAMPING
+from halfbyte.quant.moments import DAMPING
 
 CONFIG_KEY = "halfbyte_calibrated"
 """In config.json, so that it stays with the model when files are copied one by one."""

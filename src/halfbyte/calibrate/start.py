@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.moments import Moments
 
 EXTRA, ROUNDS = 16, 4
 """Of the randomised decomposition: directions beside those wanted, and rounds of refining them."""

@@ -21,7 +21,8 @@ from halfbyte.model.read import read_unquantized, unquantized_slices
 from halfbyte.model.side_by_side import Multiply, run_side_by_side
 from halfbyte.plan.merging import CHUNK_TOKENS
 from halfbyte.quant import QuantizedWeight, quantize_slices
-from halfbyte.quant.error_feedback import Moments, round_with_feedback
+from halfbyte.quant.error_feedback import round_with_feedback
+from halfbyte.quant.moments import Moments
 
 SWEEPS = 2
 """Over the columns after error feedback: the third changes next to nothing."""
@@ -143,12 +144,12 @@ class CalibratedWriter(FourBitWriter):
             rest = wanted - b @ a
             weight = round_with_feedback(rest, moments, self.nearest(name, rest, importance), SWEEPS, refit=True)
         decoded = weight.dequantize(torch.float32)
-        wrong, before = decoded - target, plain.dequantize(torch.float32) - target
         some = slice(None, None, max(len(target) // MEASURED_ROWS, 1))
-        size = moments.error(target[some])
+        size, before = moments.error(target[some]), plain.dequantize(torch.float32)[some] - target[some]
+        wrong = target.sub(decoded)
         self.layers.append(LayerError(
-            name=name, weights=float((wrong * wrong).sum() / (target * target).sum()),
-            outputs=moments.error(wrong[some]) / size, nearest=moments.error(before[some]) / size,
+            name=name, weights=float(wrong.norm() / target.norm()) ** 2,
+            outputs=moments.error(wrong[some]) / size, nearest=moments.error(before) / size,
         ))  # fmt: skip
         self.add(name, weight)
         if not rank:

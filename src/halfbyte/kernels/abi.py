@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 MAX_MEMBERS = 8
 """Layers of a group at most."""
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -221,7 +221,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _INT, (_POINTER, _INT, *2 * [_SIZE], _POINTER, _SIZE, *4 * [_POINTER], _INT, _POINTER, _INT),
     ),
     "hb_choose_codes": (
-        _INT, (*3 * [_POINTER], *2 * [_SIZE], _POINTER, _SIZE, *2 * [_POINTER], _INT, *2 * [_POINTER], _INT),
+        _INT, (*2 * [_POINTER], *2 * [_SIZE], _POINTER, _SIZE, *2 * [_POINTER], _INT, *2 * [_POINTER], _INT),
     ),
     "hb_adamw": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _INT)),
     "hb_linear": (_INT, (_POINTER, _INT, _POINTER, _INT, _SIZE, _POINTER, _POINTER, _INT)),
@@ -235,6 +235,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_linear_frozen_dx": (_INT, (*2 * [_POINTER], _INT, _SIZE, _SIZE, _POINTER, _INT, _SIZE, _POINTER, _INT)),
     "hb_add_product": (
         _INT, (*2 * [_POINTER, _SIZE], _INT, *3 * [_SIZE], _FLOAT, _POINTER, _SIZE, _INT),
+    ),
+    "hb_improve_codes": (
+        _INT, (*4 * [_POINTER], *2 * [_SIZE], *3 * [_POINTER], _INT, *2 * [_POINTER], _INT),
     ),
     "hb_softmax_cross_entropy": (_INT, (_POINTER, _INT, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _INT)),
     "hb_rms_norm": (_INT, (*3 * [_POINTER], _INT, _INT, _SIZE, _SIZE, _FLOAT, _FLOAT, *3 * [_POINTER], _INT)),

@@ -24,7 +24,7 @@ from halfbyte.kernels.group import GroupView, Member
 from halfbyte.kernels.registry import cpu_choice, run_native
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_constants
-from halfbyte.quant.choose import choose_codes_reference
+from halfbyte.quant.choose import MOST, choose_codes_reference, improve_codes_reference
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.int8 import int8_rows
 from halfbyte.quant.offsets import RANGES
@@ -110,20 +110,33 @@ def _codes_for_scales(weight: Tensor, scales: Tensor, quant_type: str, blocksize
 
 
 @torch.library.impl("halfbyte::choose_codes", "CPU")
-def _choose_codes(
-    state: Tensor, values: Tensor | None, scales: Tensor, matrix: Tensor, levels: Tensor
-) -> tuple[Tensor, Tensor]:
-    bounds, matrix = (levels[:-1] + levels[1:]) / 2, matrix.contiguous()
-    ranks, changes = torch.empty(state.shape, dtype=torch.uint8), torch.empty_like(state)
-    tensors = (state, scales, levels) if values is None else (state, scales, levels, values)
-    plain = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
-    if plain and matrix.dtype == torch.float32 and run_native(
-        "hb_choose_codes", state.data_ptr(), None if values is None else values.data_ptr(), scales.data_ptr(),
-        *state.shape, matrix.data_ptr(), matrix.stride(0), levels.data_ptr(), bounds.data_ptr(), len(levels),
-        ranks.data_ptr(), changes.data_ptr(),
+def _choose_codes(state: Tensor, scales: Tensor, factor: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    bounds, factor = (levels[:-1] + levels[1:]) / 2, factor.contiguous()
+    ranks, errors = torch.empty(state.shape, dtype=torch.uint8), torch.empty_like(state)
+    if _plain(state, scales, factor, levels) and run_native(
+        "hb_choose_codes", state.data_ptr(), scales.data_ptr(), *state.shape, factor.data_ptr(), factor.stride(0),
+        levels.data_ptr(), bounds.data_ptr(), len(levels), ranks.data_ptr(), errors.data_ptr(),
     ):  # fmt: skip
-        return ranks, changes
-    return choose_codes_reference(state, values, scales, matrix, levels)
+        return ranks, errors
+    return choose_codes_reference(state, scales, factor, levels)
+
+
+@torch.library.impl("halfbyte::improve_codes_", "CPU")
+def _improve_codes(
+    ranks: Tensor, values: Tensor, pull: Tensor, scales: Tensor, moments: Tensor, levels: Tensor
+) -> None:
+    bounds, (rows, columns) = (levels[:-1] + levels[1:]) / 2, pull.shape
+    changes = torch.empty(rows, columns, dtype=torch.int64)  # most of it is never touched
+    ends = torch.empty(rows, 1 + -(-columns // MOST), dtype=torch.int32)
+    if not _plain(values, pull, scales, moments, levels) or not ranks.is_contiguous() or not run_native(
+        "hb_improve_codes", ranks.data_ptr(), values.data_ptr(), pull.data_ptr(), scales.data_ptr(), rows, columns,
+        moments.data_ptr(), levels.data_ptr(), bounds.data_ptr(), len(levels), changes.data_ptr(), ends.data_ptr(),
+    ):  # fmt: skip
+        improve_codes_reference(ranks, values, pull, scales, moments, levels)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
 
 
 @torch.library.impl("halfbyte::product", "CPU")

@@ -14,7 +14,7 @@ from halfbyte.model.lent import LentModel
 from halfbyte.model.load import Progress
 from halfbyte.model.side_by_side import Multiply, run_side_by_side
 from halfbyte.plan.merging import CHUNK_TOKENS
-from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.moments import Moments
 
 REMEMBERED = 8
 """4-bit weights of the base kept while text goes through a decoder layer several times: those of a common one."""

@@ -14,7 +14,8 @@ from halfbyte.config import QuantConfig
 from halfbyte.merge.fold import Fold
 from halfbyte.merge.sixteen import kept
 from halfbyte.quant import QuantizedWeight, quantize_slices
-from halfbyte.quant.error_feedback import Moments, round_with_feedback
+from halfbyte.quant.error_feedback import round_with_feedback
+from halfbyte.quant.moments import Moments
 
 
 @dataclass(frozen=True)

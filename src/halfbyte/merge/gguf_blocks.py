@@ -9,7 +9,9 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halfbyte.quant.error_feedback import Grid, Moments, ranks_with_feedback
+from halfbyte.quant.error_feedback import ranks_with_feedback
+from halfbyte.quant.moments import Moments
+from halfbyte.quant.on_grid import Grid
 
 BLOCK = 32
 _LOWEST = {"Q4_0": -8, "Q4_1": 0, "Q5_0": -16, "Q5_1": 0}
@@ -28,8 +30,9 @@ def blocks_with_feedback(target: Tensor, moments: Moments, kind: str) -> NDArray
     blocks = plain.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
     count = 16 if kind[1] == "4" else 32
     levels = torch.arange(count, dtype=torch.float32) + _LOWEST[kind]
-    offsets = _spread(blocks[:, 2:4], target) if kind.endswith("_1") else None
-    ranks = ranks_with_feedback(moments.wanted(target), moments, Grid(levels, _spread(blocks[:, :2], target), offsets))
+    rows = len(target)
+    offsets = _numbers(blocks[:, 2:4], rows) if kind.endswith("_1") else None
+    ranks = ranks_with_feedback(moments.wanted(target), moments, Grid(levels, _numbers(blocks[:, :2], rows), offsets))
     codes = ranks.contiguous().numpy().reshape(-1, 2, BLOCK // 2)
     blocks[:, -16:] = (codes[:, 0] & 15) | (codes[:, 1] & 15) << 4
     if count == 32:
@@ -37,7 +40,7 @@ def blocks_with_feedback(target: Tensor, moments: Moments, kind: str) -> NDArray
     return plain
 
 
-def _spread(half: NDArray[np.uint8], target: Tensor) -> Tensor:
-    """A float16 of each block at every weight of it, float32."""
+def _numbers(half: NDArray[np.uint8], rows: int) -> Tensor:
+    """A float16 of each block: (rows, blocks) float32."""
     values = np.ascontiguousarray(half).view(np.float16).astype(np.float32)
-    return torch.from_numpy(values).expand(-1, BLOCK).reshape(target.shape)
+    return torch.from_numpy(values).view(rows, -1)

@@ -26,7 +26,7 @@ from halfbyte.merge.record import GGUF_KEY
 from halfbyte.merge.update import Update, Updates
 from halfbyte.model.gguf_source import ARCHITECTURES, permuted_heads, row_order
 from halfbyte.model.load import Progress
-from halfbyte.quant.error_feedback import Moments
+from halfbyte.quant.moments import Moments
 
 TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Numbers of the matrices. Vectors are F32; embeddings and head in Q8_0 where the others have fewer bits."""

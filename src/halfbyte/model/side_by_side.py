@@ -22,8 +22,8 @@ from halfbyte.errors import ModelError
 from halfbyte.kernels.buffers import empty, steady_memory, trim_heap
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.quant.absmax import TINY
-from halfbyte.quant.error_feedback import Moments
 from halfbyte.quant.inverse import add_product
+from halfbyte.quant.moments import Moments
 
 PADDED = 64
 """Sequences are padded to multiples of this, so that the chunks are of few shapes."""

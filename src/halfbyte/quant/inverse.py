@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,31 +32,40 @@ def add_lower_product(sums: Tensor, a: Tensor, lower: Tensor) -> None:
 
 def lower_product(a: Tensor, lower: Tensor) -> Tensor:
     """a (m, n) lower^T (n, n), of a lower triangle."""
-    steps = ((start, min(start + STEP, len(lower))) for start in range(0, len(lower), STEP))
-    return torch.cat([product(a[:, :stop], lower[start:stop, :stop]) for start, stop in steps], 1)
+    return torch.cat([product(a[:, :until], lower[rows, :until]) for rows, until in _steps(len(lower))], 1)
 
 
-def inverse_cholesky(matrix: Tensor) -> Tensor:
-    """The inverse of the lower Cholesky factor of `matrix` (n, n), float32, positive definite.
+def factor_of_inverse_(matrix: Tensor) -> None:
+    """Put the lower Cholesky factor L of its inverse, ``L L^T``, in the place of `matrix` (n, n), float32, positive
+    definite; its lower half is read.
 
-    Of a matrix in four quarters, from those of its first and of what that leaves of its last (its Schur complement).
+    By quarters: L's last one from that of `matrix`, its first from what that leaves (the Schur complement), and
+    below the first ``-last last^T below first``.
 
     Raises:
         torch.linalg.LinAlgError: it is not positive definite.
     """
     half = len(matrix) // 2
     if half < LEAST:
-        eye = torch.eye(len(matrix))
-        inverse: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), eye, upper=False)
-        return inverse
-    inverse = torch.zeros_like(matrix)
-    first = inverse_cholesky(matrix[:half, :half])
-    below = product(matrix[half:, :half], first)
-    rest = matrix[half:, half:].clone()
-    add_product(rest, below, below.T, -1.0)
-    last = inverse_cholesky(rest)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    across = torch.zeros_like(below)
-    add_product(across, below, first)
-    add_product(inverse[half:, :half], last, across, -1.0)
-    return inverse
+        upper = torch.linalg.cholesky(matrix.flip(0, 1), upper=True).T.flip(0, 1)
+        matrix.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(matrix)), upper=True).T)
+        return
+    first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    factor_of_inverse_(last)
+    left = torch.zeros(below.shape)
+    for rows, until in _steps(len(last)):
+        add_product(left[:until], last[rows, :until].T, below[rows])
+    for rows, until in _steps(half):
+        add_product(first[rows, :until], left[:, rows].T, left[:, :until], -1.0)
+    factor_of_inverse_(first)
+    across = torch.zeros_like(left)
+    add_lower_product(across, left, first)
+    below.zero_()
+    for rows, until in _steps(len(last)):
+        add_product(below[rows], last[rows, :until], across[:until], -1.0)
+    matrix[:half, half:] = 0.0
+
+
+def _steps(size: int) -> Iterator[tuple[slice, int]]:
+    """The rows of a lower triangle, STEP at a time, and how many columns there are in these."""
+    return ((slice(start, start + STEP), min(start + STEP, size)) for start in range(0, size, STEP))

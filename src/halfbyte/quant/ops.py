@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.config.formats import bits_of
 from halfbyte.quant.absmax import quantize_8bit_reference
 from halfbyte.quant.blocks import NESTED_BLOCKSIZE, num_blocks, num_code_bytes, num_constants
-from halfbyte.quant.choose import choose_codes_reference
+from halfbyte.quant.choose import choose_codes_reference, improve_codes_reference
 from halfbyte.quant.reference import dequantize_reference, quantize_reference
 from halfbyte.quant.scales import codes_for_scales_reference, least_error_scales_reference
 
@@ -33,7 +33,11 @@ torch.library.define(
 )
 torch.library.define(
     "halfbyte::choose_codes",
-    "(Tensor state, Tensor? values, Tensor scales, Tensor matrix, Tensor levels) -> (Tensor, Tensor)",
+    "(Tensor state, Tensor scales, Tensor factor, Tensor levels) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "halfbyte::improve_codes_",
+    "(Tensor(a!) ranks, Tensor(b!) values, Tensor(c!) pull, Tensor scales, Tensor moments, Tensor levels) -> ()",
 )
 torch.library.define("halfbyte::product", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define("halfbyte::add_product_", "(Tensor(a!) sums, Tensor a, Tensor b, float alpha=1.0) -> ()")
@@ -115,10 +119,18 @@ torch.library.impl("halfbyte::choose_codes", "CompositeExplicitAutograd", choose
 
 
 @torch.library.register_fake("halfbyte::choose_codes")
-def _choose_codes_fake(
-    state: Tensor, values: Tensor | None, scales: Tensor, matrix: Tensor, levels: Tensor
-) -> tuple[Tensor, Tensor]:
+def _choose_codes_fake(state: Tensor, scales: Tensor, factor: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(state, dtype=torch.uint8), torch.empty_like(state)
+
+
+torch.library.impl("halfbyte::improve_codes_", "CompositeExplicitAutograd", improve_codes_reference)
+
+
+@torch.library.register_fake("halfbyte::improve_codes_")
+def _improve_codes_fake(
+    ranks: Tensor, values: Tensor, pull: Tensor, scales: Tensor, moments: Tensor, levels: Tensor
+) -> None:
+    return None
 
 
 @torch.library.impl("halfbyte::product", "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ from halfbyte.config.formats import bits_of, constants_of
 from halfbyte.quant.absmax import TINY, compress_absmax, expand_absmax, scales_and_offsets
 from halfbyte.quant.blocks import num_blocks
 from halfbyte.quant.codebook import Codebook, codebook
-from halfbyte.quant.inverse import product
+from halfbyte.quant.inverse import add_product
 from halfbyte.quant.nibbles import pack_codes
 from halfbyte.quant.offsets import least_error_constants
 
@@ -25,6 +25,8 @@ FLOOR = 1e-3
 """Least importance of a column, as a part of their mean: a column that never fired in calibration may fire later."""
 RIDGE = 1e-4
 """Added to the diagonal of the equations for a row's scales, as a part of its mean."""
+FITTED = 1 << 21
+"""Weights of rows whose scales are fitted at a time: products of these fit into a large cache."""
 CHUNK = 1 << 18
 """Weights that are worked on at a time: they and what is made of them fit into a cache."""
 
@@ -119,14 +121,17 @@ def fitted_scales(pull: Tensor, values: Tensor, moments: Tensor, blocksize: int)
     size, (rows, columns) = blocksize, values.shape
     count = columns // size
     changes = torch.empty(rows, count)
-    step = size * size  # so that the systems of equations are not more numbers than `moments`
+    step = max(FITTED // columns, 1)
+    memory = torch.empty(step, columns)
     for start in range(0, rows, step):
         part = values[start : start + step]
         squares = torch.empty(len(part), count, count)
         for b in range(count):
             first, stop = b * size, (b + 1) * size
-            products = product(part[:, first:stop], moments[first:, first:stop]).mul_(part[:, first:])
-            squares[:, b, b:] = squares[:, b:, b] = products.view(len(part), count - b, size).sum(2)
+            products = memory[: len(part), first:].zero_()
+            add_product(products, part[:, first:stop], moments[first:stop, first:])
+            sums = products.mul_(part[:, first:]).unflatten(1, (count - b, size)).sum(2)
+            squares[:, b, b:] = squares[:, b:, b] = sums
         goal = (pull[start : start + step] * part).view(len(part), count, size).sum(2)
         diagonal = squares.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + TINY)
