@@ -51,6 +51,7 @@ DATA: dict[str, Change] = {
     "NUL": data(GOOD, chat(("user", "a\0"), ("assistant", "b"))),
     "a list": data("[1, 2]"),
     "unknown fields": data('{"question": "a"}'),
+    "preference pairs": data('{"prompt": "a", "chosen": "b", "rejected": "c"}'),
     "two formats": data(GOOD, '{"text": "x"}'),
     "messages that are no list": data('{"messages": "a"}'),
     "a message without content": data('{"messages": [{"role": "user"}]}'),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults.refusals import check, promised
+from transformers import AutoModel, BertConfig, T5Config
 
 from halfbyte.cli.main import main
 
@@ -35,8 +36,16 @@ QUANTIZE: dict[str, list[str]] = {
     "a report on PiSSA's base": [*PISSA, "--report", "PLACE/report.html"],
     "perplexity, and no report": ["--eval-data", "PLACE/data.jsonl"],
     "no model": ["--model", "PLACE/nope"],
+    "an encoder": ["--model", "PLACE/bert"],
+    "an encoder with a decoder": ["--model", "PLACE/t5"],
     "an output that is there": ["--output", "PLACE/adapter"],
     "a model that is quantized": ["--model", "PLACE/base"],
+}
+OTHER_HEADS = {
+    "bert": BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    ),
+    "t5": T5Config(vocab_size=40, d_model=32, d_ff=48, d_kv=16, num_layers=1, num_heads=2),
 }
 USE: dict[str, list[str]] = {
     "PiSSA's base, and no adapter": ["eval", "--data", "PLACE/data.jsonl"],
@@ -61,6 +70,9 @@ def pissa(make_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("case", QUANTIZE)
 def test_quantize(case: str, place: Path, pissa: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(pissa, place / "base")
+    for name, config in OTHER_HEADS.items():
+        if f"PLACE/{name}" in QUANTIZE[case]:
+            AutoModel.from_config(config).save_pretrained(place / name)
     command = ["quantize", "--model", "PLACE/model", "--output", "PLACE/out", *QUANTIZE[case]]
     check("quantizing", case, command, place, capsys)
     assert not list(place.glob("report*"))

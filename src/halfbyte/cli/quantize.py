@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run
+from halfbyte.cli.common import AsJson, Config, Debug, Memory, Model, Set, console, emit, load_run, with_base_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ def quantize(
         "--model": ("model.path", model), "--quant-type": ("quant.quant_type", quant_type),
         "--memory": ("memory.budget", memory), "--eval-data": ("data.eval", eval_data),
     }  # fmt: skip
-    run = load_run(config, settings, flags)
+    run = with_base_of(load_run(config, settings, flags), None)
     if output is None:
         raise ConfigError("is not set", where="--output", fix="Give a folder to write")
     _check_report(report, eval_data, run.lora.init)

@@ -122,10 +122,12 @@ class RecordReader:
         if self.format == "auto":
             if looks_like is None:
                 known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS.items())
+                fix = f"Give records the fields of one format ({known})"
+                if "chosen" in record and "rejected" in record:
+                    fix = "Tune to preferences with TRL, on a base in 4 bits: configs/preference.py (docs/tools.md)"
                 raise DataError(
-                    "no known format", where=self.where(line), why=f"the record has {_names(record)}",
-                    fix=f"Give records the fields of one format ({known})",
-                )  # fmt: skip
+                    "no known format", where=self.where(line), why=f"the record has {_names(record)}", fix=fix
+                )
             self.format = looks_like
         fields = FIELDS[self.format]
         if any(field not in record for field in fields):

@@ -21,7 +21,7 @@ from halfbyte.model.base_hash import BaseHash
 from halfbyte.model.experts import split_experts
 from halfbyte.model.int8 import Int8Weight, int8_names, read_int8, use_int8
 from halfbyte.model.inventory import Inventory, inventory
-from halfbyte.model.names import match_names
+from halfbyte.model.names import OTHER_HEADS, match_names
 from halfbyte.model.placement import RESIDENT, Placement, is_streamed, stream_layers, stream_rows
 from halfbyte.model.read import check_shape, read_quantized, read_unquantized, state_names, weight_of
 from halfbyte.model.source import Source, TensorReader, first_line, open_source, recipe_of
@@ -175,11 +175,10 @@ def skeleton(source: Source) -> PreTrainedModel:
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
         except Exception as error:  # whatever a constructor makes of numbers that do not fit each other
-            raise ModelError(
-                "no causal language model",
-                where=source.label,
-                why=f"there is no {error}" if isinstance(error, KeyError) else first_line(error),
-            ) from error
+            why, fix = f"there is no {error}" if isinstance(error, KeyError) else first_line(error), ""
+            if "AutoModelForCausalLM" in why:
+                why, fix = f"transformers has none of the type {source.config.model_type}", OTHER_HEADS
+            raise ModelError("no causal language model", where=source.label, why=why, fix=fix) from error
     split_experts(model)
     return model
 

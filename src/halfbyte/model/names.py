@@ -5,6 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
+
+OTHER_HEADS = "Train one with another head from Python, by from_pretrained with HalfbyteConfig (docs/tools.md)"
 from halfbyte.model.experts import by_new_name, joined_weights
 from halfbyte.model.source import TensorReader
 
@@ -35,9 +37,12 @@ def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict
             fix="Load it by from_pretrained(..., quantization_config=HalfbyteConfig()), save it, and give that folder",
         )  # fmt: skip
     if missing:
+        stored, read_as = model.config.architectures or [""], type(model).__name__
+        other = stored[0] not in ("", read_as)  # the head of an encoder, say, has other tensors
         raise ModelError(
             f"{len(missing)} of {len(wanted)} tensors are missing, first {', '.join(missing[:5])}", where=path,
-            fix="Check that config.json and the weights belong together",
+            why=f"it is a {stored[0]} and was read as a {read_as}, a causal language model" if other else "",
+            fix=OTHER_HEADS if other else "Check that config.json and the weights belong together",
         )  # fmt: skip
     used = set(names.values())
     ignored = tied | {prefix + n for n in tied} | {n.removeprefix(prefix) for n in tied}
