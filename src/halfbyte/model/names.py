@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
-
-OTHER_HEADS = "Train one with another head from Python, by from_pretrained with HalfbyteConfig (docs/tools.md)"
 from halfbyte.model.experts import by_new_name, joined_weights
 from halfbyte.model.source import TensorReader
+
+OTHER_HEADS = "Train one with another head from Python, by from_pretrained with HalfbyteConfig (docs/tools.md)"
 
 
 def match_names(model: PreTrainedModel, reader: TensorReader, path: str) -> dict[str, str]:

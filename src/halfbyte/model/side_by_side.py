@@ -17,18 +17,16 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
 from halfbyte.kernels.buffers import empty, steady_memory, trim_heap
+from halfbyte.model.input_moments import input_moments
 from halfbyte.model.lent import LentModel, Weights
-from halfbyte.quant.absmax import TINY
-from halfbyte.quant.inverse import add_product
 from halfbyte.quant.moments import Moments
 
 PADDED = 64
 """Sequences are padded to multiples of this, so that the chunks are of few shapes."""
-SYMMETRIC = 1024
-"""Rows of a symmetric product that are computed together."""
 
 Multiply = Callable[[Tensor], Tensor]
 """x (..., in) by a weight: (..., out)."""
@@ -73,8 +71,9 @@ def run_side_by_side(
                 passes = [_Pass(layer, state, can_wait and wait) for state, wait in zip(states, waits, strict=True)]
                 for group in layer.groups:
                     with kept.keep(own_names):
-                        inputs = (one.go_on() for one in passes)
-                        moments = _moments(inputs, [count for _, count in chunks], capped, dtype)
+                        inputs, target = (one.go_on() for one in passes), _target_of_few(group, kept)
+                        moments = input_moments(inputs, [count for _, count in chunks], target, capped, dtype)
+                        del target
                     trim_heap()  # small tensors that wait leave holes in it
                     for linear in group:
                         linear.written = writer(linear.name, moments)
@@ -237,39 +236,14 @@ class _Pass:
         return found
 
 
-def _moments(passes: Iterator[Tensor], counts: list[Tensor], capped: bool, dtype: torch.dtype) -> Moments:
-    """Of the inputs that `passes` gives, chunk by chunk."""
-    own = cross = torch.empty(0)
-    for both, count in zip(passes, counts, strict=True):
-        wanted, ours = _only(count, both)
-        if not own.numel():
-            own, cross = (torch.zeros(ours.shape[1], ours.shape[1]) for _ in range(2))
-        if capped:
-            sizes = torch.linalg.vector_norm(ours, dim=1, keepdim=True).clamp_(min=TINY)
-            roots = (sizes.median() / sizes).clamp_(max=1.0)
-            wanted, ours = wanted.mul_(roots), ours.mul_(roots)
-        apart = wanted.sub_(ours).to(dtype)  # before they are rounded: it is a small part of either
-        ours = ours.to(dtype)
-        turned = _turned(ours)
-        for start in range(0, len(own), SYMMETRIC):  # above the diagonal is enough
-            add_product(own[start : start + SYMMETRIC, start:], turned[start : start + SYMMETRIC], ours[:, start:])
-        add_product(cross, _turned(apart), ours)
-    for start in range(0, len(own), SYMMETRIC):
-        stop = start + SYMMETRIC
-        own[stop:, start:stop] = own[start:stop, stop:].T
-    return Moments(own, cross.add_(own))
-
-
-def _only(count: Tensor, both: Tensor) -> list[Tensor]:
-    """Of each half of `both` (2 sequences, tokens, in) the tokens that `count` (sequences, tokens): (some, in)."""
-    index = count.view(-1).nonzero().view(-1)
-    halves = [half.reshape(count.numel(), -1) for half in both.chunk(2)]
-    return [torch.index_select(half, 0, index, out=empty((len(index), half.shape[1]), half.dtype)) for half in halves]
-
-
-def _turned(x: Tensor) -> Tensor:
-    """The transpose of a matrix, in one piece."""
-    return empty((x.shape[1], x.shape[0]), x.dtype).copy_(x.T)
+def _target_of_few(group: list[_Linear], weights: Weights) -> Tensor | None:
+    """The weight (out, in) of a group of one linear layer that has half as many outputs as inputs, or fewer."""
+    if len(group) > 1:
+        return None
+    weight = weights(group[0].name)
+    if isinstance(group[0].module, Conv1D):
+        weight = weight.T
+    return weight if 2 * weight.shape[0] <= weight.shape[1] else None
 
 
 class _Reached(BaseException):

@@ -22,11 +22,14 @@ class Moments:
 
     Attributes:
         own: (in, in) float32, x^T x of the inputs x that the quantized model gives the layer.
-        cross: (in, in) float32, t^T x, t being the inputs that the wanted model gives it.
+        cross: (in, in) float32, t^T x, t being the inputs that the wanted model gives it; None where there is `shift`.
+        shift: (out, in) float32, ``target (t - x)^T x`` of the only layer's weight: less work than `cross` where it
+            has few outputs.
     """
 
     own: Tensor
-    cross: Tensor
+    cross: Tensor | None
+    shift: Tensor | None = None
 
     @cached_property
     def damped(self) -> Tensor:
@@ -63,24 +66,34 @@ class Moments:
     @cached_property
     def moved(self) -> Tensor:
         """(in, in): what a weight is to be multiplied with to make of x the difference that it makes of t and x."""
-        return self._solved(self.cross - self.own)
+        return self._solved(self._drift())
 
     def wanted(self, target: Tensor) -> Tensor:
-        """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference."""
+        """The weight (out, in) that makes of x what `target` makes of t: the least squares of their difference.
+
+        Args:
+            target: (out, in) float32, the layer's weight in the wanted model.
+        """
+        if self.shift is not None:
+            return self._solved(self.shift).add_(target)
         if len(target) >= len(self.own):
             result = target.clone()
             add_product(result, target, self.moved)
             return result
         shift = torch.zeros_like(target)
-        add_product(shift, target, self.cross - self.own)
+        add_product(shift, target, self._drift())
         return self._solved(shift).add_(target)
 
+    def _drift(self) -> Tensor:
+        assert self.cross is not None
+        return self.cross - self.own
+
     def _solved(self, rows: Tensor) -> Tensor:
-        """`rows` (n, in), used up, times the inverse of `damped`."""
-        half = torch.zeros_like(rows)
+        """`rows` (n, in) times the inverse of `damped`."""
+        half, result = torch.zeros_like(rows), torch.empty_like(rows)
         add_lower_product(half, rows[:, self.order], self.inverse_factor)
-        rows[:, self.order] = lower_product(half, self.inverse_factor)
-        return rows
+        result[:, self.order] = lower_product(half, self.inverse_factor)
+        return result
 
     def error(self, wrong: Tensor) -> float:
         """The sum of squares of x wrong^T, for `wrong` (out, in), over the text."""
