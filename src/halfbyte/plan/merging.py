@@ -12,10 +12,12 @@ CHUNK_TOKENS = 512
 """Of calibration text that goes through a decoder layer at a time, in each of two models."""
 MEASURED_LENGTH = 128
 """Tokens of a sample that the sensitivity of layers is measured on."""
-LOGITS, LAYER, TEXT, SQUARES, MATRICES = 5, 6, 11, 7, 8
-"""Alive at once: tensors of a group's logits, of a layer's widths, of these with calibration text; squares of a
-matrix's columns while its codes are chosen, and matrices of its size. Measured on SmolLM2-135M: 16bit 1.248 GB of
-1.251 predicted, gguf F16 1.76 of 1.85; text for 4bit, which is less than drift, 0.171 GB of 0.214."""
+LOGITS, LAYER, TEXT, MATRICES = 5, 6, 11, 7
+"""Alive at once: tensors of a group's logits, of a layer's widths, of these with calibration text; and matrices of the
+widest one's size while its codes are chosen. Measured on SmolLM2-135M: 16bit 1.248 GB of 1.251 predicted, gguf F16
+1.76 of 1.85; text for 4bit, which is less than drift, 0.171 GB of 0.214."""
+SQUARES, SQUARES_OF_FEW = 7, 5
+"""Of a matrix's columns, meanwhile; the second where it has at most half as many rows (`quant.moments.shift`)."""
 
 
 def drift_bytes(vocab: int, width: int, widest: int, tokens: int) -> int:
@@ -34,7 +36,7 @@ def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
     """
     layer = 3 * widest * width + 4 * width**2  # its weights are read once for all chunks
     chunk = 2 * CHUNK_TOKENS * (TEXT * (widest + width) + widest) + 2 * widest**2 + layer
-    writing = SQUARES * widest**2
+    writing = (SQUARES_OF_FEW if 2 * width <= widest else SQUARES) * widest**2
     return 4 * (2 * rows * width + max(chunk, writing) + MATRICES * widest * width)
 
 

@@ -63,7 +63,7 @@ def round_with_feedback(
             again[some], other_error = chosen.ranks, other_error + chosen.error
         if other_error < error:
             plain, ranks = other, again
-    codes = table.order[ranks.reshape(-1).int()]
+    codes = torch.cat([table.order[ranks[some].reshape(-1).int()] for some in chooser.chunks()])
     return replace(plain, codes=pack_codes(codes, bits_of(plain.quant_type), table.zero_code))
 
 

@@ -16,7 +16,7 @@ from halfbyte.quant.choose import MOST
 from halfbyte.quant.inverse import add_product, product
 from halfbyte.quant.moments import Moments
 
-NUMBERS = 1 << 24
+NUMBERS = 1 << 23
 """Weights that are worked on at a time."""
 
 
@@ -104,17 +104,22 @@ class Chooser:
         by_column.copy_(scales.T)
         ranks = torch.empty(turned, dtype=torch.uint8)
 
-        def choose(start: int, stop: int) -> None:
-            if stop - start <= MOST:
-                part = slice(start, stop)
+        for part, later in _in_turn(0, len(columns)):
+            if later is None:
                 ranks[part], errors[part] = torch.ops.halfbyte.choose_codes(
                     columns[part], by_column[part], lower[part, part].T, levels
                 )
-                return
-            middle = start + -(-(stop - start) // (2 * MOST)) * MOST
-            choose(start, middle)
-            add_product(columns[middle:stop], lower[middle:stop, start:middle], errors[start:middle], -1.0)
-            choose(middle, stop)
-
-        choose(0, len(columns))
+            else:
+                add_product(columns[later], lower[later, part], errors[part], -1.0)
         return ranks.T.contiguous()
+
+
+def _in_turn(start: int, stop: int) -> Iterator[tuple[slice, slice | None]]:
+    """Columns, MOST at a time; when those of a half are done, they and the other half, to which their errors go."""
+    if stop - start <= MOST:
+        yield slice(start, stop), None
+        return
+    middle = start + -(-(stop - start) // (2 * MOST)) * MOST
+    yield from _in_turn(start, middle)
+    yield slice(start, middle), slice(middle, stop)
+    yield from _in_turn(middle, stop)
