@@ -99,7 +99,7 @@ def _calibrate(
     tokens = int(counts.sum())
     say(f"calibration: {tokens:,} tokens of {quant.calibrate}; about {format_bytes(predicted)} at the fullest moment")
     say(scale_text(quant))
-    dtype, why = _product_dtype(quant.compute_dtype, job.model.num_parameters())
+    dtype, why = product_dtype(quant.compute_dtype, job.model.num_parameters())
     say(f"calibration: products in {str(dtype).removeprefix('torch.')} ({why})")
     calibrated = {
         "scale": quant.chosen_scale, "damping": DAMPING, "data": quant.calibrate, "data_sha256": data.report.sha256,
@@ -132,7 +132,7 @@ def _calibrate(
     )  # fmt: skip
 
 
-def _product_dtype(setting: str, parameters: int) -> tuple[torch.dtype, str]:
+def product_dtype(setting: str, parameters: int) -> tuple[torch.dtype, str]:
     """The dtype that the text's products run in, and why."""
     if setting == "auto" and parameters < LARGE:
         return torch.float32, "the model is small, and bfloat16 would leave 1 % more of the outputs' error"
