@@ -47,8 +47,7 @@ class QuantConfig:
     calibrate: str = ""
     """`halfbyte quantize`: samples whose text decides scales and codes; generic: Python's own; empty: none does."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of matrix products; auto: what this hardware does fast, said with its reason (calibrating below 1B parameters:
-    float32)."""
+    """Of matrix products; auto: what this hardware does fast, said with its reason (calibrating: from 1B on)."""
     skip_modules: tuple[str, ...] = ()
     """Linear layers to leave unquantized, by full name or last part (the output head always is)."""
     embeddings: Literal["as_stored", "int8"] = "as_stored"
