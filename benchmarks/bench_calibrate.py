@@ -3,7 +3,8 @@
 usage: bench_calibrate.py [--shape llama-1b] [--layers N] [--start] [--memory 24GB] [--work DIR]
 
 With --layers fewer decoder layers than the shape has are written and calibrated: all take the same time, which is
-stored with their number. The text is the demo's questions. Results are added to those stored before.
+stored with their number. Text (the demo's questions) and dtype are those that all layers would have: of a model of 1B
+parameters and more 16,384 tokens, in bfloat16 where that is fast. Results are added to those stored before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from common import halfbyte, write_result
 from random_model import SHAPES, config_of, write_model
 from texts import docstring_data
 
+from halfbyte.model import choose_compute_dtype
+
+SAMPLES = 232
+"""Of 16,384 tokens."""
 RESULT = Path(__file__).parent / "results" / "calibrate.json"
 
 
@@ -36,15 +41,16 @@ def main() -> None:
         config = config_of(options.shape)
         config.num_hidden_layers = layers
         write_model(model, config, in_4_bits=False)
-    train, _ = docstring_data(options.work)
+    train, dtype = options.work / "some.jsonl", choose_compute_dtype("auto")[0]
+    train.write_text("".join(docstring_data(options.work)[0].read_text().splitlines(keepends=True)[:SAMPLES]))
     shutil.rmtree(base, ignore_errors=True)
     start = ["--set", "lora.init=cloq", "--set", "lora.match_steps=0"] if options.start else []
     made = halfbyte(
         "quantize", "--model", str(model), "--output", str(base), "--memory", options.memory,
-        "--set", f"quant.calibrate={train}", *start,
+        "--set", f"quant.calibrate={train}", "--set", f"quant.compute_dtype={str(dtype).removeprefix('torch.')}", *start,
     )  # fmt: skip
     row = {
-        "shape": options.shape, "layers": layers, "of": all_layers, "start": options.start,
+        "shape": options.shape, "layers": layers, "of": all_layers, "start": options.start, "dtype": str(dtype),
         **{key: made[key] for key in ("tokens", "seconds", "peak_memory", "predicted_peak_memory")},
     }  # fmt: skip
     kept = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}

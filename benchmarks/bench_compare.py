@@ -17,10 +17,10 @@ from texts import docstring_data
 def main() -> None:
     """Run and keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="16bit,nf4,nf4-start,fp4")
+    parser.add_argument("--variants", default="16bit,nf4,nf4-start,fp4,int4,full")
     parser.add_argument("--seeds", default="3")
     parser.add_argument("--steps", default="60")
-    parser.add_argument("--minutes", default="60")
+    parser.add_argument("--minutes", default="120")
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     options = parser.parse_args()
     train, held_out = map(str, docstring_data(options.work))
