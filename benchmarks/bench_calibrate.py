@@ -47,7 +47,8 @@ def main() -> None:
     start = ["--set", "lora.init=cloq", "--set", "lora.match_steps=0"] if options.start else []
     made = halfbyte(
         "quantize", "--model", str(model), "--output", str(base), "--memory", options.memory,
-        "--set", f"quant.calibrate={train}", "--set", f"quant.compute_dtype={str(dtype).removeprefix('torch.')}", *start,
+        "--set", f"quant.calibrate={train}", *start,
+        "--set", f"quant.compute_dtype={str(dtype).removeprefix('torch.')}",
     )  # fmt: skip
     row = {
         "shape": options.shape, "layers": layers, "of": all_layers, "start": options.start, "dtype": str(dtype),
