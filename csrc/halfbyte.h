@@ -178,8 +178,8 @@ typedef struct {
 // One sweep over all columns of ranks, values and pull [rows * cols], in place; moments [cols * cols] are symmetric, and
 // `changes` [rows * cols] and `ends` [rows * (1 + ceil(cols / 128))] are scratch. HB_UNSUPPORTED where the ISA lacks it.
 HB_API int hb_improve_codes(uint8_t* ranks, float* values, float* pull, const float* scales, int64_t rows, int64_t cols,
-                            const float* moments, const float* levels, const float* bounds, int count, hb_change* changes,
-                            int32_t* ends, int threads);
+                            const float* moments, const float* levels, const float* bounds, int count,
+                            hb_change* changes, int32_t* ends, int threads);
 
 HB_API int hb_softmax_cross_entropy(void* logits, int dtype, int64_t n, int64_t vocab, const int64_t* targets,
                                     double* loss, int write, int threads);

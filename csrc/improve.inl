@@ -117,10 +117,22 @@ inline void improve_range(const Sweep& s, int64_t start, int64_t stop) {
 }
 
 int improve_codes(uint8_t* ranks, float* values, float* pull, const float* scales, int64_t rows, int64_t cols,
-                   const float* moments, const float* levels, const float* bounds, int count, hb_change* changes,
-                   int32_t* ends, int threads) {
-    const Sweep sweep = {ranks, values,  pull,  scales,  rows,  cols,
-                         moments, levels, bounds, count, changes, ends, divide_up(cols, most_chosen), int(at_least(threads, 1))};
+                  const float* moments, const float* levels, const float* bounds, int count, hb_change* changes,
+                  int32_t* ends, int threads) {
+    const Sweep sweep = {ranks,
+                         values,
+                         pull,
+                         scales,
+                         rows,
+                         cols,
+                         moments,
+                         levels,
+                         bounds,
+                         count,
+                         changes,
+                         ends,
+                         divide_up(cols, most_chosen),
+                         int(at_least(threads, 1))};
     improve_range(sweep, 0, cols);
     return HB_OK;
 }
