@@ -41,6 +41,19 @@ def calibrated(model: Path, text: Path, output: Path, *more: str) -> dict[str, A
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the plan is of glibc's memory")
+@pytest.mark.parametrize("start", [(), ("--set", "lora.init=cloq", "--set", "lora.match_steps=0")])
+def test_a_wide_matrix_is_planned_with_its_squares(
+    start: tuple[str, ...], make_llama: MakeLlama, text: Path, tmp_path: Path
+) -> None:
+    """Little text, and 38 MB for each square of the widest side. Measured: 0.93 of what was said, 0.96 with a start."""
+    model = make_llama(hidden_size=256, intermediate_size=3072, num_hidden_layers=1, vocab_size=300)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(text.read_text().splitlines(keepends=True)[:20]))
+    made = calibrated(model, few, tmp_path / "base", "--memory", "4GB", *start)
+    assert 0.85 < made["peak_memory"] / made["predicted_peak_memory"] <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the plan is of glibc's memory")
 def test_peaks_are_within_what_was_said(make_llama: MakeLlama, text: Path, tmp_path: Path) -> None:
     """Where all of the text may wait inside a layer, and where a part of it; the same bytes are written.
 

@@ -43,7 +43,7 @@ def text_within(config: RunConfig, model: PreTrainedModel, data: TokenizedData) 
         return calibration_text(rows, tokens)
 
     def bytes_of(text: Text) -> int:
-        return error_feedback_bytes(*matrix_sides(model), text[0].numel())
+        return error_feedback_bytes(*matrix_sides(model), text[0].numel(), start=config.lora.init == "cloq")
 
     most = min(max(MOST_WORK // max(model.num_parameters(), 1), USUAL_TOKENS), MOST_TOKENS)
     text, needed, left = _most(config, text_of, bytes_of, most, LEAST_TOKENS)

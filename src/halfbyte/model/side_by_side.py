@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.buffers import empty, steady_memory, trim_heap
+from halfbyte.kernels.buffers import empty, release_unused, steady_memory, trim_heap
 from halfbyte.model.input_moments import input_moments
 from halfbyte.model.lent import LentModel, Weights
 from halfbyte.quant.moments import Moments
@@ -75,6 +75,7 @@ def run_side_by_side(
                         moments = input_moments(inputs, [count for _, count in chunks], target, capped, dtype)
                         del target
                     trim_heap()  # small tensors that wait leave holes in it
+                    release_unused()  # what the chunks took; writing needs its own
                     for linear in group:
                         linear.written = writer(linear.name, moments)
                     del moments

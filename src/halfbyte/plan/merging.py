@@ -30,13 +30,14 @@ def drift_bytes(vocab: int, width: int, widest: int, tokens: int) -> int:
     return 4 * tokens * (LOGITS * vocab + LAYER * widest) + 4 * max(vocab * width, widest * width)
 
 
-def error_feedback_bytes(width: int, widest: int, rows: int) -> int:
+def error_feedback_bytes(width: int, widest: int, rows: int, *, start: bool = False) -> int:
     """Codes of 4 bits chosen on `rows` tokens of text, which go through two models side by side: the hidden states of
-    all of it, and the larger of a chunk in a layer with the moments it is added to, and of a matrix being written.
+    all of it, and the larger of a chunk in a layer with the moments it is added to, and of a matrix being written;
+    with a `start`, for which the moments' root is there, too, and once more while it is divided by.
     """
     layer = 3 * widest * width + 4 * width**2  # its weights are read once for all chunks
     chunk = 2 * CHUNK_TOKENS * (TEXT * (widest + width) + widest) + 2 * widest**2 + layer
-    writing = (SQUARES_OF_FEW if 2 * width <= widest else SQUARES) * widest**2
+    writing = (SQUARES_OF_FEW if 2 * width <= widest and not start else SQUARES) * widest**2
     return 4 * (2 * rows * width + max(chunk, writing) + MATRICES * widest * width)
 
 
