@@ -45,7 +45,7 @@ def calibrated(model: Path, text: Path, output: Path, *more: str) -> dict[str, A
 def test_a_wide_matrix_is_planned_with_its_squares(
     start: tuple[str, ...], make_llama: MakeLlama, text: Path, tmp_path: Path
 ) -> None:
-    """Little text, and 38 MB for each square of the widest side. Measured: 0.93 of what was said, 0.96 with a start."""
+    """Little text, and 38 MB for each square of the widest side. Measured: 0.93 of the plan, 0.96 with a start."""
     model = make_llama(hidden_size=256, intermediate_size=3072, num_hidden_layers=1, vocab_size=300)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(text.read_text().splitlines(keepends=True)[:20]))
